@@ -1,0 +1,283 @@
+"""Tests a trained model against each generator, or scores loose images.
+
+    output_model/best_model.pth + features/  ->  a table, prediction_results.json
+    output_model/best_model.pth + images     ->  one line an image
+
+    python inference.py                                      every generator in ./features, its test split
+    python inference.py --datasets FFHQ StyleGAN3            these alone
+    python inference.py --images photo.jpg folder/           loose images: probability of a fake, verdict, how the face was found
+
+Each generator's fakes stand against as many real images, drawn by seed from the pool of all real data sets. The model is
+rebuilt from the checkpoint alone. train.py uses predict_scores and the metrics for its validation.
+"""
+
+import argparse
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from dataset import FaceDataset, FeatureFileError, draw_region_masks, find_feature_files, normalize
+from model import LAMMViT, LAMMViTConfig
+
+CHECKPOINT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used. The message names it and the way out."""
+
+
+# --------------------------------------------------------------------------------------------------------------- checkpoint
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAMMViT, dict]:
+    """Rebuilds the model that train.py saved, in eval mode, and returns it with everything else in the file.
+
+    Raises:
+        CheckpointError: missing, damaged, foreign, or of another architecture than it says.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; run train.py first, or name one")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]}); take another one or run train.py again") from error
+    if not isinstance(checkpoint, dict) or not {"version", "config", "model", "mask_style"} <= checkpoint.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of train.py: it does not say what model it is; run train.py again")
+    if checkpoint["version"] != CHECKPOINT_VERSION:
+        raise CheckpointError(f"{path}: checkpoint version {checkpoint['version']}, this program reads {CHECKPOINT_VERSION}; run train.py again")
+    try:
+        model = LAMMViT(LAMMViTConfig(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        lines = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: its weights are of another architecture than its config {checkpoint['config']}: {lines[:400]}") from error
+    return model.eval(), checkpoint
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" -> the GPU where there is one, else the CPU."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+# ------------------------------------------------------------------------------------------------------- scores and metrics
+
+
+def fake_probability(model: LAMMViT, images: torch.Tensor, region_masks: torch.Tensor) -> np.ndarray:
+    """images (B, 3, h, w) uint8 RGB, region_masks (B, 8, G, G) -> (B,) float64.
+
+    In double precision from the logits on: in single precision all confident scores would be 1 and tie.
+    """
+    device = next(model.parameters()).device
+    outputs = model(normalize(images.to(device, non_blocking=True)), region_masks.to(device, non_blocking=True))
+    return outputs["logits"].double().softmax(dim=-1)[:, 1].cpu().numpy()
+
+
+@torch.inference_mode()
+def predict_scores(model: LAMMViT, dataset: Dataset, batch_size: int = 64, num_workers: int = 0, title: str = "") -> np.ndarray:
+    """The probability of a fake for each sample of a FaceDataset (or a Subset), (N,) float64 in its order.
+
+    In a process group, every process returns all scores. Batches, not samples, are divided among the processes: each batch
+    is the same as in a single process, so nobody's score depends on the number of processes.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    size = len(dataset)
+    batches = [range(start, min(start + batch_size, size)) for start in range(rank * batch_size, size, world * batch_size)]
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    was_training = model.training
+    model.eval()
+    mine = [
+        (rows.start, fake_probability(model, batch["image"], batch["region_masks"]))
+        for rows, batch in zip(batches, tqdm(loader, desc=title, unit="batch", leave=False, disable=rank > 0 or not title))
+    ]
+    model.train(was_training)
+
+    everyone = [mine]
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, mine)
+    scores = np.empty(size)
+    for start, values in (part for parts in everyone for part in parts):
+        scores[start : start + len(values)] = values
+    return scores
+
+
+def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
+    """Metrics of one real-against-fake comparison. labels (N,) 1 = fake, both classes present; scores (N,) in [0, 1].
+
+    accuracy is in percent at 0.5, and so are real_accuracy and fake_accuracy, its two halves; accuracy_val_threshold is at
+    the threshold that was chosen on validation. ap and auc are in 0-1.
+    """
+    predicted = scores >= 0.5
+    return {
+        "accuracy": 100 * float(np.mean(predicted == labels)),
+        "accuracy_val_threshold": 100 * float(np.mean((scores >= threshold) == labels)),
+        "real_accuracy": 100 * float(np.mean(~predicted[labels == 0])),
+        "fake_accuracy": 100 * float(np.mean(predicted[labels == 1])),
+        "ap": float(average_precision_score(labels, scores)),
+        "auc": float(roc_auc_score(labels, scores)),
+        "n_real": int(np.sum(labels == 0)),
+        "n_fake": int(np.sum(labels == 1)),
+    }
+
+
+def choose_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The threshold of the best balanced accuracy, in the middle between the two scores that it separates.
+
+    For validation scores only: chosen on test, it would make the test's accuracy too good.
+    """
+    false_positive, true_positive, thresholds = roc_curve(labels, scores, drop_intermediate=False)
+    best = thresholds[np.argmax(true_positive - false_positive)]
+    below = scores[scores < best]
+    if not np.isfinite(best):  # no threshold is better than calling everything real
+        return float(np.nextafter(scores.max(), 2))
+    return float((best + below.max()) / 2) if len(below) else float(best)
+
+
+# ------------------------------------------------------------------------------------------------------- against generators
+
+
+def draw_comparisons(dataset: FaceDataset, names: list[str], seed: int) -> dict[str, np.ndarray]:
+    """{generator: indices of as many real as fake samples}. The draw depends on the seed and the images' content alone.
+
+    Args:
+        names: the data set of each file of `dataset`, "real/FFHQ".
+    """
+    starts = [0, *dataset.ends]
+    files = {name: np.arange(start, end) for name, start, end in zip(names, starts, dataset.ends)}
+    contents = [row.tobytes() for row in dataset.column("sha256")]
+
+    def shuffled(indices: np.ndarray) -> np.ndarray:
+        in_order = np.array(sorted(indices, key=lambda i: contents[i]), dtype=int)
+        return np.random.default_rng(seed).permutation(in_order)
+
+    real = shuffled(np.flatnonzero(dataset.labels == 0))
+    comparisons = {}
+    for name, indices in files.items():
+        kind, generator = name.split("/")
+        if kind == "fake" and len(indices):
+            count = min(len(real), len(indices))
+            comparisons[generator] = np.sort(np.concatenate([real[:count], shuffled(indices)[:count]]))
+    return comparisons
+
+
+def evaluate(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The metrics of each generator, and their mean under "Mean"."""
+    files = find_feature_files(args.features, args.split, args.datasets)
+    dataset = FaceDataset(list(files.values()), model.config.grid_size, checkpoint["mask_style"])
+    if dataset.img_size != model.config.img_size:
+        raise FeatureFileError(
+            f"{args.features}: images of {dataset.img_size} px, but {args.checkpoint} takes {model.config.img_size} px; "
+            f"run feature_extraction.py --img_size {model.config.img_size}"
+        )
+    if set(dataset.labels) != {0, 1}:
+        raise FeatureFileError(f"{args.features}: the {args.split} split of {', '.join(files)} holds one class only; both are needed")
+    comparisons = draw_comparisons(dataset, list(files), args.seed)
+    if "Mean" in comparisons:
+        raise FeatureFileError(f"{args.features}/fake/Mean: this name is taken by the mean over generators; give the data set another")
+
+    needed = np.unique(np.concatenate(list(comparisons.values())))
+    scores = np.full(len(dataset), np.nan)
+    scores[needed] = predict_scores(model, Subset(dataset, needed.tolist()), args.batch_size, args.num_workers, title="scoring")
+    results = {
+        generator: binary_metrics(dataset.labels[chosen], scores[chosen], checkpoint["val_threshold"])
+        for generator, chosen in comparisons.items()
+    }
+    columns = next(iter(results.values()))
+    results["Mean"] = {column: float(np.mean([row[column] for row in results.values()])) for column in columns if not column.startswith("n_")}
+    return results
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    width = max(len(name) for name in results) + 2
+    print(f"{'generator':<{width + 1}}{'ACC %':>8}{'at val. threshold':>19}{'real ACC %':>12}{'fake ACC %':>12}{'AP':>9}{'AUC':>9}{'images':>9}")
+    for name, row in results.items():
+        accuracies = f"{row['accuracy']:>9.2f}{row['accuracy_val_threshold']:>19.2f}{row['real_accuracy']:>12.2f}{row['fake_accuracy']:>12.2f}"
+        count = f"{row['n_real'] + row['n_fake']:>9}" if "n_real" in row else ""
+        print(f"{name:<{width}}{accuracies}{row['ap']:>9.4f}{row['auc']:>9.4f}{count}")
+
+
+# ------------------------------------------------------------------------------------------------------------- loose images
+
+
+@torch.inference_mode()
+def score_images(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> int:
+    """Prints a line for each image: probability, verdict, how the face was found, path. Returns how many got no score.
+
+    An image is treated as in the features: found, resized and masked by feature_extraction's own functions. It is meant to
+    be a picture of one face; of several, the largest guides the masks.
+    """
+    from feature_extraction import FaceFinder, find_landmarks, find_predictor, stored_image  # dlib, where it is needed
+    from preprocess import Rejected, list_images, load_rgb
+
+    finder = FaceFinder(find_predictor(args.predictor))
+    side, grid, threshold = model.config.img_size, model.config.grid_size, checkpoint["val_threshold"]
+    paths = [image for path in args.images for image in (list_images(path) if path.is_dir() else [path])]
+    unscored = 0
+    print(f"{'P(fake)':>8}  {'verdict':<8}{'face':<11}path          (fake from {threshold:.4f} on, the threshold chosen on validation)")
+    for path in paths:
+        try:
+            image = load_rgb(path)
+        except Rejected as reason:
+            print(f"{'-':>8}  {'-':<8}{'-':<11}{path}: {reason}")
+            unscored += 1
+            continue
+        landmarks, found_by = find_landmarks(image, finder, side)
+        if landmarks is None:
+            print(f"{'-':>8}  {'-':<8}{'none':<11}{path}: no face found")
+            unscored += 1
+            continue
+        masks = torch.from_numpy(draw_region_masks(landmarks, (side, side), grid, checkpoint["mask_style"]))
+        pixels = torch.from_numpy(stored_image(image, side).copy()).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
+        score = fake_probability(model, pixels[None], masks[None]).item()
+        print(f"{score:>8.4f}  {'fake' if score >= threshold else 'real':<8}{found_by:<11}{path}")
+    if not paths:
+        print("no images there", file=sys.stderr)
+    return unscored
+
+
+# ------------------------------------------------------------------------------------------------------------------ script
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=Path("output_model/best_model.pth"), help="model to test (default: output_model/best_model.pth)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
+    against = parser.add_argument_group("against generators")
+    against.add_argument("--features", type=Path, default=Path("features"), help="folder of feature_extraction.py (default: features)")
+    against.add_argument("--datasets", nargs="+", metavar="NAME", help="data sets to use, real ones included (default: all)")
+    against.add_argument("--split", default="test", choices=("train", "val", "test"), help="(default: test)")
+    against.add_argument("--output", type=Path, default=Path("prediction_results.json"), help="(default: prediction_results.json)")
+    against.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    against.add_argument("--num_workers", type=int, default=2, help="processes that read features (default: 2)")
+    against.add_argument("--seed", type=int, default=0, help="of the draw of real images (default: 0)")
+    loose = parser.add_argument_group("loose images")
+    loose.add_argument("--images", nargs="+", type=Path, metavar="PATH", help="images or folders of images to score")
+    loose.add_argument("--predictor", type=Path, help="dlib's 68-point predictor, as for feature_extraction.py")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    model, checkpoint = load_checkpoint(args.checkpoint, pick_device(args.device))
+    if args.images:
+        sys.exit(1 if score_images(model, checkpoint, args) else 0)
+    results = evaluate(model, checkpoint, args)
+    print_table(results)
+    partial = args.output.with_name(f".{args.output.name}.partial")
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.replace(args.output)
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args_parser().parse_args())
+    except (FeatureFileError, CheckpointError, OSError) as error:
+        sys.exit(f"{error}")

@@ -1,0 +1,288 @@
+"""LAMM-ViT: a Vision Transformer whose attention is guided by facial regions (Zhang et al., ECAI 2025, arXiv 2505.07734).
+
+    images (B, 3, h, w) + region masks (B, 8, G, G)  ->  {"logits": (B, 2), "mask_weights": 3 x (B, 12)}
+
+Read it from the bottom up: LAMMViT stacks Blocks; a Block is RG-MHA, head interaction and an MLP; LAMM decides, once per
+layer, how strongly each head (each region) counts. Greek letters are those of the paper. Letters in shape comments:
+
+    B  batch          R  regions, 8            H   heads, 12           D   embedding width
+    G  patch grid     P  patches, G * G        N   tokens, P + 1       Dh  head width, D / H
+
+Parameter names are those of the authors' code, so that checkpoints can be exchanged with it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_REGIONS = 8  # left_eye, right_eye, nose, upper_lip, lower_lip, mouth_corners, face_outline, eyebrows (dataset.REGIONS)
+NUM_HEADS = 12  # one head per region + four learned mixtures of regions
+LAYER_EMBED_DIM = 64
+
+
+@dataclass(frozen=True)
+class LAMMViTConfig:
+    """All that is needed to build a LAMMViT. The defaults are the paper's model, of the size of ViT-B/16.
+
+    Raises:
+        ValueError: a combination that the model is not defined for.
+    """
+
+    img_size: int = 224  # side of the square input, in pixels
+    patch_size: int = 16  # side of a patch, in pixels
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = NUM_HEADS
+    mlp_ratio: float = 4.0
+    num_classes: int = 2  # class 1 = fake
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        if self.num_heads != NUM_HEADS:
+            raise ValueError(
+                f"num_heads is {self.num_heads}, but LAMM-ViT has {NUM_HEADS} heads: one for each of the {NUM_REGIONS} "
+                f"regions and {NUM_HEADS - NUM_REGIONS} for mixtures of them"
+            )
+        if self.embed_dim <= 0 or self.embed_dim % NUM_HEADS:
+            raise ValueError(f"embed_dim is {self.embed_dim}, but has to be a positive multiple of {NUM_HEADS}, the number of heads")
+        if self.patch_size <= 0 or self.img_size <= 0 or self.img_size % self.patch_size:
+            raise ValueError(f"img_size is {self.img_size}, but has to be a positive multiple of patch_size, {self.patch_size}")
+        if self.depth < 1 or self.num_classes < 2 or self.mlp_ratio <= 0:
+            raise ValueError(f"depth {self.depth}, num_classes {self.num_classes} and mlp_ratio {self.mlp_ratio} have to be at least 1, 2 and above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but has to be in [0, 1)")
+
+    @property
+    def grid_size(self) -> int:
+        """G, the number of patches along one side of the image."""
+        return self.img_size // self.patch_size
+
+
+class MaskProcessor(nn.Module):
+    """Turns 8 region masks into the masks of 12 heads: 8 projected regions, then 4 learned mixtures of them."""
+
+    EYE_FOREHEAD = (0, 1, 7)  # both eyes, eyebrows
+    MOUTH_CHIN = (3, 4, 5)  # both lips, mouth corners
+    NOSE_CONTOUR = (2, 6)  # nose, face outline
+
+    def __init__(self, num_patches: int):
+        super().__init__()
+        self.mask_projection = nn.ModuleList(nn.Linear(num_patches, num_patches) for _ in range(NUM_REGIONS))
+        self.combine_weights_eye_forehead = nn.Parameter(torch.ones(len(self.EYE_FOREHEAD)))
+        self.combine_weights_mouth_chin = nn.Parameter(torch.ones(len(self.MOUTH_CHIN)))
+        self.combine_weights_nose_contour = nn.Parameter(torch.ones(len(self.NOSE_CONTOUR)))
+        self.combine_weights_all = nn.Parameter(torch.ones(NUM_REGIONS))
+
+    def forward(self, region_masks: Tensor) -> Tensor:
+        """region_masks (B, R, G, G) in [0, 1] -> M (B, H, N); the class token's entry, the first, is 0."""
+        flat = region_masks.flatten(2)  # (B, R, G, G) -> (B, R, P)
+        regions = torch.stack([project(flat[:, r]) for r, project in enumerate(self.mask_projection)], dim=1)  # (B, R, P)
+        mixtures = torch.stack(
+            [
+                torch.einsum("brp,r->bp", regions[:, self.EYE_FOREHEAD], self.combine_weights_eye_forehead),
+                torch.einsum("brp,r->bp", regions[:, self.MOUTH_CHIN], self.combine_weights_mouth_chin),
+                torch.einsum("brp,r->bp", regions[:, self.NOSE_CONTOUR], self.combine_weights_nose_contour),
+                torch.einsum("brp,r->bp", regions, self.combine_weights_all.softmax(dim=0)),
+            ],
+            dim=1,
+        )  # (B, 4, P)
+        return F.pad(torch.cat([regions, mixtures], dim=1), (1, 0))  # (B, H, P) -> (B, H, N)
+
+
+class LAMM(nn.Module):
+    """Layer-aware mask modulation: one module, shared by all layers, that sets each head's weight and gate at each layer."""
+
+    def __init__(self, embed_dim: int, depth: int):
+        super().__init__()
+        self.layer_embeddings = nn.Parameter(torch.empty(depth, LAYER_EMBED_DIM))
+        self.global_feature_fusion = nn.Linear(2 * embed_dim, embed_dim)
+        self.context_mlp = nn.Sequential(nn.Linear(embed_dim + LAYER_EMBED_DIM, embed_dim), nn.GELU(), nn.LayerNorm(embed_dim))
+        self.region_importance_mlp = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 64), nn.GELU(), nn.Linear(64, NUM_HEADS))
+        self.memory_gate = nn.Linear(embed_dim, 1)
+        self.new_info_gate = nn.Linear(embed_dim, 1)
+        self.lambda_generator = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 32), nn.Tanh(), nn.Linear(32, NUM_HEADS))
+        self.theta_generator = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 32), nn.Tanh(), nn.Linear(32, NUM_HEADS))
+        self.base_theta = nn.Parameter(torch.zeros(1, NUM_HEADS))
+
+    def forward(self, x: Tensor, layer: int, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, D), the block's input, and w of the layer before (B, H) -> w, λ, θ, each (B, H)."""
+        pooled = torch.cat([x.mean(dim=1), x.amax(dim=1)], dim=-1)  # (B, 2D)
+        layer_embedding = self.layer_embeddings[layer].expand(len(x), -1)  # (64,) -> (B, 64)
+        context = self.context_mlp(torch.cat([self.global_feature_fusion(pooled), layer_embedding], dim=-1))  # c (B, D)
+
+        importance = self.region_importance_mlp(torch.cat([context, previous], dim=-1)).softmax(dim=-1)  # α (B, H)
+        keep = self.memory_gate(context).sigmoid()  # β (B, 1)
+        renew = self.new_info_gate(context).sigmoid()  # γ (B, 1)
+        weights = renew * importance + keep * previous  # w (B, H)
+
+        modulation = torch.cat([context, weights], dim=-1)  # (B, D + H)
+        lam = F.softplus(self.lambda_generator(modulation))  # λ (B, H)
+        theta = self.base_theta + self.theta_generator(modulation).tanh()  # θ (B, H)
+        return weights, lam, theta
+
+
+def region_gated_attention(
+    q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """dropout(softmax(S ⊙ Γ)) V with S = Q Kᵀ / √Dh and the gate Γ_ij = σ(λ (M_i M_j − θ)) (paper, RG-MHA).
+
+    The gate multiplies the score before the softmax: a closed gate makes a score 0, it does not exclude the key. So it is
+    no additive mask, and scaled_dot_product_attention cannot express it.
+
+    Args:
+        q, k, v: (B, H, N, Dh).
+        masks: M (B, H, N).
+        lam, theta: λ and θ (B, H).
+        dropout_p: probability of dropping an attention weight.
+
+    Returns:
+        (B, H, N, Dh)
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, N, Dh) x (B, H, Dh, N) -> (B, H, N, N)
+    pairs = masks.unsqueeze(-1) * masks.unsqueeze(-2)  # (B, H, N, 1) * (B, H, 1, N) -> (B, H, N, N)
+    gate = torch.sigmoid(lam[..., None, None] * (pairs - theta[..., None, None]))  # (B, H, N, N)
+    attention = F.dropout((scores * gate).softmax(dim=-1), dropout_p)  # (B, H, N, N)
+    return attention @ v  # (B, H, N, N) x (B, H, N, Dh) -> (B, H, N, Dh)
+
+
+class RegionGuidedAttention(nn.Module):
+    """RG-MHA: multi-head attention in which each head looks through the mask of its region."""
+
+    def __init__(self, embed_dim: int, dropout: float):
+        super().__init__()
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, masks: Tensor, weights: Tensor, lam: Tensor, theta: Tensor) -> Tensor:
+        """x (B, N, D), masks M (B, H, N), weights w, lam λ and theta θ (B, H) -> (B, N, D)."""
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, NUM_HEADS, D // NUM_HEADS).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, Dh)
+        heads = region_gated_attention(q, k, v, masks, lam, theta, self.dropout if self.training else 0.0)  # (B, H, N, Dh)
+        heads = heads * weights[..., None, None]  # w_h · (A V)
+        return self.proj(heads.transpose(1, 2).reshape(B, N, D))  # (B, H, N, Dh) -> (B, N, H, Dh) -> (B, N, D)
+
+
+class HeadInteraction(nn.Module):
+    """Self-attention among the heads' mean outputs. Its result is the same for every token, so it is computed once per image."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        head_dim = embed_dim // NUM_HEADS
+        self.qkv_heads = nn.Linear(head_dim, 3 * head_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, D) -> (B, N, D)."""
+        B, N, D = x.shape
+        heads = x.mean(dim=1).view(B, NUM_HEADS, D // NUM_HEADS)  # (B, N, D) -> (B, D) -> (B, H, Dh)
+        q, k, v = self.qkv_heads(heads).chunk(3, dim=-1)  # 3 x (B, H, Dh)
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, H, Dh), scale 1/√Dh
+        return x + self.proj(mixed.reshape(B, 1, D))  # (B, N, D) + (B, 1, D)
+
+
+class Block(nn.Module):
+    """x + HeadInteraction(RG-MHA(LN(x))), then x + MLP(LN(x))."""
+
+    def __init__(self, config: LAMMViTConfig):
+        super().__init__()
+        D, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+        self.norm1 = nn.LayerNorm(D)
+        self.attn = RegionGuidedAttention(D, config.dropout)
+        self.head_interaction = HeadInteraction(D)
+        self.norm2 = nn.LayerNorm(D)
+        self.mlp = nn.Sequential(
+            nn.Linear(D, hidden), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(hidden, D), nn.Dropout(config.dropout)
+        )
+
+    def forward(self, x: Tensor, masks: Tensor, weights: Tensor, lam: Tensor, theta: Tensor) -> Tensor:
+        """x (B, N, D) -> (B, N, D); the other arguments as for RegionGuidedAttention."""
+        x = x + self.head_interaction(self.attn(self.norm1(x), masks, weights, lam, theta))
+        return x + self.mlp(self.norm2(x))
+
+
+class LAMMViT(nn.Module):
+    """The whole detector. `model(images, region_masks)["logits"].softmax(-1)[:, 1]` is the probability of a fake."""
+
+    def __init__(self, config: LAMMViTConfig):
+        super().__init__()
+        self.config = config
+        D, num_patches = config.embed_dim, config.grid_size**2
+        self.patch_embed = nn.Conv2d(3, D, kernel_size=config.patch_size, stride=config.patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.empty(1, num_patches + 1, D))
+        self.mask_processor = MaskProcessor(num_patches)
+        self.lamm = LAMM(D, config.depth)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(D)
+        self.head = nn.Linear(D, config.num_classes)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.lamm.layer_embeddings, std=1.0)
+
+    def forward(self, images: Tensor, region_masks: Tensor) -> dict[str, Tensor | list[Tensor]]:
+        """Args:
+            images: (B, 3, h, w) float, RGB, normalised by dataset.normalize.
+            region_masks: (B, 8, G, G) float in [0, 1], in the order of dataset.REGIONS.
+
+        Returns:
+            logits: (B, num_classes), class 1 = fake.
+            mask_weights: w (B, 12) of the last three layers, the first of them first.
+
+        Raises:
+            ValueError: the images or the masks are not of the sizes that the model was built for.
+        """
+        side, grid = self.config.img_size, self.config.grid_size
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(f"images are {tuple(images.shape)}, but this model takes (B, 3, {side}, {side})")
+        if region_masks.shape != (len(images), NUM_REGIONS, grid, grid):
+            raise ValueError(f"region_masks are {tuple(region_masks.shape)}, but {len(images)} images want ({len(images)}, {NUM_REGIONS}, {grid}, {grid})")
+
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, D, G, G) -> (B, D, P) -> (B, P, D)
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed  # (B, N, D)
+        masks = self.mask_processor(region_masks)  # (B, H, N)
+
+        weights = x.new_full((len(x), NUM_HEADS), 1 / NUM_HEADS)  # w_0
+        history = []
+        for layer, block in enumerate(self.blocks):
+            weights, lam, theta = self.lamm(x, layer, weights)
+            x = block(x, masks, weights, lam, theta)
+            history.append(weights)
+        return {"logits": self.head(self.norm(x[:, 0])), "mask_weights": history[-3:]}  # class token (B, D) -> (B, 2)
+
+
+class LAMMLoss(nn.Module):
+    """Cross entropy + diversity_weight · diversity, the second asking the samples of a batch to weight heads differently."""
+
+    def __init__(self, diversity_weight: float = 0.2):
+        super().__init__()
+        self.diversity_weight = diversity_weight
+
+    @staticmethod
+    def diversity(weights: Tensor) -> Tensor:
+        """w (B, H) of one layer -> mean((Ŵ Ŵᵀ − I)²), Ŵ the rows of w scaled to unit length; 0 for a batch of one."""
+        if len(weights) < 2:
+            return weights.new_zeros(())
+        unit = F.normalize(weights, dim=-1)  # (B, H)
+        similarity = unit @ unit.T  # (B, H) x (H, B) -> (B, B)
+        return (similarity - torch.eye(len(unit), device=unit.device)).square().mean()
+
+    def forward(self, outputs: dict[str, Tensor | list[Tensor]], labels: Tensor) -> dict[str, Tensor]:
+        """outputs of LAMMViT and labels (B,) int64 -> scalars {"total", "ce", "diversity"}, total = ce + diversity.
+
+        As in the authors' code, "diversity" is what diversity adds to the total: it has its weight on.
+        """
+        ce = F.cross_entropy(outputs["logits"].float(), labels)
+        diversity = torch.stack([self.diversity(w.float()) for w in outputs["mask_weights"]]).mean()
+        weighted = self.diversity_weight * diversity
+        return {"total": ce + weighted, "ce": ce, "diversity": weighted}

@@ -1,0 +1,242 @@
+"""Prepares a folder of face images: every usable file becomes an 8-bit RGB PNG of one size, in every class alike.
+
+    any depth of jpg, jpeg, png, bmp, webp  ->  PNG, 224 x 224, the tree kept
+
+    python preprocess.py --directory datasets/fake/StyleGAN3                          in place, one file at a time, atomically
+    python preprocess.py --directory raw/StyleGAN3 --output_dir datasets/fake/StyleGAN3      leaves raw/StyleGAN3 untouched
+
+Files that cannot be used go to a folder beside, datasets/fake/StyleGAN3_rejected, with rejected.csv telling why. A second
+run finds nothing to do; a run that was stopped goes on. PNG for all, because a class that keeps its JPEGs while another
+has PNGs is told by its format (arXiv 2403.17608).
+"""
+
+import argparse
+import csv
+import itertools
+import os
+import struct
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+REJECTED_SUFFIX = "_rejected"
+# What Pillow raises on files that are not, or not all, there: its own errors are OSError, broken PNG chunks SyntaxError.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class Rejected(Exception):
+    """A file that cannot be used as an image. The message is the reason."""
+
+
+# -------------------------------------------------------------------------------------------- reading, shared by all stages
+
+
+def list_images(directory: Path) -> list[Path]:
+    """All files below the directory with an image's extension, sorted. Follows links to folders, each folder once; skips hidden names."""
+    images, seen = [], set()
+    for folder, subfolders, names in os.walk(directory, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and os.path.realpath(os.path.join(folder, s)) not in seen)
+        images += [Path(folder, name) for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")]
+    return sorted(images)
+
+
+def load_rgb(path: Path) -> Image.Image:
+    """Decodes a file as people see it: upright (EXIF orientation), 8-bit RGB, transparent parts on white, first frame only.
+
+    Raises:
+        Rejected: the file is not an image, or not a whole one.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except UNREADABLE as error:
+        # Pillow's messages carry the path of this run, which would make two runs' lists differ.
+        raise Rejected(f"cannot be read as an image ({type(error).__name__}: {str(error).replace(str(path), path.name)})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+def is_prepared(path: Path, size: tuple[int, int]) -> bool:
+    """Whether the header says that the file is what this script writes for a (width, height): then it is left as it is."""
+    with open(path, "rb") as file:
+        header = file.read(29)  # signature, then the IHDR chunk: width, height, bits, colour type, ..., interlace
+    if header[:8] != b"\x89PNG\r\n\x1a\n" or struct.unpack(">IIBB2xB", header[16:29]) != (*size, 8, 2, 0):
+        return False
+    with Image.open(path) as image:
+        upright = image.getexif().get(0x0112, 1) == 1
+        return upright and not image.has_transparency_data and not getattr(image, "is_animated", False)
+
+
+def write_png(image: Image.Image, path: Path, sync: bool) -> None:
+    """Writes to a temporary name in the same folder, then renames: under `path` there is never half a file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            image.save(file, format="PNG")
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def plan_names(images: list[Path], taken: set[Path]) -> dict[Path, Path]:
+    """Each image's name as a PNG. Those that are PNGs keep theirs; a.jpg becomes a.png, or a_jpg.png where that is taken.
+
+    Given the sorted images and the names in use, the plan for what is left is the same at every moment of a run: one that
+    was stopped goes on to the same names. Names that differ in case alone count as the same, as some file systems have it.
+    """
+    used = {str(path).casefold() for path in taken}
+    plan = {}
+    for image in images:
+        tagged = f"{image.stem}_{image.suffix[1:].lower()}"
+        candidates = (f"{stem}.png" for stem in itertools.chain((image.stem, tagged), (f"{tagged}_{n}" for n in itertools.count(2))))
+        if image.suffix.lower() == ".png":
+            plan[image] = image
+        else:
+            plan[image] = next(path for name in candidates if str(path := image.with_name(name)).casefold() not in used)
+        used.add(str(plan[image]).casefold())
+    return plan
+
+
+class Outcome(NamedTuple):
+    source: Path
+    status: str  # "written", "unchanged" or "rejected"
+    reason: str = ""
+
+
+def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
+    """Makes one image; `target` lies beside the source (in place) or in the output folder."""
+    size, in_place = (args.target_width, args.target_height), args.output_dir is None
+    if not in_place and target.exists() and target.stat().st_mtime_ns == source.stat().st_mtime_ns and is_prepared(target, size):
+        return Outcome(source, "unchanged")
+    try:
+        image = load_rgb(source)  # in full, a prepared one too: its end may be missing
+    except Rejected as error:
+        return Outcome(source, "rejected", str(error))
+    if image.height < args.min_height or image.width < args.min_width:
+        reason = f"{image.width}x{image.height} pixels, under the minimum of {args.min_width}x{args.min_height}"
+        return Outcome(source, "rejected", reason)
+
+    prepared = is_prepared(source, size)
+    if not prepared:
+        image = image.resize(size, Image.Resampling.LANCZOS)  # Pillow widens the filter when it shrinks: antialiased
+    if in_place:
+        # Content first, then the name: at every moment there is exactly one file, the original or its PNG.
+        if not prepared:
+            write_png(image, source, sync=True)
+        if source != target:
+            os.rename(source, target)
+        return Outcome(source, "unchanged" if prepared and source == target else "written")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_png(image, target, sync=False)
+    stat = source.stat()
+    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by which the next run knows that the source is the same
+    return Outcome(source, "written")
+
+
+def set_aside(rejected: list[Outcome], directory: Path, folder: Path, move: bool, delete: bool) -> None:
+    """Lists rejected files in folder/rejected.csv, together with those of earlier runs, and moves or deletes them if asked."""
+    if not rejected:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    listing = folder / "rejected.csv"
+    reasons = {}
+    if listing.exists() and move:  # what earlier runs moved is no longer in the directory
+        with open(listing, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    reasons |= {str(outcome.source.relative_to(directory)): outcome.reason for outcome in rejected}
+    partial = folder / f".rejected.csv.{os.getpid()}.partial"
+    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "reason"])
+        writer.writerows(sorted(reasons.items()))
+    os.replace(partial, listing)  # before the files go: stopped in between, no file is without its reason
+    for outcome in rejected if move else []:
+        if delete:
+            outcome.source.unlink()
+            continue
+        relative = outcome.source.relative_to(directory)
+        place, attempt = folder / relative, 2
+        while os.path.lexists(place):
+            place, attempt = (folder / relative).with_name(f"{relative.stem}_{attempt}{relative.suffix}"), attempt + 1
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(outcome.source, place)
+
+
+# ------------------------------------------------------------------------------------------------------------------ script
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, required=True, help="folder of images, any depth")
+    parser.add_argument("--output_dir", type=Path, help="where to write; without it the files in --directory are replaced")
+    parser.add_argument("--target_height", type=int, default=224, help="height of the output in pixels (default: 224)")
+    parser.add_argument("--target_width", type=int, default=224, help="width of the output in pixels (default: 224)")
+    parser.add_argument("--min_height", type=int, default=12, help="images under this height in pixels are rejected (default: 12)")
+    parser.add_argument("--min_width", type=int, default=12, help="images under this width in pixels are rejected (default: 12)")
+    parser.add_argument("--delete_rejected", action="store_true", help="delete files that cannot be used instead of moving them; in place only")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: one a core)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    directory = args.directory.resolve()
+    if not directory.is_dir():
+        sys.exit(f"{args.directory}: no such folder; --directory takes a folder of images")
+    if min(args.target_height, args.target_width, args.workers) < 1:
+        sys.exit("--target_height, --target_width and --workers have to be at least 1")
+    in_place = args.output_dir is None
+    output = directory if in_place else args.output_dir.resolve()
+    if not in_place and (output == directory or directory in output.parents):
+        sys.exit(f"{args.output_dir}: lies within {args.directory}; name a folder outside, or leave --output_dir away to work in place")
+    if args.delete_rejected and not in_place:
+        sys.exit("--delete_rejected works in place only: with --output_dir nothing in --directory is touched")
+
+    images = list_images(directory)
+    if not images:
+        sys.exit(f"{args.directory}: no images in it ({', '.join(IMAGE_EXTENSIONS)})")
+    names = plan_names(images, taken={path for folder in {image.parent for image in images} for path in folder.iterdir()})
+    targets = [output / names[image].relative_to(directory) for image in images]
+
+    counts, rejected = {"written": 0, "unchanged": 0}, []
+    with ThreadPoolExecutor(args.workers) as threads:  # Pillow decodes, resizes and encodes outside of Python's lock
+        outcomes = threads.map(lambda pair: prepare(*pair, args), zip(images, targets))
+        for outcome in tqdm(outcomes, total=len(images), desc=directory.name, unit="image"):
+            if outcome.status == "rejected":
+                rejected.append(outcome)
+            else:
+                counts[outcome.status] += 1
+
+    rejected_folder = output.with_name(output.name + REJECTED_SUFFIX)
+    set_aside(rejected, directory, rejected_folder, move=in_place, delete=args.delete_rejected)
+    print(f"{output}: {counts['written']} written, {counts['unchanged']} unchanged, {len(rejected)} rejected")
+    for outcome in rejected[:10]:
+        print(f"  {outcome.source.relative_to(directory)}: {outcome.reason}")
+    if rejected:
+        fate = ("deleted" if args.delete_rejected else "moved there") if in_place else "left where they were"
+        print(f"  {'all' if len(rejected) <= 10 else f'... all {len(rejected)}'} listed in {rejected_folder / 'rejected.csv'}; {fate}")
+
+
+if __name__ == "__main__":
+    try:
+        main(get_args_parser().parse_args())
+    except OSError as error:  # a full disk, a folder without write permission
+        sys.exit(f"stopped: {error}; nothing is lost, run the same command again when it is mended")
