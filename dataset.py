@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 SCHEMA_VERSION = 1
 CLASSES = ("real", "fake")  # the label is the index
 SPLITS = ("train", "val", "test")
-FOUND_BY = ("frontal", "upsampled", "padded", "mean")  # how a face was found: dlib's detector at three efforts, or not at all
+FOUND_BY = ("frontal", "upsampled", "original", "padded", "mean")  # how a face was found, with growing effort; mean: not at all
 MASK_STYLES = ("polygon", "gaussian")
 
 # iBUG 300-W landmarks of each region, in the order of the file format. "Left" is the left of the image.

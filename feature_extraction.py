@@ -47,7 +47,7 @@ PREDICTOR_SHA256 = "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11
 
 SPLIT_FRACTIONS = (0.6, 0.2, 0.2)  # train, val, test; the authors'
 SHARD_SIZE = 32  # images between two points that a stopped run can go on from
-SEARCH_SIDE = 480  # a larger image is searched on a copy of this size, so that the time for a face does not grow with it
+SEARCH_SIDE = 480  # a larger image is searched on a copy with this longer side, so that the time for a face does not grow with it
 PADDING = 0.25  # of each side; brings a face that fills the frame back into the detector's reach
 
 
@@ -103,47 +103,51 @@ class FaceFinder:
         except RuntimeError as error:
             raise ValueError(f"{predictor}: not a dlib shape predictor ({error})") from error
 
-    def __call__(self, image: np.ndarray) -> tuple[np.ndarray | None, str]:
-        """Searches with growing effort: the image as it is, enlarged twofold, enlarged and padded. Takes the largest face.
+    def __call__(self, image: np.ndarray, upsampling: int = 0, padding: float = 0.0) -> np.ndarray | None:
+        """The landmarks of the largest face in a picture.
 
         Args:
-            image: (h, w, 3) uint8 RGB, contiguous.
+            image: (h, w, 3) uint8 RGB.
+            upsampling: how often the picture is doubled before the search; at 0, faces from about 80 pixels on are found.
+            padding: border to put around for the search, as a fraction of each side.
 
         Returns:
-            landmarks (68, 2) float32 x and y in pixels of the image, None where no face was found, and which of FOUND_BY.
+            (68, 2) float32, x and y in pixels of the image; None where no face was found.
         """
-        h, w = image.shape[:2]
-        top, left = round(h * PADDING), round(w * PADDING)
-        for found_by, upsampling, (pad_y, pad_x) in (("frontal", 0, (0, 0)), ("upsampled", 1, (0, 0)), ("padded", 1, (top, left))):
-            searched = cv2.copyMakeBorder(image, pad_y, pad_y, pad_x, pad_x, cv2.BORDER_REPLICATE) if pad_x else image
-            faces = self.detect(searched, upsampling)
-            if faces:
-                shape = self.predict(searched, max(faces, key=lambda face: face.area()))
-                points = [(point.x - pad_x, point.y - pad_y) for point in shape.parts()]
-                return np.array(points, np.float32), found_by
-        return None, "mean"
+        pad_y, pad_x = round(image.shape[0] * padding), round(image.shape[1] * padding)
+        searched = cv2.copyMakeBorder(image, pad_y, pad_y, pad_x, pad_x, cv2.BORDER_REPLICATE)
+        faces = self.detect(searched, upsampling)
+        if not faces:
+            return None
+        shape = self.predict(searched, max(faces, key=lambda face: face.area()))
+        return np.array([(point.x - pad_x, point.y - pad_y) for point in shape.parts()], np.float32)
 
 
-def stored_image(image: Image.Image, img_size: int) -> np.ndarray:
-    """Any RGB image -> (img_size, img_size, 3) uint8, as preprocess.py would have made it; such an image is left as it is."""
-    if image.size != (img_size, img_size):
-        image = image.resize((img_size, img_size), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+def find_face(image: Image.Image, finder: FaceFinder, img_size: int) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Turns an RGB image of any size into what the feature files hold of it, searching for the face with growing effort.
 
+    The stored image is searched first, so that an image gives the same landmarks before and after preprocess.py, and those
+    of a class are not better for its larger files. Only if no face is found there, the image in its own proportions is
+    searched, then the stored image with a border around.
 
-def find_landmarks(image: Image.Image, finder: FaceFinder, img_size: int) -> tuple[np.ndarray | None, str]:
-    """Searches an RGB image of any size; the landmarks (68, 2) are in pixels of the stored image. Otherwise as FaceFinder.
-
-    The image itself is searched, not its square copy: there the face has its own proportions.
+    Returns:
+        stored image (img_size, img_size, 3) uint8 RGB, as preprocess.py would have made it; landmarks (68, 2) float32 in its
+        pixels, None where no face was found; and which of FOUND_BY.
     """
-    search = image
-    if max(image.size) > SEARCH_SIDE:
+    stored = np.asarray(image if image.size == (img_size, img_size) else image.resize((img_size, img_size), Image.Resampling.LANCZOS))
+    if (landmarks := finder(stored)) is not None:
+        return stored, landmarks, "frontal"
+    if (landmarks := finder(stored, upsampling=1)) is not None:
+        return stored, landmarks, "upsampled"
+    if image.size != (img_size, img_size):
         search = image.copy()
         search.thumbnail((SEARCH_SIDE, SEARCH_SIDE))
-    landmarks, found_by = finder(np.ascontiguousarray(search))
-    if landmarks is not None:
-        landmarks = (landmarks + 0.5) * (np.float32(img_size) / np.array(search.size, np.float32)) - 0.5  # centres of pixels
-    return landmarks, found_by
+        if (landmarks := finder(np.asarray(search))) is not None:
+            scale = np.float32(img_size) / np.array(search.size, np.float32)  # (x, y)
+            return stored, (landmarks + 0.5) * scale - 0.5, "original"  # between centres of pixels
+    if (landmarks := finder(stored, upsampling=1, padding=PADDING)) is not None:
+        return stored, landmarks, "padded"
+    return stored, None, "mean"
 
 
 # --------------------------------------------------------------------------------------------------- step 1: images -> shards
@@ -223,8 +227,7 @@ def extract_shard(shard: Shard, data_root: Path, img_size: int, grid_size: int) 
         except Rejected as reason:
             skipped[relative] = str(reason)
             continue
-        stored = stored_image(image, img_size)
-        landmarks, found_by = find_landmarks(image, _finder, img_size)
+        stored, landmarks, found_by = find_face(image, _finder, img_size)
         samples["images"].append(stored)
         samples["landmarks"].append(np.full((68, 2), np.nan) if landmarks is None else landmarks)
         samples["region_masks"].append(draw_masks(landmarks, img_size, grid_size))

@@ -48,7 +48,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]}); take another one or run train.py again") from error
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path}: not a whole checkpoint ({cause}); take another one or run train.py again") from error
     if not isinstance(checkpoint, dict) or not {"version", "config", "model", "mask_style"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: not a checkpoint of train.py: it does not say what model it is; run train.py again")
     if checkpoint["version"] != CHECKPOINT_VERSION:
@@ -214,7 +215,7 @@ def score_images(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> 
     An image is treated as in the features: found, resized and masked by feature_extraction's own functions. It is meant to
     be a picture of one face; of several, the largest guides the masks.
     """
-    from feature_extraction import FaceFinder, find_landmarks, find_predictor, stored_image  # dlib, where it is needed
+    from feature_extraction import FaceFinder, find_face, find_predictor  # dlib, where it is needed
     from preprocess import Rejected, list_images, load_rgb
 
     finder = FaceFinder(find_predictor(args.predictor))
@@ -229,13 +230,13 @@ def score_images(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> 
             print(f"{'-':>8}  {'-':<8}{'-':<11}{path}: {reason}")
             unscored += 1
             continue
-        landmarks, found_by = find_landmarks(image, finder, side)
+        stored, landmarks, found_by = find_face(image, finder, side)
         if landmarks is None:
             print(f"{'-':>8}  {'-':<8}{'none':<11}{path}: no face found")
             unscored += 1
             continue
         masks = torch.from_numpy(draw_region_masks(landmarks, (side, side), grid, checkpoint["mask_style"]))
-        pixels = torch.from_numpy(stored_image(image, side).copy()).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
+        pixels = torch.from_numpy(stored.copy()).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
         score = fake_probability(model, pixels[None], masks[None]).item()
         print(f"{score:>8.4f}  {'fake' if score >= threshold else 'real':<8}{found_by:<11}{path}")
     if not paths:

@@ -97,7 +97,7 @@ class LAMM(nn.Module):
 
     def __init__(self, embed_dim: int, depth: int):
         super().__init__()
-        self.layer_embeddings = nn.Parameter(torch.empty(depth, LAYER_EMBED_DIM))
+        self.layer_embeddings = nn.Parameter(torch.randn(depth, LAYER_EMBED_DIM))
         self.global_feature_fusion = nn.Linear(2 * embed_dim, embed_dim)
         self.context_mlp = nn.Sequential(nn.Linear(embed_dim + LAYER_EMBED_DIM, embed_dim), nn.GELU(), nn.LayerNorm(embed_dim))
         self.region_importance_mlp = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 64), nn.GELU(), nn.Linear(64, NUM_HEADS))
@@ -228,7 +228,6 @@ class LAMMViT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.lamm.layer_embeddings, std=1.0)
 
     def forward(self, images: Tensor, region_masks: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """Args:

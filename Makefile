@@ -1,0 +1,30 @@
+# make demo   a first run, from nothing to a table of generators
+# make test   all tests
+# Each sets up a virtual environment in .venv first. Needs Python >= 3.10 with venv.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO := demo_run
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: $(VENV)/installed
+	$(RUN) demo.py --output_dir $(DEMO)/datasets
+	for folder in $(DEMO)/datasets/*/*; do $(RUN) preprocess.py --directory $$folder || exit 1; done
+	$(RUN) feature_extraction.py --data_root $(DEMO)/datasets --output_dir $(DEMO)/features
+	$(RUN) train.py --features $(DEMO)/features --output_dir $(DEMO)/output_model
+	$(RUN) inference.py --features $(DEMO)/features --checkpoint $(DEMO)/output_model/best_model.pth --output $(DEMO)/prediction_results.json
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+clean:
+	rm -rf $(VENV) $(DEMO) .pytest_cache

@@ -1,0 +1,189 @@
+"""model.py: agreement with the authors' code, the configuration's limits, every parameter learns."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import LAMM, LAMMLoss, LAMMViT, LAMMViTConfig, MaskProcessor, region_gated_attention
+
+GOLDEN = Path(__file__).parent / "data" / "parity_small.npz"
+SMALL = LAMMViTConfig(img_size=64, patch_size=16, embed_dim=48, depth=4, mlp_ratio=2.0)
+
+
+def sample(config: LAMMViTConfig, size: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, config.img_size, config.img_size, generator=generator)
+    masks = torch.rand(size, 8, config.grid_size, config.grid_size, generator=generator)
+    return images, masks, torch.arange(size) % 2
+
+
+@pytest.fixture(scope="module")
+def golden() -> tuple[dict, LAMMViT, dict, dict]:
+    """The golden file, its model after a backward pass, the outputs and the losses."""
+    values = dict(np.load(GOLDEN))
+    config = LAMMViTConfig(
+        img_size=int(values["config_img_size"]), patch_size=int(values["config_patch_size"]), embed_dim=int(values["config_dim"]),
+        depth=int(values["config_num_layers"]), num_heads=int(values["config_num_heads"]), num_classes=int(values["config_num_classes"]),
+        mlp_ratio=int(values["config_mlp_dim"]) / int(values["config_dim"]),
+    )  # fmt: skip
+    model = LAMMViT(config).eval()
+    model.load_state_dict({key.removeprefix("state/"): torch.from_numpy(values[key]) for key in values if key.startswith("state/")}, strict=True)
+    outputs = model(torch.from_numpy(values["images"]), torch.from_numpy(values["region_masks"]))
+    losses = LAMMLoss(diversity_weight=0.2)(outputs, torch.from_numpy(values["labels"]))
+    losses["total"].backward()
+    return values, model, outputs, losses
+
+
+def test_agrees_with_the_authors_outputs_and_losses(golden):
+    values, _, outputs, losses = golden
+    np.testing.assert_allclose(outputs["logits"].detach(), values["logits"], atol=1e-5)
+    np.testing.assert_allclose(torch.stack(outputs["mask_weights"]).detach(), values["mask_weights"], atol=1e-5)
+    for name in ("total", "ce", "diversity"):
+        assert losses[name].item() == pytest.approx(float(values[f"loss_{name}"]), abs=1e-5)
+
+
+def test_agrees_with_all_of_the_authors_gradients(golden):
+    values, model, _, _ = golden
+    gradients = {key.removeprefix("grad/"): values[key] for key in values if key.startswith("grad/")}
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(parameter.grad, gradients[name], atol=1e-5, err_msg=name)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = LAMMViT(SMALL)
+    images, masks, labels = sample(SMALL)
+    LAMMLoss()(model(images, masks), labels)["total"].backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 8}, "num_heads is 8"),
+        ({"num_heads": 16, "embed_dim": 768}, "num_heads is 16"),
+        ({"embed_dim": 100}, "embed_dim is 100"),
+        ({"embed_dim": 0}, "embed_dim is 0"),
+        ({"img_size": 225}, "img_size is 225"),
+        ({"depth": 0}, "depth 0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_impossible_configurations_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        LAMMViTConfig(**change)
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(AttributeError):
+        LAMMViTConfig().depth = 3
+
+
+def test_inputs_of_other_sizes_are_refused():
+    model = LAMMViT(SMALL)
+    images, masks, _ = sample(SMALL)
+    with pytest.raises(ValueError, match="images are"):
+        model(images[..., :48], masks)
+    with pytest.raises(ValueError, match="region_masks are"):
+        model(images, masks[:2])
+
+
+def test_a_closed_gate_makes_scores_zero_and_excludes_no_key():
+    q, k, v = torch.randn(3, 2, 12, 5, 4)
+    masks, theta = torch.zeros(2, 12, 5), torch.ones(2, 12)
+    closed = region_gated_attention(q, k, v, masks, torch.full((2, 12), 1e4), theta)  # σ(1e4 · (0 − 1)) = 0
+    torch.testing.assert_close(closed, v.mean(dim=2, keepdim=True).expand_as(v))
+    opened = region_gated_attention(q, k, v, masks, torch.full((2, 12), 1e4), -theta)
+    torch.testing.assert_close(opened, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def test_mask_processor_mixes_the_documented_regions():
+    processor = MaskProcessor(num_patches=4)
+    with torch.no_grad():
+        for project in processor.mask_projection:
+            project.weight.copy_(torch.eye(4))
+            project.bias.zero_()
+    regions = torch.rand(1, 8, 2, 2)
+    masks, flat = processor(regions), regions.flatten(2)
+    assert masks.shape == (1, 12, 5) and not masks[:, :, 0].any()  # nothing for the class token
+    torch.testing.assert_close(masks[:, :8, 1:], flat)
+    for head, members in ((8, [0, 1, 7]), (9, [3, 4, 5]), (10, [2, 6])):
+        torch.testing.assert_close(masks[:, head, 1:], flat[:, members].sum(dim=1))
+    torch.testing.assert_close(masks[:, 11, 1:], flat.mean(dim=1))
+
+
+def test_lamm_memory_carries_the_weights_from_layer_to_layer():
+    lamm = LAMM(48, 3)
+    x = torch.randn(2, 17, 48)
+    with torch.no_grad():
+        lamm.memory_gate.bias.fill_(100)  # β = 1
+        lamm.memory_gate.weight.zero_()
+        lamm.new_info_gate.bias.fill_(-100)  # γ = 0
+        lamm.new_info_gate.weight.zero_()
+    previous = torch.rand(2, 12)
+    torch.testing.assert_close(lamm(x, 1, previous)[0], previous)
+
+
+def test_mask_weights_are_those_of_the_last_three_layers():
+    images, masks, _ = sample(SMALL)
+    for depth, expected in ((1, 1), (3, 3), (4, 3)):
+        model = LAMMViT(LAMMViTConfig(img_size=64, embed_dim=48, depth=depth)).eval()
+        assert [tuple(w.shape) for w in model(images, masks)["mask_weights"]] == [(4, 12)] * expected
+
+
+def test_diversity_by_hand():
+    assert LAMMLoss.diversity(torch.rand(1, 12)) == 0  # a batch of one
+    assert LAMMLoss.diversity(torch.eye(2, 12)) == 0  # nothing in common
+    assert LAMMLoss.diversity(torch.ones(4, 12)).item() == pytest.approx(12 / 16)  # all alike: 1 everywhere off the diagonal
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    model = LAMMViT(LAMMViTConfig(depth=2))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            fan_out, fan_in = module.weight.shape
+            assert module.weight.abs().max() <= (6 / (fan_in + fan_out)) ** 0.5, name
+            assert not module.bias.any(), name
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.lamm.layer_embeddings.std().item() == pytest.approx(1, rel=0.3)
+    assert not model.lamm.base_theta.any() and (model.mask_processor.combine_weights_all == 1).all()
+
+
+def test_head_interaction_is_the_same_for_every_token_and_computed_once(monkeypatch):
+    model = LAMMViT(SMALL).eval()
+    block, x = model.blocks[0], torch.randn(2, 17, 48)
+    sizes = []
+    block.head_interaction.proj.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(inputs[0].shape)))
+    added = block.head_interaction(x) - x
+    torch.testing.assert_close(added, added[:, :1].expand_as(added), atol=1e-5, rtol=0)
+    assert sizes == [(2, 1, 48)]
+
+
+def test_samples_of_a_batch_do_not_see_each_other():
+    model = LAMMViT(SMALL).eval()
+    images, masks, _ = sample(SMALL)
+    together = model(images, masks)["logits"]
+    alone = torch.cat([model(images[i : i + 1], masks[i : i + 1])["logits"] for i in range(len(images))])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_acts_in_training_alone():
+    model = LAMMViT(SMALL)
+    images, masks, _ = sample(SMALL)
+    first, second = (model(images, masks)["logits"] for _ in range(2))
+    assert not torch.equal(first, second)
+    model.eval()
+    first, second = (model(images, masks)["logits"] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_masks_change_the_answer():
+    model = LAMMViT(SMALL).eval()
+    images, masks, _ = sample(SMALL)
+    for region in range(8):
+        changed = masks.clone()
+        changed[:, region] += 1
+        assert not torch.allclose(model(images, masks)["logits"], model(images, changed)["logits"], atol=1e-6)

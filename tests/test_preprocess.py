@@ -1,0 +1,221 @@
+"""preprocess.py: what is used, what is set aside, and that nothing is ever lost."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, error_line, run_script
+from PIL import Image, ImageCms
+
+from preprocess import Rejected, load_rgb, plan_names
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth random picture, so that JPEG keeps it nearly as it is."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def fill(folder: Path) -> dict[str, str]:
+    """Hostile files. Returns {relative path: part of the reason} of those that cannot be used."""
+    (folder / "a b/ç").mkdir(parents=True)
+    picture(300, 200, 1).save(folder / "same.jpg")
+    picture(300, 200, 2).save(folder / "same.bmp")
+    picture(224, 224, 3).save(folder / "same.png")
+    picture(90, 90, 4).save(folder / "same.JPG", "JPEG")
+    picture(640, 480, 5).save(folder / "a b/ç/new\nline é.webp")
+    picture(64, 64, 6).save(folder / "-dash.jpeg")
+    picture(100, 80, 7).convert("CMYK").save(folder / "cmyk.jpg")
+    picture(100, 80, 8).convert("P").save(folder / "palette.png", transparency=0)
+    picture(224, 224, 9).save(folder / "colour_key.png", transparency=(1, 2, 3))
+    picture(100, 80, 10).convert("L").save(folder / "gray.jpg")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture(100, 80, 11).save(folder / "icc.jpg", icc_profile=profile)
+    picture(50, 50, 12).save(folder / "animated.webp", save_all=True, append_images=[picture(50, 50, 13)])
+    picture(224, 224, 14).save(folder / "interleaved.png")
+    Image.fromarray(np.linspace(0, 65535, 224 * 224).reshape(224, 224).astype(np.uint16)).save(folder / "sixteen.png")
+
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "empty.png").write_bytes(b"")
+    picture(3, 3).save(folder / "tiny.png")
+    picture(500, 1).save(folder / "line.png")
+    (folder / "cut.jpg").write_bytes((folder / "same.jpg").read_bytes()[:3000])
+    whole = (folder / "same.png").read_bytes()
+    (folder / "cut_224.png").write_bytes(whole[: len(whole) // 2])
+    os.symlink("nowhere.png", folder / "dangling.png")
+    os.symlink("loop.png", folder / "loop.png")
+    return {"text.jpg": "cannot be read", "empty.png": "cannot be read", "tiny.png": "3x3 pixels, under the minimum of 12x12", "line.png": "500x1 pixels",
+            "cut.jpg": "truncated", "cut_224.png": "cannot be read", "dangling.png": "No such file", "loop.png": "symbolic links"}  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def rejections(folder: Path) -> dict[str, str]:
+    with open(folder / "rejected.csv", newline="") as file:
+        return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def usable(folder: Path, unusable: dict[str, str]) -> int:
+    return sum(path.is_file() or path.is_symlink() for path in folder.rglob("*")) - len(unusable)
+
+
+def test_in_place(tmp_path):
+    folder = tmp_path / "D"
+    unusable = fill(folder)
+    originals = {name: os.path.lexists(folder / name) and (folder / name).read_bytes() if (folder / name).is_file() else None for name in unusable}
+    count = usable(folder, unusable)
+    done = run_script("preprocess.py", "--directory", folder, cwd=tmp_path)
+    assert f"{len(unusable)} rejected" in done.stdout
+
+    results = contents(folder)
+    assert len(results) == count and all(name.endswith(".png") for name in results)
+    for name in results:
+        with Image.open(folder / name) as image:
+            assert (image.format, image.mode, image.size) == ("PNG", "RGB", (224, 224)), name
+    assert {"same.png", "same_jpg.png", "same_bmp.png", "same_jpg_2.png"} <= results.keys()
+    for name, reason in rejections(tmp_path / "D_rejected").items():
+        assert unusable.pop(name) in reason
+        assert os.path.lexists(tmp_path / "D_rejected" / name)
+        assert originals[name] is None or (tmp_path / "D_rejected" / name).read_bytes() == originals[name]
+    assert unusable == {}
+
+    rejected = contents(tmp_path / "D_rejected")
+    again = run_script("preprocess.py", "--directory", folder, cwd=tmp_path)
+    assert f"0 written, {count} unchanged, 0 rejected" in again.stdout
+    assert contents(folder) == results and contents(tmp_path / "D_rejected") == rejected  # byte for byte
+
+
+def test_output_dir_leaves_the_source_untouched_and_gives_the_same(tmp_path):
+    fill(tmp_path / "D")
+    unusable = fill(tmp_path / "E")
+    before = contents(tmp_path / "D")
+    run_script("preprocess.py", "--directory", "D", "--output_dir", "O", cwd=tmp_path)
+    assert contents(tmp_path / "D") == before
+    assert rejections(tmp_path / "O_rejected").keys() == unusable.keys()
+    run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
+    results = contents(tmp_path / "O")
+    assert results == contents(tmp_path / "E")
+
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "O").rglob("*.png")}
+    again = run_script("preprocess.py", "--directory", "D", "--output_dir", "O", cwd=tmp_path)
+    assert "0 written" in again.stdout and contents(tmp_path / "O") == results
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "O").rglob("*.png")} == stamps
+
+    picture(100, 100, 99).save(tmp_path / "D/-dash.jpeg")  # a source that changed is made anew, and it alone
+    assert "1 written" in run_script("preprocess.py", "--directory", "D", "--output_dir", "O", cwd=tmp_path).stdout
+
+
+def test_delete_rejected_deletes_and_still_tells_why(tmp_path):
+    unusable = fill(tmp_path / "D")
+    run_script("preprocess.py", "--directory", "D", "--delete_rejected", cwd=tmp_path)
+    assert rejections(tmp_path / "D_rejected").keys() == unusable.keys()
+    assert [path.name for path in (tmp_path / "D_rejected").iterdir()] == ["rejected.csv"]
+    assert not any(os.path.lexists(tmp_path / "D" / name) for name in unusable)
+
+
+def test_a_rejected_file_never_overwrites_an_earlier_one(tmp_path):
+    (tmp_path / "D").mkdir()
+    for text in ("first", "second"):
+        picture(20, 20).save(tmp_path / "D/good.png")
+        (tmp_path / "D/bad.jpg").write_text(text)
+        run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    assert (tmp_path / "D_rejected/bad.jpg").read_text() == "first"
+    assert (tmp_path / "D_rejected/bad_2.jpg").read_text() == "second"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--directory", "nowhere"), "nowhere: no such folder"),
+        (("--directory", "empty"), "empty: no images in it"),
+        (("--directory", "D", "--output_dir", "D/inside"), "lies within"),
+        (("--directory", "D", "--output_dir", "O", "--delete_rejected"), "in place only"),
+        (("--directory", "D", "--target_width", 0), "at least 1"),
+    ],
+)
+def test_refusals(tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "D").mkdir()
+    picture(20, 20).save(tmp_path / "D/a.jpg")
+    before = contents(tmp_path)
+    assert message in error_line(run_script("preprocess.py", *arguments, cwd=tmp_path, expect=1))
+    assert contents(tmp_path) == before
+
+
+def test_other_sizes_and_antialiasing(tmp_path):
+    (tmp_path / "D").mkdir()
+    stripes = np.zeros((512, 512, 3), np.uint8)
+    stripes[:, ::2] = 255  # one pixel wide: shrunk without a filter they would be black and white stripes still
+    Image.fromarray(stripes).save(tmp_path / "D/stripes.png")
+    run_script("preprocess.py", "--directory", "D", "--target_height", 96, "--target_width", 128, cwd=tmp_path)
+    result = np.asarray(Image.open(tmp_path / "D/stripes.png"))
+    assert result.shape == (96, 128, 3)
+    assert np.abs(result[:, 4:-4].astype(int) - 127).max() <= 3
+
+
+def test_decoding_is_what_people_see(tmp_path):
+    upright = picture(60, 40, 1)
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "exif.jpg", exif=sideways, quality=100, subsampling=0)
+    assert np.abs(np.asarray(load_rgb(tmp_path / "exif.jpg")).astype(int) - np.asarray(upright)).mean() < 2
+
+    glass = Image.new("RGBA", (8, 8), (200, 10, 10, 0))
+    glass.putpixel((2, 3), (1, 2, 3, 255))
+    glass.save(tmp_path / "glass.png")
+    assert load_rgb(tmp_path / "glass.png").getpixel((0, 0)) == (255, 255, 255)
+    assert load_rgb(tmp_path / "glass.png").getpixel((2, 3)) == (1, 2, 3)
+
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "sixteen.png")
+    np.testing.assert_array_equal(np.asarray(load_rgb(tmp_path / "sixteen.png"))[..., 0].ravel(), np.arange(256))
+
+    upright.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    assert np.abs(np.asarray(load_rgb(tmp_path / "cmyk.jpg")).astype(int) - np.asarray(upright)).mean() < 3
+
+
+def test_reasons_do_not_carry_the_path_of_a_run(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"?")
+    with pytest.raises(Rejected) as error:
+        load_rgb(tmp_path / "bad.png")
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_plan_is_the_same_at_every_moment_of_a_run(tmp_path):
+    """Whatever of the plan has been carried out, the rest keeps its names: a run that was stopped goes on to the same end."""
+    images = sorted(tmp_path / name for name in ("a.jpg", "a.bmp", "A.jpeg", "a.png", "a_jpg.webp", "b.jpg", "b.webp"))
+    plan = plan_names(images, set(images))
+    assert len({str(name).casefold() for name in plan.values()}) == len(images)
+    for done in range(2 ** len(images)):
+        state = sorted(plan[image] if done >> i & 1 else image for i, image in enumerate(images))
+        rest = plan_names(state, set(state))
+        assert all(rest[image] == plan[image] for i, image in enumerate(images) if not done >> i & 1)
+
+
+def test_killed_at_any_moment_and_run_again(tmp_path):
+    names = []
+    for folder in ("D", "E"):
+        (tmp_path / folder).mkdir()
+        for i in range(60):
+            picture(800, 600, i).save(tmp_path / folder / f"{i}.jpg", quality=95)
+            names.append(f"{i}.png")
+    run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
+    for delay in (0.35, 0.5, 0.65, 0.8):
+        process = subprocess.Popen([sys.executable, ROOT / "preprocess.py", "--directory", "D"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in (tmp_path / "D").iterdir():
+            if not path.name.startswith("."):
+                load_rgb(path)  # whole, under its old name or its new one
+    run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    visible = {name: data for name, data in contents(tmp_path / "D").items() if not name.startswith(".")}
+    assert visible == contents(tmp_path / "E")
