@@ -2,14 +2,15 @@
 
 Every picture is computed, none is a photograph. A *real* face is consistent: two eyes of one colour, one
 light, a mouth on the face's axis, one sharpness. Each *generator* breaks exactly one of these relations
-between regions and leaves every single region as plausible as before, which is the paper's idea of a fake
-in its simplest form. The set proves that the pipeline runs and learns; it says nothing about real fakes.
+between regions and draws the rest alike, which is the paper's idea of a fake in its simplest form: broken
+so plainly that a small model can learn it in minutes. The set proves that the pipeline runs and learns; it
+says nothing about real fakes.
 
 Input:   nothing
 Output:  OUTPUT_DIR/real/Consistent/00000.png ...  and  OUTPUT_DIR/fake/<Generator>/00000.png ...
          (8-bit RGB PNG, the same format for every class)
 
-    python demo.py                                             # 400 real + 4 x 100 fake, 224 px
+    python demo.py                                             # 800 real + 4 x 200 fake, 224 px
     python demo.py --real 2000 --fake 500 --workers 8          # more, in parallel; the same bytes
     python demo.py --output_dir /tmp/faces --size 448          # larger pictures of the same faces
 
@@ -41,13 +42,13 @@ NOSE_DEPTH = 0.27  # how far the tip of the nose stands before the face
 # Colours are sRGB in [0, 255]; all drawing happens in linear light, where shading and blur are right.
 SKIN = [(248, 216, 196), (236, 194, 166), (222, 172, 138), (190, 136, 102), (148, 100, 72), (108, 72, 54)]
 HAIR = [(28, 22, 20), (58, 38, 28), (98, 64, 40), (150, 104, 60), (206, 166, 104), (146, 70, 38), (150, 148, 146)]
-# Two families of equal size: IrisMismatch takes one of each, so either iris alone is as likely as ever.
+# Two families: IrisMismatch takes one iris of each.
 WARM_IRIS = [(70, 40, 20), (104, 62, 28), (146, 92, 36), (88, 52, 40)]
 COOL_IRIS = [(78, 132, 190), (104, 164, 196), (92, 148, 96), (140, 160, 174)]
 # Skin lets red light travel furthest beneath the surface, so its shading falls off last in red.
 WRAP = (0.30, 0.18, 0.12)
-SHARP, SOFT = (0.004, 0.009), (0.032, 0.038)  # lens blur: standard deviation, in eye distances
-SOFT_SHARE = 1 / 3  # of all pictures; each of the three regions below is soft as often among BlurredRegion
+COOL_SHARE = 0.2  # of the consistent faces have cool irises
+SHARP, SOFT = (0.004, 0.009), (0.10, 0.13)  # lens blur of a picture, of a blurred region: σ in eye distances
 BLUR_REGIONS = ("eyes", "nose", "mouth")
 
 
@@ -77,9 +78,9 @@ def sample_face(rng: np.random.Generator) -> SimpleNamespace:
     """
     f, uniform = SimpleNamespace(), rng.uniform
     # pose: in the image plane, and turned out of it
-    f.scale, f.roll = uniform(0.95, 1.05), uniform(-0.07, 0.07)
-    f.shift_x, f.shift_y = uniform(-0.08, 0.08), uniform(-0.06, 0.06)
-    f.yaw, f.pitch = uniform(-0.10, 0.10), uniform(-0.04, 0.04)
+    f.scale, f.roll = uniform(0.97, 1.03), uniform(-0.04, 0.04)
+    f.shift_x, f.shift_y = uniform(-0.04, 0.04), uniform(-0.03, 0.03)
+    f.yaw, f.pitch = uniform(-0.06, 0.06), uniform(-0.03, 0.03)
     # proportions
     f.head_w, f.skull, f.chin = uniform(0.93, 1.02), uniform(1.26, 1.42), uniform(1.58, 1.74)
     f.jaw = uniform(1.95, 2.35)  # exponent of the outline: 2 is an ellipse, more is squarer
@@ -95,7 +96,7 @@ def sample_face(rng: np.random.Generator) -> SimpleNamespace:
     # colours
     f.skin, f.hair = pick(rng, SKIN), pick(rng, HAIR)
     f.lip = f.skin * linear((255, uniform(120, 175), uniform(130, 180)))
-    f.iris = [linear((WARM_IRIS, COOL_IRIS)[rng.integers(2)][rng.integers(4)])] * 2  # image left, image right
+    f.iris = [linear((WARM_IRIS, COOL_IRIS)[int(uniform() < COOL_SHARE)][rng.integers(4)])] * 2  # image left, image right
     f.cloth, f.collar, f.blush = muted(rng), uniform(0.3, 0.6), uniform(0.0, 0.25)
     f.back = [muted(rng) for _ in range(2)]
     f.back_angle = uniform(0, 2 * np.pi)
@@ -113,7 +114,7 @@ def sample_face(rng: np.random.Generator) -> SimpleNamespace:
     f.light_colour = np.array([1 + uniform(-0.08, 0.12), 1.0, 1 + uniform(-0.12, 0.08)], np.float32)
     f.ambient, f.gain = uniform(0.18, 0.26), uniform(1.0, 1.15)
     # camera
-    f.blur = uniform(*(SOFT if uniform() < SOFT_SHARE else SHARP))
+    f.blur = uniform(*SHARP)
     f.region_blur = None  # (one of BLUR_REGIONS, blur)
     f.noise, f.noise_seed = uniform(1.0, 3.0), int(rng.integers(2**32))  # in grey levels of 255
     return f
@@ -126,18 +127,18 @@ def iris_mismatch(f: SimpleNamespace, rng: np.random.Generator) -> None:
 
 
 def nose_light(f: SimpleNamespace, rng: np.random.Generator) -> None:
-    """The nose is lit from the side opposite to the one that lights the face."""
-    f.nose_light = f.light * np.array([-1, 1, 1], np.float32)
+    """The nose is lit from below and from the side opposite to the one that lights the face."""
+    f.nose_light = np.array([-1.0 * np.sign(f.light[0]), 0.9, 0.35], np.float32)
+    f.nose_light /= np.linalg.norm(f.nose_light)
 
 
 def off_axis_mouth(f: SimpleNamespace, rng: np.random.Generator) -> None:
-    """The mouth, with its relief, sits beside the face's axis: by 8 to 11 px of 224."""
-    f.mouth_x = float(rng.choice([-1, 1])) * rng.uniform(0.15, 0.21)
+    """The mouth, with its relief, sits beside the face's axis: by 16 to 19 px of 224."""
+    f.mouth_x = float(rng.choice([-1, 1])) * rng.uniform(0.30, 0.36)
 
 
 def blurred_region(f: SimpleNamespace, rng: np.random.Generator) -> None:
-    """One region is as soft as an out-of-focus picture, the rest is sharp."""
-    f.blur = rng.uniform(*SHARP)
+    """One region is out of focus, the rest is sharp."""
     f.region_blur = (BLUR_REGIONS[rng.integers(len(BLUR_REGIONS))], rng.uniform(*SOFT))
 
 
@@ -466,12 +467,12 @@ def draw_file(job: tuple[Path, str | None, list[int]], size: int) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo/datasets"), help="root; default: %(default)s")
-    parser.add_argument("--real", type=int, default=400, help="consistent faces; default: %(default)s")
-    parser.add_argument("--fake", type=int, default=100, help="faces per generator; default: %(default)s")
-    parser.add_argument("--size", type=int, default=224, help="side of a picture in pixels; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes; default: %(default)s")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: one per core")
+    parser.add_argument("--output_dir", type=Path, default=Path("demo_run/datasets"), help="data root to write (default: %(default)s)")
+    parser.add_argument("--real", type=int, default=800, help="number of consistent faces (default: %(default)s)")
+    parser.add_argument("--fake", type=int, default=200, help="number of faces per generator (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="side of a picture in pixels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     return parser
 
 
