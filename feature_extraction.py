@@ -35,6 +35,7 @@ from typing import NamedTuple, Sequence
 
 import cv2
 import numpy as np
+import psutil
 from PIL import Image
 from tqdm import tqdm
 
@@ -48,6 +49,7 @@ PREDICTOR_SHA256 = "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11
 SPLIT_FRACTIONS = (0.6, 0.2, 0.2)  # train, val, test; the authors'
 SHARD_SIZE = 32  # images between two points that a stopped run can go on from
 SEARCH_SIDE = 480  # a larger image is searched on a copy with this longer side, so that the time for a face does not grow with it
+WORKER_MEMORY = 700 * 2**20  # bytes that a worker process takes, libraries and predictor included
 PADDING = 0.25  # of each side; brings a face that fills the frame back into the detector's reach
 
 
@@ -423,6 +425,12 @@ def is_finished(output_dir: Path, data_sets: Sequence[str], fingerprint: str) ->
 # ------------------------------------------------------------------------------------------------------------------ script
 
 
+def default_workers() -> int:
+    """One process a core that this one may use, fewer where memory is short."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # the first is Linux's
+    return max(1, min(cores, psutil.virtual_memory().available // WORKER_MEMORY))
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", type=Path, default=Path("datasets"), help="folder with real/<Name> and fake/<Generator> (default: datasets)")
@@ -432,7 +440,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--patch_size", type=int, default=16, help="side of a patch in pixels, for the stored masks; train.py may use another (default: 16)")
     parser.add_argument("--group_by_folder", action="store_true", help="keep the images of each sub-folder (an identity) in one split")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: one a core, fewer where memory is short)")
     return parser
 
 
