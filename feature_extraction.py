@@ -258,7 +258,9 @@ def extract(shards: list[Shard], predictor: Path, args: argparse.Namespace) -> N
     if done:
         print(f"going on: {done} of {total} images were done before")
     FaceFinder(predictor)  # an unusable predictor file is better found here than in every worker
-    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context(), start_worker, (predictor,))
+    # A fork of this process would inherit locks that threads of torch or cv2 hold, so workers come from a clean one.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context(method), start_worker, (predictor,))
     try:
         futures = [pool.submit(extract_shard, shard, args.data_root, args.img_size, args.img_size // args.patch_size) for shard in missing]
         with tqdm(total=total, initial=done, desc="faces", unit="image", smoothing=0.05) as bar:
