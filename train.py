@@ -14,6 +14,7 @@ W · batch_size · accum_steps images. Without a GPU, torchrun trains on the CPU
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from inference import CHECKPOINT_VERSION, CheckpointError, binary_metrics, choos
 from model import LAMMLoss, LAMMViT, LAMMViTConfig
 
 MIN_LR = 1e-6  # floor of the plateau schedule; the authors'
+MAY_CHANGE = ("features", "output_dir", "resume", "epochs", "stop_patience", "device", "num_workers")  # between a run and its resumption
 
 
 # ------------------------------------------------------------------------------------------------------------- processes
@@ -204,18 +206,24 @@ def main(args: argparse.Namespace) -> None:
     first_epoch, best_auc, epochs_since_best, lines = 1, -math.inf, 0, []
     if args.resume:
         resumed, checkpoint = load_checkpoint(last, device)
-        if resumed.config != config or checkpoint["datasets"] != names:
-            raise CheckpointError(f"{last}: trained as {resumed.config} on {checkpoint['datasets']}; resume with the same options and features")
+        changed = [name for name in options if name not in MAY_CHANGE and checkpoint["arguments"].get(name) != options[name]]
+        if changed or resumed.config != config or checkpoint["features"] != train_set.fingerprint:
+            what = ", ".join(f"--{name} {checkpoint['arguments'].get(name)}" for name in changed) or "other features"
+            raise CheckpointError(f"{last}: trained with {what}; resume with the same options and features")
         model.load_state_dict(resumed.state_dict())
         for part, name in ((optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
             part.load_state_dict(checkpoint[name])
         first_epoch, best_auc, epochs_since_best = checkpoint["epoch"] + 1, checkpoint["best_auc"], checkpoint["epochs_since_best"]
         lines = log.read_text().splitlines()[: checkpoint["epoch"]]
     elif rank == 0:
+        if best.exists() or last.exists():  # days of work, maybe: never written over
+            earlier = next(path for n in itertools.count(1) if not (path := args.output_dir / f"earlier_{n}").exists())
+            earlier.mkdir()
+            for path in (best, last, log):
+                if path.exists():
+                    path.rename(earlier / path.name)
+            print(f"the model of an earlier run is kept in {earlier}")
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        if best.exists():
-            os.replace(best, previous := best.with_name("best_model.previous.pth"))
-            print(f"{best} of an earlier run is kept as {previous}")
 
     if rank == 0:
         for split, dataset in (("train", train_set), ("val", val_set)):
@@ -228,6 +236,9 @@ def main(args: argparse.Namespace) -> None:
     # training
     trained = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
     for epoch in range(first_epoch, args.epochs + 1):
+        if epochs_since_best >= args.stop_patience:
+            print(f"rank {rank}: no better AUC for {args.stop_patience} epochs, stopped after epoch {epoch - 1}", flush=True)
+            break
         torch.manual_seed(hash((args.seed, epoch, rank)))  # dropout; drawn by epoch, so that a resumed run draws the same
         started = time.perf_counter()
         batches = epoch_batches(len(train_set), args.batch_size, rank, world, args.seed, epoch)
@@ -246,14 +257,11 @@ def main(args: argparse.Namespace) -> None:
             print(f"epoch {epoch:>3}  loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  val ACC {line['val_accuracy']:.2f} %"
                   f"  val AUC {line['val_auc']:.4f}{' *' if is_best else '  '}  {line['images_per_second']:.0f} images/s", flush=True)  # fmt: skip
             checkpoint = {"version": CHECKPOINT_VERSION, "config": dataclasses.asdict(config), "model": model.state_dict()}
-            checkpoint |= {"mask_style": args.mask_style, "datasets": names, "arguments": options} | line
+            checkpoint |= {"mask_style": args.mask_style, "datasets": names, "features": train_set.fingerprint, "arguments": options} | line
             if is_best:
                 save(checkpoint, best)
             checkpoint |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict()}
             save(checkpoint | {"best_auc": best_auc, "epochs_since_best": epochs_since_best}, last)
-        if epochs_since_best >= args.stop_patience:
-            print(f"rank {rank}: no better AUC for {args.stop_patience} epochs, stopped after epoch {epoch}", flush=True)
-            break
 
     if rank == 0:
         print(f"best validation AUC {best_auc:.4f}; model in {best}")

@@ -1,5 +1,7 @@
 """dataset.py: the masks, the mirror, the schema, and reading in any process."""
 
+import sys
+
 import h5py
 import numpy as np
 import pytest
@@ -7,8 +9,20 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset import (
-    FOUND_BY, MASK_STYLES, MIRROR_LANDMARKS, PER_SAMPLE, REGIONS, FaceDataset, FeatureFileError, FeatureWriter, TrainTransform, draw_region_masks,
-    find_feature_files, horizontal_flip, normalize, open_features,
+    FOUND_BY,
+    MASK_STYLES,
+    MIRROR_LANDMARKS,
+    PER_SAMPLE,
+    REGIONS,
+    FaceDataset,
+    FeatureFileError,
+    FeatureWriter,
+    TrainTransform,
+    draw_region_masks,
+    find_feature_files,
+    horizontal_flip,
+    normalize,
+    open_features,
 )  # fmt: skip
 
 
@@ -215,6 +229,28 @@ def test_workers_read_the_same_after_the_parent_has_read(tmp_path, context):
     assert torch.equal(torch.cat([batch["image"] for batch in loader]), here)
 
 
+def test_a_file_is_opened_once_in_each_process(tmp_path, monkeypatch):
+    dataset, opened = FaceDataset(two_files(tmp_path), grid_size=2), []
+    monkeypatch.setattr(sys.modules["dataset"], "open_features", lambda path: opened.append(path) or open_features(path))
+    for i in (0, 6, 1, 7, 2):
+        dataset[i]
+    assert len(opened) == 2
+    dataset._owner = -1  # as it looks to a forked worker
+    for i in (0, 6, 1):
+        dataset[i]
+    assert len(opened) == 4, "handles of the parent are not used"
+
+
+def test_files_of_different_runs_are_not_mixed(tmp_path):
+    for name, run in (("real/A", "one"), ("fake/B", "one"), ("fake/C", "two")):
+        write_file(tmp_path / name / "val_features.h5", 1)
+        with h5py.File(tmp_path / name / "val_features.h5", "r+") as file:
+            file.attrs["fingerprint"] = run
+    with pytest.raises(FeatureFileError, match=r"different runs of feature_extraction.py: real/A, fake/B \| fake/C"):
+        find_feature_files(tmp_path, "val")
+    assert list(find_feature_files(tmp_path, "val", ["A", "B"])) == ["real/A", "fake/B"]
+
+
 def test_other_masks_than_the_stored_ones_are_drawn_from_landmarks(tmp_path):
     paths = two_files(tmp_path)
     landmarks = FaceDataset(paths, grid_size=2)[1]["landmarks"].numpy()
@@ -234,9 +270,8 @@ def test_files_of_different_sizes_and_no_sample_at_all(tmp_path):
 
 
 def test_append_wants_all_columns(tmp_path):
-    with pytest.raises(ValueError, match=PER_SAMPLE[0]):
-        with FeatureWriter(tmp_path / "a.h5", 32, 2, {}) as writer:
-            writer.append(labels=[1])
+    with pytest.raises(ValueError, match=PER_SAMPLE[0]), FeatureWriter(tmp_path / "a.h5", 32, 2, {}) as writer:
+        writer.append(labels=[1])
 
 
 # -------------------------------------------------------------------------------------------------------------- transforms
@@ -276,7 +311,12 @@ def test_each_corruption_has_its_probability_and_range():
             spreads.append(spread)
     assert 0.43 < np.mean(flips) < 0.57
     assert 0.21 < np.mean(drawn) < 0.33  # 1 − 0.9³ = 0.27
-    assert 0.02 < len(spreads) / 600 < 0.12 and max(spreads) < 0.26
+    assert 0.02 < len(spreads) / 600 < 0.12 and 0.1 < max(spreads) < 0.26
+
+    noise, jpeg, blur = transform.corrupt.transforms
+    assert [step.p for step in (noise, jpeg, blur)] == [0.1] * 3
+    assert noise.transforms[0].sigma_range == (0.05, 0.25)
+    assert tuple(jpeg.transforms[0].quality) == (50, 90) and tuple(blur.transforms[0].sigma) == (1.0, 5.0)
 
 
 def test_normalize_is_imagenets():

@@ -92,11 +92,16 @@ def test_search_does_not_give_up_at_once(finder):
     assert find_face(face, finder, 224)[2] == "frontal"
     assert find_face(on_canvas(224, 224, 80, 60, 60), finder, 224)[2] == "upsampled"  # too small as it is
     wide = on_canvas(1600, 400, 400, 600, 0)  # squeezed to a fourth of its width in the stored image
-    stored, landmarks, found_by = find_face(wide, finder, 224)
+    _, landmarks, found_by = find_face(wide, finder, 224)
     assert found_by == "original"
+    eyes, chin = landmarks[36:48, 1].mean(), landmarks[8, 1]
+    assert 80 < eyes < 110 and 160 < chin < 220  # the rows of the face, which fills the picture's height
     assert abs(landmarks[27:36, 0].mean() - (600 + 200) * 224 / 1600) < 3  # and yet in the stored image's frame
     tight = [Image.fromarray(render(sample_face(np.random.default_rng(seed)), 448)).crop((132, 142, 316, 326)) for seed in range(6)]
-    assert "padded" in {find_face(crop.resize((224, 224)), finder, 224)[2] for crop in tight}  # faces that fill the frame
+    padded = [landmarks for _, landmarks, found_by in (find_face(crop.resize((224, 224)), finder, 224) for crop in tight) if found_by == "padded"]
+    assert padded  # faces that fill the frame
+    for landmarks in padded:
+        assert landmarks[36:42, 0].mean() < 105 and landmarks[42:48, 0].mean() > 119  # without the border's offset
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8))
     assert find_face(noise, finder, 224)[1:] == (None, "mean")
 
@@ -220,7 +225,7 @@ def test_killed_and_run_again(datasets, features, tmp_path):
 def test_copies_and_identities_share_a_split_and_unusable_files_are_named(datasets, tmp_path):
     root = tmp_path / "datasets"
     for i, path in enumerate(sorted((datasets / "real/Consistent").glob("*.png"))[:40]):
-        person = root / f"real/People/person{i // 8}"
+        person = root / f"real/People/person{i // 8}/video{i % 2}"
         person.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, person / path.name)
     (root / "fake/Copies").mkdir(parents=True)
@@ -256,6 +261,20 @@ def test_shards_are_named_by_all_that_they_depend_on(tmp_path):
     assert not set(names({"img_size": 112})) & set(first)
     os.utime(tmp_path / "real/A/39.png", (0, 0))
     assert names({"img_size": 224})[0] == first[0] and names({"img_size": 224})[1] != first[1]
+
+
+def test_the_failure_rate_is_printed_per_data_set_and_class(datasets, features, capsys):
+    feature_extraction.report(features, DATA_SETS)
+    rows = {line[:28].strip(): line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["fake/OffAxisMouth"][-1] == f"{1 / 31:.1%}" and rows["real/Consistent"][-1] == "0.0%"
+    assert rows["all fake"][-1] == f"{1 / 61:.1%}" and rows["all real"][-1] == "0.0%"
+
+
+def test_a_worker_loads_the_predictor_once(datasets, tmp_path, monkeypatch, finder):
+    monkeypatch.setattr(feature_extraction, "_finder", finder)
+    monkeypatch.setattr(feature_extraction, "FaceFinder", None)  # loading it again would fail
+    for shard in plan_shards({"real/Consistent": list_images(datasets / "real")[:40]}, datasets, tmp_path, {}):
+        assert feature_extraction.extract_shard(shard, datasets, 224, 14) == len(shard.images)
 
 
 def test_refusals(datasets, tmp_path, monkeypatch):

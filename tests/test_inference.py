@@ -34,7 +34,7 @@ def test_threshold_separates_in_the_middle():
     assert choose_threshold(labels, np.array([0.01, 0.02, 0.04, 0.10, 0.30])) == pytest.approx(0.07)
     assert choose_threshold(labels, np.array([0.01, 0.02, 0.50, 0.10, 0.30])) == pytest.approx(0.06)  # 4 of 5, 0.02 | 0.10
     hopeless = choose_threshold(np.array([1, 0]), np.array([0.2, 0.7]))
-    assert 0 <= hopeless <= 1 or hopeless > 0.7
+    assert hopeless > 0.7  # nothing beats calling all of them real
 
 
 # -------------------------------------------------------------------------------------------------------- the comparisons
@@ -166,11 +166,14 @@ def test_table_and_json(features, trained, tmp_path):
     scores = predict_scores(model, dataset)
     for name, chosen in draw_comparisons(dataset, list(files), seed=0).items():
         assert results[name]["auc"] == pytest.approx(roc_auc_score(dataset.labels[chosen], scores[chosen]))
+        at_threshold = (scores[chosen] >= checkpoint["val_threshold"]) == dataset.labels[chosen]
+        assert results[name]["accuracy_val_threshold"] == pytest.approx(100 * np.mean(at_threshold))
         assert results[name]["accuracy"] == pytest.approx(100 * np.mean((scores[chosen] >= 0.5) == dataset.labels[chosen]))
 
 
 def test_refusals(features, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     shutil.copytree(features, tmp_path / "cut")
     victim = tmp_path / "cut/fake/OffAxisMouth/test_features.h5"
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
@@ -180,6 +183,8 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
         (("--features", "nowhere"), ("nowhere", "run feature_extraction.py")),
         (("--features", features, "--datasets", "Consistent", "NoSuchGenerator"), ("no data set NoSuchGenerator", "fake/OffAxisMouth")),
         (("--features", features, "--datasets", "OffAxisMouth"), ("holds one class only",)),
+        (("--images", "empty"), ("empty: no images there",)),
+        (("--device", "cuda"), ("no GPU",)) if not torch.cuda.is_available() else (("--features", "nowhere"), ("nowhere",)),
     ):
         line = refusal(inference, *arguments, *checkpoint)
         assert all(message in line for message in messages), line

@@ -52,6 +52,83 @@ def test_agrees_with_all_of_the_authors_gradients(golden):
         np.testing.assert_allclose(parameter.grad, gradients[name], atol=1e-5, err_msg=name)
 
 
+def textbook(state: dict, config: LAMMViTConfig, images: torch.Tensor, region_masks: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The model written down a second time, from the formulas alone: one head after the other, nothing shared with model.py."""
+    B, D, p, G, Dh = len(images), config.embed_dim, config.patch_size, config.grid_size, config.embed_dim // 12
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def layer_norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+    def mlp(x, name, activation):
+        return linear(activation(linear(x, f"{name}.0")), f"{name}.2")
+
+    patches = images.view(B, 3, G, p, G, p).permute(0, 2, 4, 1, 3, 5).reshape(B, G * G, -1)
+    x = patches @ state["patch_embed.weight"].reshape(D, -1).T + state["patch_embed.bias"]
+    x = torch.cat([state["cls_token"].repeat(B, 1, 1), x], 1) + state["pos_embed"]
+    regions = [linear(region_masks[:, r].reshape(B, -1), f"mask_processor.mask_projection.{r}") for r in range(8)]
+    mixtures = [("eye_forehead", (0, 1, 7)), ("mouth_chin", (3, 4, 5)), ("nose_contour", (2, 6))]
+    heads = regions + [sum(w * regions[r] for w, r in zip(state[f"mask_processor.combine_weights_{name}"], members)) for name, members in mixtures]
+    heads.append(sum(w * region for w, region in zip(state["mask_processor.combine_weights_all"].softmax(0), regions)))
+    M = torch.cat([torch.zeros(B, 12, 1), torch.stack(heads, 1)], 2)
+
+    w, history = torch.full((B, 12), 1 / 12), []
+    for layer in range(config.depth):
+        g = linear(torch.cat([x.mean(1), x.max(1)[0]], -1), "lamm.global_feature_fusion")
+        c = torch.cat([g, state["lamm.layer_embeddings"][layer].repeat(B, 1)], -1)
+        c = layer_norm(gelu(linear(c, "lamm.context_mlp.0")), "lamm.context_mlp.2")
+        alpha = mlp(torch.cat([c, w], -1), "lamm.region_importance_mlp", gelu).softmax(-1)
+        w = linear(c, "lamm.new_info_gate").sigmoid() * alpha + linear(c, "lamm.memory_gate").sigmoid() * w
+        history.append(w)
+        lam = torch.log1p(torch.exp(mlp(torch.cat([c, w], -1), "lamm.lambda_generator", torch.tanh)))
+        theta = state["lamm.base_theta"] + mlp(torch.cat([c, w], -1), "lamm.theta_generator", torch.tanh).tanh()
+
+        name, outputs = f"blocks.{layer}", []
+        q, k, v = linear(layer_norm(x, f"{name}.norm1"), f"{name}.attn.qkv").split(D, -1)
+        for h in range(12):
+            part = slice(h * Dh, (h + 1) * Dh)
+            gate = (lam[:, h, None, None] * (M[:, h, :, None] * M[:, h, None, :] - theta[:, h, None, None])).sigmoid()
+            scores = q[..., part] @ k[..., part].transpose(1, 2) / Dh**0.5
+            outputs.append(w[:, h, None, None] * ((scores * gate).softmax(-1) @ v[..., part]))
+        y = linear(torch.cat(outputs, -1), f"{name}.attn.proj")
+        hq, hk, hv = linear(y.reshape(B, -1, 12, Dh).mean(1), f"{name}.head_interaction.qkv_heads").split(Dh, -1)
+        mixed = (hq @ hk.transpose(1, 2) / Dh**0.5).softmax(-1) @ hv
+        x = x + y + linear(mixed.reshape(B, 1, D), f"{name}.head_interaction.proj")
+        x = x + linear(gelu(linear(layer_norm(x, f"{name}.norm2"), f"{name}.mlp.0")), f"{name}.mlp.3")
+    return linear(layer_norm(x[:, 0], "norm"), "head"), history[-3:]
+
+
+def test_agrees_with_the_formulas_at_another_size():
+    config = LAMMViTConfig(img_size=224, embed_dim=96, depth=4)
+    torch.manual_seed(0)
+    model = LAMMViT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))  # no bias stays 0
+    images, masks, labels = sample(config, 3)
+    outputs = model(images, masks)
+    losses = LAMMLoss(0.2)(outputs, labels)
+    losses["total"].backward()
+
+    state = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
+    logits, weights = textbook(state, config, images, masks)
+    unit = [w / w.norm(dim=1, keepdim=True) for w in weights]
+    diversity = sum((u @ u.T - torch.eye(3)).square().mean() for u in unit) / 3
+    total = 0.2 * diversity - logits.log_softmax(-1)[range(3), labels].mean()
+    total.backward()
+    torch.testing.assert_close(outputs["logits"], logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.stack(outputs["mask_weights"]), torch.stack(weights), atol=1e-5, rtol=0)
+    assert losses["total"].item() == pytest.approx(total.item(), abs=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, state[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_every_parameter_gets_a_gradient():
     model = LAMMViT(SMALL)
     images, masks, labels = sample(SMALL)

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -13,13 +14,19 @@ import pytest
 from conftest import ROOT, error_line, run_script
 from PIL import Image, ImageCms
 
-from preprocess import Rejected, load_rgb, plan_names
+from preprocess import Rejected, list_images, load_rgb, plan_names
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """A smooth random picture, so that JPEG keeps it nearly as it is."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def odd_exif() -> bytes:
+    """Orientation 6, and a date that is a fraction: Pillow reads it and fails to write it again."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x0132, 5, 1, 38)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0) + struct.pack("<II", 1, 3)
 
 
 def fill(folder: Path) -> dict[str, str]:
@@ -45,12 +52,18 @@ def fill(folder: Path) -> dict[str, str]:
     (folder / "empty.png").write_bytes(b"")
     picture(3, 3).save(folder / "tiny.png")
     picture(500, 1).save(folder / "line.png")
+    picture(11, 40).save(folder / "narrow.png")
+    picture(40, 11).save(folder / "low.png")
+    os.mkfifo(folder / "pipe.png")
+    picture(64, 64, 15).save(folder / "odd_exif.jpg", exif=odd_exif())
+    picture(64, 64, 16).save(folder / "garbage_exif.png", exif=b"garbage")
+    picture(64, 64, 17).save(folder / ("長" * 79 + ".jpg"))  # nearly as long as a name may be
     (folder / "cut.jpg").write_bytes((folder / "same.jpg").read_bytes()[:3000])
     whole = (folder / "same.png").read_bytes()
     (folder / "cut_224.png").write_bytes(whole[: len(whole) // 2])
     os.symlink("nowhere.png", folder / "dangling.png")
     os.symlink("loop.png", folder / "loop.png")
-    return {"text.jpg": "cannot be read", "empty.png": "cannot be read", "tiny.png": "3x3 pixels, under the minimum of 12x12", "line.png": "500x1 pixels",
+    return {"text.jpg": "cannot be read", "empty.png": "cannot be read", "tiny.png": "3x3 pixels, under the minimum of 12x12", "line.png": "500x1 pixels", "narrow.png": "11x40", "low.png": "40x11", "pipe.png": "not a file",
             "cut.jpg": "truncated", "cut_224.png": "cannot be read", "dangling.png": "No such file", "loop.png": "symbolic links"}  # fmt: skip
 
 
@@ -64,7 +77,7 @@ def rejections(folder: Path) -> dict[str, str]:
 
 
 def usable(folder: Path, unusable: dict[str, str]) -> int:
-    return sum(path.is_file() or path.is_symlink() for path in folder.rglob("*")) - len(unusable)
+    return sum(path.is_file() or path.is_symlink() or path.is_fifo() for path in folder.rglob("*")) - len(unusable)
 
 
 def test_in_place(tmp_path):
@@ -102,11 +115,14 @@ def test_output_dir_leaves_the_source_untouched_and_gives_the_same(tmp_path):
     assert rejections(tmp_path / "O_rejected").keys() == unusable.keys()
     run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
     results = contents(tmp_path / "O")
+    assert results.pop(".source") == str(tmp_path / "D").encode()
     assert results == contents(tmp_path / "E")
 
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "O").rglob("*.png")}
     again = run_script("preprocess.py", "--directory", "D", "--output_dir", "O", cwd=tmp_path)
-    assert "0 written" in again.stdout and contents(tmp_path / "O") == results
+    assert "0 written" in again.stdout and contents(tmp_path / "O").items() >= results.items()
+    assert "not from" in error_line(run_script("preprocess.py", "--directory", "E", "--output_dir", "O", cwd=tmp_path, expect=1))
+    assert contents(tmp_path / "O").items() >= results.items(), "another folder's images do not replace these"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "O").rglob("*.png")} == stamps
 
     picture(100, 100, 99).save(tmp_path / "D/-dash.jpeg")  # a source that changed is made anew, and it alone
@@ -184,9 +200,11 @@ def test_decoding_is_what_people_see(tmp_path):
 
 def test_reasons_do_not_carry_the_path_of_a_run(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"?")
-    with pytest.raises(Rejected) as error:
-        load_rgb(tmp_path / "bad.png")
-    assert str(tmp_path) not in str(error.value)
+    (tmp_path / "bad\nname.png").write_bytes(b"?")
+    for name in ("bad.png", "bad\nname.png"):
+        with pytest.raises(Rejected) as error:
+            load_rgb(tmp_path / name)
+        assert str(tmp_path) not in str(error.value)
 
 
 def test_plan_is_the_same_at_every_moment_of_a_run(tmp_path):
@@ -208,9 +226,10 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
             picture(800, 600, i).save(tmp_path / folder / f"{i}.jpg", quality=95)
             names.append(f"{i}.png")
     run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
-    for delay in (0.35, 0.5, 0.65, 0.8):
+    for finished in (1, 9, 22, 40):
         process = subprocess.Popen([sys.executable, ROOT / "preprocess.py", "--directory", "D"], cwd=tmp_path, stderr=subprocess.DEVNULL)
-        time.sleep(delay)
+        while len(list((tmp_path / "D").glob("*.png"))) < finished and process.poll() is None:
+            time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
         for path in (tmp_path / "D").iterdir():
@@ -219,3 +238,30 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
     run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
     visible = {name: data for name, data in contents(tmp_path / "D").items() if not name.startswith(".")}
     assert visible == contents(tmp_path / "E")
+
+
+def test_what_was_set_aside_is_left_alone(tmp_path):
+    """The README's loop runs over all folders, also over those that earlier runs made."""
+    (tmp_path / "D").mkdir()
+    picture(20, 20).save(tmp_path / "D/good.png")
+    (tmp_path / "D/bad.jpg").write_text("no image")
+    run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    before = contents(tmp_path)
+    assert "left alone" in run_script("preprocess.py", "--directory", "D_rejected", cwd=tmp_path).stdout
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_that_is_linked_twice_is_listed_once(tmp_path):
+    (tmp_path / "D/a").mkdir(parents=True)
+    picture(20, 20).save(tmp_path / "D/a/1.jpg")
+    os.symlink("a", tmp_path / "D/b")
+    os.symlink("..", tmp_path / "D/a/up")
+    assert list_images(tmp_path / "D") == [tmp_path / "D/a/1.jpg"]
+
+
+def test_names_that_are_no_text(tmp_path):
+    (tmp_path / "D").mkdir()
+    (tmp_path / "D" / os.fsdecode(b"bad\xff.jpg")).write_text("no image")
+    picture(20, 20).save(tmp_path / "D" / os.fsdecode(b"good\xff.jpg"))
+    done = run_script("preprocess.py", "--directory", "D", cwd=tmp_path, PYTHONIOENCODING="utf-8:strict")
+    assert "1 written, 0 unchanged, 1 rejected" in done.stdout

@@ -64,8 +64,16 @@ def test_last_short_window_is_used_and_weighted_by_its_samples(features):
     model = Mean()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     train_one_epoch(model, dataset, optimizer, torch.amp.GradScaler("cpu", enabled=False), criterion, batches, 1, args, torch.device("cpu"), 0)
+    assert dataset.epoch == 1, "the transforms are those of this epoch"
     means = torch.stack([normalize(dataset[i]["image"][None]).mean() for i in range(27)])
     torch.testing.assert_close(model.weight.detach(), -(means[:24].mean() + means[24:].mean()))
+
+
+def test_the_defaults_are_the_papers_recipe():
+    args = train_parser().parse_args([])
+    assert (args.lr, args.weight_decay, args.batch_size, args.accum_steps, args.epochs) == (1e-4, 0.05, 32, 4, 100)
+    assert (args.lr_patience, args.stop_patience, args.diversity_weight, args.dropout, train.MIN_LR) == (3, 10, 0.2, 0.1, 1e-6)
+    assert (args.embed_dim, args.depth, args.patch_size, args.mlp_ratio) == (768, 12, 16, 4.0)
 
 
 # -------------------------------------------------------------------------------------------------------------- one process
@@ -103,8 +111,9 @@ def test_an_earlier_model_is_kept(features, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "output_model")
     before = (trained / "best_model.pth").read_bytes()
     done = run_script("train.py", "--features", features, *SMALL, "--epochs", 1, "--seed", 7, cwd=tmp_path)
-    assert "best_model.previous.pth" in done.stdout
-    assert (tmp_path / "output_model/best_model.previous.pth").read_bytes() == before
+    assert "output_model/earlier_1" in done.stdout
+    assert (tmp_path / "output_model/earlier_1/best_model.pth").read_bytes() == before
+    assert len(log_of(tmp_path / "output_model")) == 1
 
 
 def test_it_learns(features, tmp_path):
@@ -132,6 +141,7 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
         (("--features", features, "--patch_size", 60), "img_size is 224, but has to be a positive multiple of patch_size, 60"),
         (("--features", features, "--resume"), "last.pth: no such checkpoint"),
         (("--features", features, "--resume", "--output_dir", "foreign", "--embed_dim", 48), "resume with the same options"),
+        (("--features", features, *SMALL, "--resume", "--output_dir", "foreign", "--mask_style", "gaussian"), "trained with --mask_style polygon;"),
     ):
         assert message in refusal(train, *arguments)
     assert "nowhere" in error_line(run_script("train.py", "--features", "nowhere", cwd=tmp_path, expect=1))
