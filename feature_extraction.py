@@ -205,19 +205,22 @@ def plan_shards(data_sets: dict[str, list[Path]], data_root: Path, folder: Path,
 _finder: FaceFinder | None = None  # one a worker process
 
 
-def start_worker(predictor: Path) -> None:
+def start_worker(predictor: Path, parent: int) -> None:
     global _finder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it lets the shards in hand be finished
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(1)  # the worker processes are the parallelism
     _finder = FaceFinder(predictor)
 
-    def follow_parent(parent: int) -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)  # the parent was killed: nobody waits for this worker
+    def follow_parent() -> None:
+        try:
+            program = psutil.Process(parent)
+            while program.is_running() and program.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(1)
+        finally:  # psutil.NoSuchProcess is the same news
+            os._exit(1)  # the program was killed: nobody waits for this worker
 
-    threading.Thread(target=follow_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def extract_shard(shard: Shard, data_root: Path, img_size: int, grid_size: int) -> int:
@@ -261,7 +264,7 @@ def extract(shards: list[Shard], predictor: Path, args: argparse.Namespace) -> N
     FaceFinder(predictor)  # an unusable predictor file is better found here than in every worker
     # A fork of this process would inherit locks that threads of torch or cv2 hold, so workers come from a clean one.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context(method), start_worker, (predictor,))
+    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context(method), start_worker, (predictor, os.getpid()))
     try:
         futures = [pool.submit(extract_shard, shard, args.data_root, args.img_size, args.img_size // args.patch_size) for shard in missing]
         with tqdm(total=total, initial=done, desc="faces", unit="image", smoothing=0.05) as bar:

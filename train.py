@@ -272,7 +272,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(get_args_parser().parse_args())
-    except (FeatureFileError, CheckpointError, FloatingPointError, ValueError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:  # FeatureFileError and CheckpointError among them
         sys.exit(f"{error}")
     except KeyboardInterrupt:
         sys.exit("stopped; python train.py --resume goes on after the last whole epoch")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 from conftest import GENERATORS, ROOT, error_line, refusal, run_script
 from PIL import Image
@@ -212,10 +213,11 @@ def test_killed_and_run_again(datasets, features, tmp_path):
     deadline = time.monotonic() + 60
     while not list(shards.glob("*.h5")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list((tmp_path / "features").glob("*/*/*.h5")), "no feature file before all are complete"
-    time.sleep(2.5)  # the orphaned workers notice and end
+    assert psutil.wait_procs(workers, timeout=20)[1] == [], "orphaned workers notice and end"
     before = set(shards.glob("*.h5"))
     done = run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", cwd=tmp_path)
     assert before and "going on:" in done.stdout
