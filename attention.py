@@ -1,0 +1,368 @@
+"""Region-gated attention, the operator of RG-MHA (Zhang et al., ECAI 2025, arXiv 2505.07734).
+
+    region_gated_attention(q, k, v, masks, lam, theta, dropout_p)  ->  dropout(softmax(S ⊙ Γ)) V
+
+with the scores S = Q Kᵀ / √Dh and the gate Γ_ij = σ(λ (M_i M_j − θ)) of each head. The gate multiplies the score before
+the softmax: a closed gate makes a score 0, it does not exclude the key. So it is no additive mask, and
+scaled_dot_product_attention cannot express it. One operator, three ways to compute it:
+
+    textbook   the formula, below. It writes six or more B·H·N·N tensors to memory, and keeps most of them for the backward.
+    blocked    PyTorch operations on pieces of the N x N plane that fit the cache. The way on a CPU.
+    triton     one kernel forward and two backward that keep the N x N plane on the chip. The way on a CUDA device.
+
+The last two keep nothing of the N x N plane for the backward: they compute it again from q, k and the masks.
+Letters in shape comments are those of model.py, and
+
+    g  heads of a piece, of one sample or of several        r  rows (queries) of a piece
+"""
+
+from __future__ import annotations  # Triton's annotations are read as text where there is no Triton
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch brings it on Linux only
+    triton = None
+
+PIECE_ELEMENTS = 2**17  # of the N x N plane, per thread: two float32 tensors of a piece are 1 MiB, the L2 cache of a core
+LOG2_E = 1.4426950408889634
+
+_forced_path: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operator
+
+
+def region_gated_attention(
+    q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """dropout(softmax(S ⊙ Γ)) V with S = Q Kᵀ / √Dh and the gate Γ_ij = σ(λ (M_i M_j − θ)) (paper, RG-MHA).
+
+    Differentiable once with respect to all six tensors. Under autocast q, k and v are cast, as for a matrix product; gate
+    and softmax are in float32 (float64 for float64 inputs) whatever the dtypes of the arguments.
+
+    Args:
+        q, k, v: (B, H, N, Dh), of one floating-point dtype and device; they need not be contiguous.
+        masks: M (B, H, N).
+        lam, theta: λ and θ (B, H).
+        dropout_p: probability in [0, 1) of dropping an attention weight. The random numbers come from PyTorch's default
+            generator of the device: torch.manual_seed makes them repeatable, on one path and one kind of device.
+
+    Returns:
+        (B, H, N, Dh), of the dtype of q; in memory (B, N, H, Dh), so that joining the heads afterwards is free.
+
+    Raises:
+        ValueError: shapes, dtypes or dropout_p are not as above.
+        RuntimeError: the path was forced to one that cannot run here.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    _check_arguments(q, k, v, masks, lam, theta, dropout_p)
+    path = _forced_path or _default_path(q)
+    if path == "textbook":
+        return textbook(q, k, v, masks, lam, theta, dropout_p)
+    random = None
+    if dropout_p > 0:
+        random = _random_keys(2, *masks.shape, device=q.device) if path == "blocked" else torch.randint(2**31, (1,), device=q.device)
+    return _forward(q, k, v, masks, lam, theta, random, dropout_p, path)[0]
+
+
+def textbook(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """The formula of region_gated_attention, written down. What the other two paths have to agree with."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, N, Dh) x (B, H, Dh, N) -> (B, H, N, N)
+    pairs = masks.unsqueeze(-1) * masks.unsqueeze(-2)  # (B, H, N, 1) * (B, H, 1, N) -> (B, H, N, N)
+    gate = torch.sigmoid(lam[..., None, None] * (pairs - theta[..., None, None]))  # (B, H, N, N)
+    attention = F.dropout((scores * gate).softmax(dim=-1), dropout_p)  # (B, H, N, N)
+    return attention.to(v.dtype) @ v  # (B, H, N, N) x (B, H, N, Dh) -> (B, H, N, Dh)
+
+
+@contextmanager
+def force_path(path: str | None) -> Iterator[None]:
+    """Within this context region_gated_attention takes `path`: "textbook", "blocked" or "triton"; None chooses by device.
+
+    For tests and benchmarks. "triton" runs on a CPU in Triton's interpreter (TRITON_INTERPRET=1 before the first import).
+    """
+    global _forced_path
+    if path not in (None, "textbook", "blocked", "triton"):
+        raise ValueError(f"there is no path {path!r}: take textbook, blocked or triton")
+    before, _forced_path = _forced_path, path
+    try:
+        yield
+    finally:
+        _forced_path = before
+
+
+def _default_path(q: Tensor) -> str:
+    kernels_take = triton is not None and q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= MAX_KERNEL_HEAD_DIM
+    return "triton" if kernels_take else "blocked"
+
+
+def _check_arguments(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, dropout_p: float) -> None:
+    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(f"q, k and v have to be (B, H, N, Dh), all alike, but are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
+    if masks.shape != q.shape[:3] or lam.shape != q.shape[:2] or theta.shape != q.shape[:2]:
+        raise ValueError(
+            f"for q of {tuple(q.shape)} masks have to be {tuple(q.shape[:3])}, lam and theta {tuple(q.shape[:2])}, "
+            f"but they are {tuple(masks.shape)}, {tuple(lam.shape)} and {tuple(theta.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v have to be of one floating-point dtype, but are {q.dtype}, {k.dtype} and {v.dtype}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}, but has to be in [0, 1)")
+
+
+def _gradient_layout(x: Tensor) -> Tensor:
+    """An empty (B, H, N, Dh) tensor that lies in memory as (B, N, H, Dh), as a linear layer wants and gives it."""
+    B, H, N, Dh = x.shape
+    return x.new_empty(B, N, H, Dh).transpose(1, 2)
+
+
+@torch.library.custom_op("lamm_vit::region_gated_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, random: Tensor | None, dropout_p: float, path: str
+) -> tuple[Tensor, Tensor]:
+    """-> the output, and what the kernels' backward needs of the softmax: log2 of its denominators (B, H, N), or nothing (0,)."""
+    return (_triton_forward if path == "triton" else _blocked_forward)(q, k, v, masks, lam, theta, random, dropout_p)
+
+
+@_forward.register_fake
+def _(q, k, v, masks, lam, theta, random, dropout_p, path):
+    return _gradient_layout(q), q.new_empty(q.shape[:3] if path == "triton" else (0,), dtype=torch.float32)
+
+
+@torch.library.custom_op("lamm_vit::region_gated_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: Tensor, theta: Tensor,
+    random: Tensor | None, dropout_p: float, path: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> the gradients of q, k, v, masks, lam and theta, each of its tensor's dtype."""
+    if path == "triton":
+        return _triton_backward(grad, out, lse, q, k, v, masks, lam, theta, random, dropout_p)
+    return _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p)
+
+
+@_backward.register_fake
+def _(grad, out, lse, q, k, v, masks, lam, theta, random, dropout_p, path):
+    return *(_gradient_layout(x) for x in (q, k, v)), *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (masks, lam, theta))
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.dropout_p, ctx.path = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _differentiate(ctx, grad, _):
+    return *_backward(grad, *ctx.saved_tensors, ctx.dropout_p, ctx.path), None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout on a CPU
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """F.dropout(x, p), about ten times as fast on a CPU and with nothing kept for the backward but a key for each row and column.
+
+    x is (..., D), of any floating-point dtype. F.dropout draws its random numbers one after the other on a CPU; in a ViT-B
+    that alone is a quarter of a training step in bfloat16.
+    """
+    if x.device.type != "cpu" or p == 0:
+        return F.dropout(x, p)
+    return _dropout(x, _random_keys(x.numel() // x.shape[-1]), _random_keys(x.shape[-1]), p)
+
+
+def _random_keys(*size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Two random odd numbers for each row, or for each column, of a plane: (2, *size) int32."""
+    return torch.randint(-(2**31), 2**31, (2, *size), dtype=torch.int32, device=device) | 1
+
+
+def _keep_mask(row_keys: Tensor, column_keys: Tensor, p: float, out: Tensor) -> Tensor:
+    """Writes 0 with probability p and 1 otherwise to each element of a plane, without drawing a random number for each.
+
+    The bits of element (i, j) are ((a_i b_j) ⊕ c_i) d_j mod 2³², a hash of the keys of its row and its column. So they are
+    the same in forward and backward and however the plane is cut into pieces, with no state to carry along.
+
+    Args:
+        row_keys, column_keys: (2, ..., r) and (2, ..., n) of _random_keys.
+        out: (..., r, n), float32 or float64.
+    """
+    (a, c), (b, d) = row_keys.unsqueeze(-1), column_keys.unsqueeze(-2)
+    bits = torch.mul(a, b).bitwise_xor_(c).mul_(d)  # (..., r, 1) * (..., 1, n) -> (..., r, n), uniform on the int32
+    return torch.ge(out.copy_(bits), p * 2.0**32 - 2.0**31, out=out)
+
+
+@torch.library.custom_op("lamm_vit::dropout", mutates_args=())
+def _dropout(x: Tensor, row_keys: Tensor, column_keys: Tensor, p: float) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])  # (rows, D)
+    out = torch.empty_like(flat)
+    step = max(1, PIECE_ELEMENTS * torch.get_num_threads() // x.shape[-1])
+    keep = flat.new_empty(min(step, len(flat)), x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    for i in range(0, len(flat), step):
+        piece = slice(i, min(i + step, len(flat)))
+        mask = _keep_mask(row_keys[:, piece], column_keys, p, out=keep[: piece.stop - i])
+        torch.mul(flat[piece], mask.mul_(1 / (1 - p)), out=out[piece])
+    return out.view(x.shape)
+
+
+@_dropout.register_fake
+def _(x, row_keys, column_keys, p):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _differentiate_dropout(ctx, grad):
+    return _dropout(grad, *ctx.saved_tensors, ctx.p), None, None, None
+
+
+def _save_keys(ctx, inputs, output):
+    _, row_keys, column_keys, ctx.p = inputs
+    ctx.save_for_backward(row_keys, column_keys)
+
+
+_dropout.register_autograd(_differentiate_dropout, setup_context=_save_keys)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# blocked: the CPU's path
+
+
+def _pieces(B: int, H: int, N: int) -> tuple[list[tuple[slice, slice]], list[slice]]:
+    """How to cut (B, H, N, N) so that a piece fits the cache: [(samples, heads)], each with all of [rows]."""
+    elements = PIECE_ELEMENTS * torch.get_num_threads()
+    rows = max(1, min(N, elements // N))
+    heads = max(1, min(H, elements // (rows * N)))
+    heads = math.ceil(H / math.ceil(H / heads))  # pieces of even size
+    samples = max(1, min(B, elements // (H * N * N)))
+    planes = [(slice(b, b + samples), slice(h, h + heads)) for b in range(0, B, samples) for h in range(0, H, heads)]
+    return planes, [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
+
+
+class _Workspace:
+    """Buffers for pieces of the N x N plane, used again for each piece so that they stay in the cache.
+
+    Gate and softmax want float32 (or float64), matrix products the dtype of q: where they differ, `product` and `operand`
+    convert between them in the cache. In float32 they cost nothing.
+    """
+
+    def __init__(self, q: Tensor, buffers: int):
+        (samples, heads), rows = (piece[0] for piece in _pieces(*q.shape[:3]))
+        size = min(samples.stop, q.shape[0]) * heads.stop * rows.stop * q.shape[2]
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.buffers = q.new_empty(buffers, size, dtype=self.dtype)
+        self.low = q.new_empty(size) if q.dtype != self.dtype else None
+
+    def __call__(self, g: int, r: int, N: int) -> tuple[Tensor, ...]:
+        """All buffers as (g, r, N)."""
+        return tuple(buffer[: g * r * N].view(g, r, N) for buffer in self.buffers)
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+        """out (g, r, N) = scale · a (g, r, Dh) b (g, Dh, N)."""
+        if self.low is None:
+            return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+        low = self.low[: out.numel()].view(out.shape)
+        return out.copy_(torch.baddbmm(low, a, b, beta=0, alpha=scale, out=low))
+
+    def operand(self, x: Tensor) -> Tensor:
+        """x (g, r, N) in the dtype of q. Valid until the next call of operand or product."""
+        return x if self.low is None else self.low[: x.numel()].view(x.shape).copy_(x)
+
+
+def _gate(row_masks: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, out: Tensor) -> Tensor:
+    """Γ = σ(λ (M_i M_j − θ)): (g, r), (g, N), (g, 1, 1), (g, 1, 1) -> out (g, r, N). In the formula's order, so that a huge λ rounds alike."""
+    return torch.mul(row_masks[..., None], masks[:, None], out=out).sub_(theta).mul_(lam).sigmoid_()
+
+
+def _blocked_forward(q, k, v, masks, lam, theta, random, dropout_p):
+    out = _gradient_layout(q)
+    workspace = _Workspace(q, buffers=2)
+    masks, lam, theta = (x.to(workspace.dtype) for x in (masks, lam[..., None, None], theta[..., None, None]))
+    planes, row_blocks = _pieces(*q.shape[:3])
+    for plane in planes:
+        q_, k_, v_, masks_, lam_, theta_ = (x[plane].flatten(0, 1) for x in (q, k, v, masks, lam, theta))  # (B, H, ...) -> (g, ...)
+        if random is not None:
+            row_keys, column_keys = random[:, :, *plane].flatten(2, 3).unbind(1)  # 2 x (2, g, N)
+            v_ = v_ / (1 - dropout_p)
+        for rows in row_blocks:
+            q_rows = q_[:, rows]
+            scores, weights = workspace(*q_rows.shape[:2], q.shape[2])
+            workspace.product(q_rows, k_.mT, out=scores, scale=q.shape[-1] ** -0.5)  # (g, r, Dh) x (g, Dh, N) -> (g, r, N)
+            scores.mul_(_gate(masks_[:, rows], masks_, lam_, theta_, out=weights))
+            torch.softmax(scores, dim=-1, out=weights)
+            if random is not None:
+                weights.mul_(_keep_mask(row_keys[..., rows], column_keys, dropout_p, out=scores))
+            heads = torch.bmm(workspace.operand(weights), v_)  # (g, r, N) x (g, N, Dh) -> (g, r, Dh)
+            out[plane][:, :, rows] = heads.view_as(out[plane][:, :, rows])
+    return out, q.new_empty(0, dtype=torch.float32)
+
+
+def _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p):
+    (B, H, N, Dh), scale = q.shape, q.shape[-1] ** -0.5
+    workspace = _Workspace(q, buffers=5 if random is not None else 4)
+    grad_q, grad_k, grad_v = (_gradient_layout(x) for x in (q, k, v))
+    grad_masks, grad_lam, grad_theta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (masks, lam, theta))
+    masks, lam, theta = (x.to(workspace.dtype) for x in (masks, lam[..., None, None], theta[..., None, None]))
+    planes, row_blocks = _pieces(B, H, N)
+    for plane in planes:
+        q_, k_, v_, grad_, masks_, lam_, theta_ = (x[plane].flatten(0, 1) for x in (q, k, v, grad, masks, lam, theta))
+        if random is not None:
+            row_keys, column_keys = random[:, :, *plane].flatten(2, 3).unbind(1)  # 2 x (2, g, N)
+            grad_ = grad_ / (1 - dropout_p)
+        sum_k, sum_v = torch.zeros(2, *k_.shape, dtype=workspace.dtype, device=q.device)  # (g, N, Dh)
+        sum_masks, sum_pairs, sum_gate = torch.zeros_like(masks_), 0, 0  # (g, N), (g,), (g,)
+        for rows in row_blocks:
+            q_rows, grad_rows, masks_rows = q_[:, rows], grad_[:, rows], masks_[:, rows]
+            scores, gate, weights, slope, *keep = workspace(*q_rows.shape[:2], N)
+            workspace.product(q_rows, k_.mT, out=scores, scale=scale)  # S
+            _gate(masks_rows, masks_, lam_, theta_, out=gate)  # Γ
+            torch.softmax(torch.mul(scores, gate, out=slope), dim=-1, out=weights)  # A = softmax(S ⊙ Γ)
+
+            if random is None:
+                _accumulate(sum_v, workspace.operand(weights).mT, grad_rows)  # (g, N, r) x (g, r, Dh) -> (g, N, Dh)
+                workspace.product(grad_rows, v_.mT, out=slope)  # ∂A (g, r, Dh) x (g, Dh, N) -> (g, r, N)
+            else:
+                _keep_mask(row_keys[..., rows], column_keys, dropout_p, out=keep[0])
+                workspace.product(grad_rows, v_.mT, out=slope).mul_(keep[0])
+                _accumulate(sum_v, workspace.operand(keep[0].mul_(weights)).mT, grad_rows)
+            slope.mul_(weights).sub_(weights.mul_(slope.sum(dim=-1, keepdim=True)))  # ∂(S ⊙ Γ) = A ∂A − A Σ_j A ∂A
+            grad_scores = workspace.operand(torch.mul(slope, gate, out=weights))  # ∂S
+            grad_rows_q = torch.bmm(grad_scores, k_)  # (g, r, N) x (g, N, Dh) -> (g, r, Dh)
+            grad_q[plane][:, :, rows] = grad_rows_q.mul_(scale).view_as(grad_q[plane][:, :, rows])
+            _accumulate(sum_k, grad_scores.mT, q_rows, scale)  # (g, N, r) x (g, r, Dh) -> (g, N, Dh)
+
+            slope.mul_(scores).mul_(gate).mul_(gate.neg_().add_(1))  # ∂Γ Γ (1 − Γ): the gradient of λ (M_i M_j − θ)
+            grad_pairs = torch.bmm(slope, masks_[..., None]).squeeze(-1)  # Σ_j · M_j: (g, r, N) x (g, N, 1) -> (g, r)
+            sum_masks[:, rows] += grad_pairs
+            sum_masks += torch.bmm(masks_rows[:, None], slope).squeeze(1)  # Σ_i M_i ·: (g, 1, r) x (g, r, N) -> (g, N)
+            sum_pairs = sum_pairs + (masks_rows * grad_pairs).sum(dim=-1)
+            sum_gate = sum_gate + slope.sum(dim=(1, 2))
+        lam_, theta_ = lam_.flatten(), theta_.flatten()
+        for total, part in (
+            (grad_k, sum_k),
+            (grad_v, sum_v),
+            (grad_masks, lam_[:, None] * sum_masks),
+            (grad_lam, sum_pairs - theta_ * sum_gate),
+            (grad_theta, -lam_ * sum_gate),
+        ):
+            total[plane] = part.view(total[plane].shape)
+    return grad_q, grad_k, grad_v, grad_masks, grad_lam, grad_theta
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """total (g, N, Dh) += scale · a (g, N, r) b (g, r, Dh), summed in the dtype of total."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b, alpha=scale)
+    else:
+        total.add_(torch.bmm(a, b), alpha=scale)
+
+
+MAX_KERNEL_HEAD_DIM = 256
