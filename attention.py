@@ -211,7 +211,7 @@ def _dropout(x: Tensor, row_keys: Tensor, column_keys: Tensor, p: float) -> Tens
     for i in range(0, len(flat), step):
         piece = slice(i, min(i + step, len(flat)))
         mask = _keep_mask(row_keys[:, piece], column_keys, p, out=keep[: piece.stop - i])
-        torch.mul(flat[piece], mask.mul_(1 / (1 - p)), out=out[piece])
+        out[piece] = mask.mul_(1 / (1 - p)).mul_(flat[piece])
     return out.view(x.shape)
 
 
@@ -270,7 +270,7 @@ class _Workspace:
         if self.low is None:
             return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
         low = self.low[: out.numel()].view(out.shape)
-        return out.copy_(torch.baddbmm(low, a, b, beta=0, alpha=scale, out=low))
+        return out.copy_(torch.bmm(a, b, out=low)).mul_(scale)
 
     def operand(self, x: Tensor) -> Tensor:
         """x (g, r, N) in the dtype of q. Valid until the next call of operand or product."""

@@ -140,7 +140,7 @@ class RegionGuidedAttention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in self.qkv(x).view(B, N, 3, NUM_HEADS, D // NUM_HEADS).unbind(2))  # 3 x (B, H, N, Dh)
         # dropout(softmax(S ⊙ Γ)) V with S = Q Kᵀ / √Dh and the gate Γ_ij = σ(λ (M_i M_j − θ))
         heads = region_gated_attention(q, k, v, masks, lam, theta, self.dropout if self.training else 0.0)  # (B, H, N, Dh)
-        heads = heads * weights[..., None, None]  # w_h · (A V)
+        heads = heads * weights.to(heads.dtype)[..., None, None]  # w_h · (A V)
         return self.proj(heads.transpose(1, 2).reshape(B, N, D))  # (B, H, N, Dh) -> (B, N, H, Dh) -> (B, N, D)
 
 
