@@ -32,7 +32,7 @@ try:
 except ImportError:  # PyTorch brings it on Linux only
     triton = None
 
-PIECE_ELEMENTS = 2**17  # of the N x N plane, per thread: two float32 tensors of a piece are 1 MiB, the L2 cache of a core
+PIECE_ELEMENTS = 2**18  # of the N x N plane, per thread: 1 MiB in float32, the L2 cache of a core
 LOG2_E = 1.4426950408889634
 
 _forced_path: str | None = None
@@ -238,7 +238,7 @@ _dropout.register_autograd(_differentiate_dropout, setup_context=_save_keys)
 
 def _pieces(B: int, H: int, N: int) -> tuple[list[tuple[slice, slice]], list[slice]]:
     """How to cut (B, H, N, N) so that a piece fits the cache: [(samples, heads)], each with all of [rows]."""
-    elements = PIECE_ELEMENTS * torch.get_num_threads()
+    elements = min(PIECE_ELEMENTS * torch.get_num_threads(), max(PIECE_ELEMENTS // 2, B * H * N * N // 2))  # never all of a large plane
     rows = max(1, min(N, elements // N))
     heads = max(1, min(H, elements // (rows * N)))
     heads = math.ceil(H / math.ceil(H / heads))  # pieces of even size
@@ -288,7 +288,7 @@ def _blocked_forward(q, k, v, masks, lam, theta, random, dropout_p):
     masks, lam, theta = (x.to(workspace.dtype) for x in (masks, lam[..., None, None], theta[..., None, None]))
     planes, row_blocks = _pieces(*q.shape[:3])
     for plane in planes:
-        q_, k_, v_, masks_, lam_, theta_ = (x[plane].flatten(0, 1) for x in (q, k, v, masks, lam, theta))  # (B, H, ...) -> (g, ...)
+        q_, k_, v_, masks_, lam_, theta_ = (x[plane].contiguous().flatten(0, 1) for x in (q, k, v, masks, lam, theta))  # (B, H, ...) -> (g, ...)
         if random is not None:
             row_keys, column_keys = random[:, :, *plane].flatten(2, 3).unbind(1)  # 2 x (2, g, N)
             v_ = v_ / (1 - dropout_p)
@@ -313,7 +313,7 @@ def _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p):
     masks, lam, theta = (x.to(workspace.dtype) for x in (masks, lam[..., None, None], theta[..., None, None]))
     planes, row_blocks = _pieces(B, H, N)
     for plane in planes:
-        q_, k_, v_, grad_, masks_, lam_, theta_ = (x[plane].flatten(0, 1) for x in (q, k, v, grad, masks, lam, theta))
+        q_, k_, v_, grad_, masks_, lam_, theta_ = (x[plane].contiguous().flatten(0, 1) for x in (q, k, v, grad, masks, lam, theta))
         if random is not None:
             row_keys, column_keys = random[:, :, *plane].flatten(2, 3).unbind(1)  # 2 x (2, g, N)
             grad_ = grad_ / (1 - dropout_p)

@@ -110,7 +110,8 @@ class LAMM(nn.Module):
 
     def forward(self, x: Tensor, layer: int, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D), the block's input, and w of the layer before (B, H) -> w, λ, θ, each (B, H)."""
-        pooled = torch.cat([x.mean(dim=1), x.amax(dim=1)], dim=-1)  # (B, 2D)
+        peak = x.max(dim=1).values if x.requires_grad else x.amax(dim=1)  # max has the fast backward, amax the fast forward
+        pooled = torch.cat([x.mean(dim=1), peak], dim=-1)  # (B, 2D)
         layer_embedding = self.layer_embeddings[layer].expand(len(x), -1)  # (64,) -> (B, 64)
         context = self.context_mlp(torch.cat([self.global_feature_fusion(pooled), layer_embedding], dim=-1))  # c (B, D)
 
