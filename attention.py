@@ -33,7 +33,8 @@ except ImportError:  # PyTorch brings it on Linux only
     triton = None
 
 PIECE_ELEMENTS = 2**18  # of the N x N plane, per thread: 1 MiB in float32, the L2 cache of a core
-LOG2_E = 1.4426950408889634
+MAX_KERNEL_HEAD_DIM = 128  # wider heads spill the kernels' registers
+LOG2_E = tl.constexpr(1.4426950408889634) if triton is not None else None  # a kernel reads no other kind of global
 
 _forced_path: str | None = None
 
@@ -72,7 +73,7 @@ def region_gated_attention(
         return textbook(q, k, v, masks, lam, theta, dropout_p)
     random = None
     if dropout_p > 0:
-        random = _random_keys(2, *masks.shape, device=q.device) if path == "blocked" else torch.randint(2**31, (1,), device=q.device)
+        random = _random_keys(2, *masks.shape, device=q.device) if path == "blocked" else torch.randint(2**62, (1,), device=q.device)
     return _forward(q, k, v, masks, lam, theta, random, dropout_p, path)[0]
 
 
@@ -130,7 +131,7 @@ def _gradient_layout(x: Tensor) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, random: Tensor | None, dropout_p: float, path: str
 ) -> tuple[Tensor, Tensor]:
-    """-> the output, and what the kernels' backward needs of the softmax: log2 of its denominators (B, H, N), or nothing (0,)."""
+    """-> the output, and the kernels' row statistics for the backward, log2 Σ_j 2^z_ij (B, H, N); nothing (0,) on the blocked path."""
     return (_triton_forward if path == "triton" else _blocked_forward)(q, k, v, masks, lam, theta, random, dropout_p)
 
 
@@ -365,4 +366,258 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None
         total.add_(torch.bmm(a, b), alpha=scale)
 
 
-MAX_KERNEL_HEAD_DIM = 256
+
+# ---------------------------------------------------------------------------------------------------------------------
+# triton: the CUDA device's path
+#
+# The scheme is FlashAttention-2's (Dao, arXiv 2307.08691): a program takes a block of queries of one head, walks over the
+# keys with a running softmax, and notes log2 of each row's denominator (lse); the backward computes the weights again from
+# it. What is new is the gate, and the gradient that flows through it to M, λ and θ. Scores are in base 2 for exp2.
+
+
+def _jit(function):
+    return triton.jit(function) if triton is not None else function
+
+
+@_jit
+def _load_rows(base, rows, columns, stride, N, DH: tl.constexpr):
+    """Rows (tokens) of a (N, Dh) matrix, zero outside of it."""
+    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=(rows[:, None] < N) & (columns[None, :] < DH), other=0.0)
+
+
+@_jit
+def _scores_and_gate(q, k, row_masks, column_masks, lam, theta, scale, PRECISION: tl.constexpr):
+    """S = scale · q kᵀ and Γ = σ(λ (M_i M_j − θ)) of a block, (BLOCK_M, BLOCK_N) float32."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    gate = tl.sigmoid(lam * (row_masks[:, None] * column_masks[None, :] - theta))
+    return scores, gate
+
+
+@_jit
+def _keep_block(seed, head, rows, first_column, N, dropout_p, BLOCK_N: tl.constexpr):
+    """Which weights of a block stay: Philox of (head, row, column), so every kernel draws the same. One call gives four columns."""
+    groups = first_column // 4 + tl.arange(0, BLOCK_N // 4)
+    counter = (rows[:, None] * tl.cdiv(N, 4) + groups[None, :]).to(tl.uint32)
+    zero = counter * 0
+    a, b, c, d = tl.philox(seed, counter, zero + head, zero, zero)
+    bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (rows.shape[0], BLOCK_N))  # a b c d, a b c d, ...
+    return tl.uint_to_uniform_float(bits) >= dropout_p
+
+
+@_jit
+def _forward_kernel(
+    Q, K, V, M, LAM, THETA, SEED, OUT, LSE,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
+    H, N, scale, dropout_p,
+    DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head: OUT and LSE of it. Grid: (blocks of queries, B·H)."""
+    head = tl.program_id(1)
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inner = tl.arange(0, BLOCK_D)
+    lam, theta = tl.load(LAM + head), tl.load(THETA + head)
+    M += head.to(tl.int64) * N
+    row_masks = tl.load(M + rows, mask=rows < N, other=0.0)
+    q = _load_rows(Q + b * q_b + h * q_h, rows, inner, q_n, N, DH)
+
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    denominator = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        columns = first + tl.arange(0, BLOCK_N)
+        column_masks = tl.load(M + columns, mask=columns < N, other=0.0)
+        k = _load_rows(K + b * k_b + h * k_h, columns, inner, k_n, N, DH)
+        scores, gate = _scores_and_gate(q, k, row_masks, column_masks, lam, theta, scale, PRECISION)
+        gated = tl.where(columns[None, :] < N, scores * gate * LOG2_E, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(gated, 1))
+        weights = tl.exp2(gated - new_largest[:, None])
+        shrink = tl.exp2(largest - new_largest)
+        denominator = denominator * shrink + tl.sum(weights, 1)
+        largest = new_largest
+        if DROPOUT:
+            weights = tl.where(_keep_block(tl.load(SEED), head, rows, first, N, dropout_p, BLOCK_N), weights, 0.0)
+        v = _load_rows(V + b * v_b + h * v_h, columns, inner, v_n, N, DH)
+        total = total * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+
+    out = total / (denominator * (1 - dropout_p))[:, None]
+    inside = (rows[:, None] < N) & (inner[None, :] < DH)
+    tl.store(OUT + b * o_b + h * o_h + rows[:, None] * o_n + inner[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(LSE + head.to(tl.int64) * N + rows, largest + tl.log2(denominator), mask=rows < N)
+
+
+@_jit
+def _block_gradients(
+    q, k, v, grad, row_masks, column_masks, lse, delta, rows, columns, seed, head, lam, theta, scale, dropout_p, first_column, N,
+    BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of a block, (BLOCK_M, BLOCK_N) float32: the weights after dropout, ∂S, and the gradient of λ (M_i M_j − θ)."""
+    scores, gate = _scores_and_gate(q, k, row_masks, column_masks, lam, theta, scale, PRECISION)
+    inside = (rows[:, None] < N) & (columns[None, :] < N)
+    weights = tl.where(inside, tl.exp2(scores * gate * LOG2_E - lse[:, None]), 0.0)
+    grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    dropped = weights
+    if DROPOUT:
+        keep = tl.where(_keep_block(seed, head, rows, first_column, N, dropout_p, BLOCK_N), 1 / (1 - dropout_p), 0.0)
+        grad_weights *= keep
+        dropped *= keep
+    grad_gated = weights * (grad_weights - delta[:, None])
+    grad_scores = grad_gated * gate
+    return dropped, grad_scores, grad_scores * scores * (1 - gate)
+
+
+@_jit
+def _backward_rows_kernel(
+    Q, K, V, M, LAM, THETA, SEED, OUT, GRAD, LSE, DELTA, GRAD_Q, GRAD_M, PART_LAM, PART_THETA,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, g_b, g_h, g_n, dq_b, dq_h, dq_n,
+    H, N, scale, dropout_p,
+    DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head: GRAD_Q, DELTA = Σ_j A ∂A, what its rows give to GRAD_M, and its part of λ's and θ's gradients."""
+    head = tl.program_id(1)
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inner = tl.arange(0, BLOCK_D)
+    lam, theta = tl.load(LAM + head), tl.load(THETA + head)
+    first_of_head = head.to(tl.int64) * N
+    row_masks = tl.load(M + first_of_head + rows, mask=rows < N, other=0.0)
+    q = _load_rows(Q + b * q_b + h * q_h, rows, inner, q_n, N, DH)
+    grad = _load_rows(GRAD + b * g_b + h * g_h, rows, inner, g_n, N, DH)
+    out = _load_rows(OUT + b * o_b + h * o_h, rows, inner, o_n, N, DH)
+    lse = tl.load(LSE + first_of_head + rows, mask=rows < N, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(DELTA + first_of_head + rows, delta, mask=rows < N)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(SEED)
+
+    grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    grad_pairs = tl.zeros((BLOCK_M,), tl.float32)  # Σ_j ∂(λ (M_i M_j − θ)) M_j
+    grad_gate = tl.zeros((BLOCK_M,), tl.float32)  # Σ_j ∂(λ (M_i M_j − θ))
+    for first in range(0, N, BLOCK_N):
+        columns = first + tl.arange(0, BLOCK_N)
+        column_masks = tl.load(M + first_of_head + columns, mask=columns < N, other=0.0)
+        k = _load_rows(K + b * k_b + h * k_h, columns, inner, k_n, N, DH)
+        v = _load_rows(V + b * v_b + h * v_h, columns, inner, v_n, N, DH)
+        _, grad_scores, slope = _block_gradients(
+            q, k, v, grad, row_masks, column_masks, lse, delta, rows, columns, seed, head, lam, theta, scale, dropout_p, first, N,
+            BLOCK_N, DROPOUT, PRECISION,
+        )  # fmt: skip
+        grad_q += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
+        grad_pairs += tl.sum(slope * column_masks[None, :], 1)
+        grad_gate += tl.sum(slope, 1)
+
+    inside = (rows[:, None] < N) & (inner[None, :] < DH)
+    tl.store(GRAD_Q + b * dq_b + h * dq_h + rows[:, None] * dq_n + inner[None, :], (grad_q * scale).to(GRAD_Q.dtype.element_ty), mask=inside)
+    tl.store(GRAD_M + first_of_head + rows, lam * grad_pairs, mask=rows < N)
+    part = head * tl.num_programs(0) + tl.program_id(0)
+    gate_total = tl.sum(grad_gate, 0)
+    tl.store(PART_LAM + part, tl.sum(row_masks * grad_pairs, 0) - theta * gate_total)
+    tl.store(PART_THETA + part, -lam * gate_total)
+
+
+@_jit
+def _backward_columns_kernel(
+    Q, K, V, M, LAM, THETA, SEED, GRAD, LSE, DELTA, GRAD_K, GRAD_V, GRAD_M,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+    H, N, scale, dropout_p,
+    DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of keys of one head: GRAD_K, GRAD_V, and what its columns add to GRAD_M, after _backward_rows_kernel."""
+    head = tl.program_id(1)
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    first_column = tl.program_id(0) * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_D)
+    lam, theta = tl.load(LAM + head), tl.load(THETA + head)
+    first_of_head = head.to(tl.int64) * N
+    column_masks = tl.load(M + first_of_head + columns, mask=columns < N, other=0.0)
+    k = _load_rows(K + b * k_b + h * k_h, columns, inner, k_n, N, DH)
+    v = _load_rows(V + b * v_b + h * v_h, columns, inner, v_n, N, DH)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(SEED)
+
+    grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    grad_pairs = tl.zeros((BLOCK_N,), tl.float32)  # Σ_i ∂(λ (M_i M_j − θ)) M_i
+    for first in range(0, N, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        row_masks = tl.load(M + first_of_head + rows, mask=rows < N, other=0.0)
+        q = _load_rows(Q + b * q_b + h * q_h, rows, inner, q_n, N, DH)
+        grad = _load_rows(GRAD + b * g_b + h * g_h, rows, inner, g_n, N, DH)
+        lse = tl.load(LSE + first_of_head + rows, mask=rows < N, other=0.0)
+        delta = tl.load(DELTA + first_of_head + rows, mask=rows < N, other=0.0)
+        dropped, grad_scores, slope = _block_gradients(
+            q, k, v, grad, row_masks, column_masks, lse, delta, rows, columns, seed, head, lam, theta, scale, dropout_p, first_column, N,
+            BLOCK_N, DROPOUT, PRECISION,
+        )  # fmt: skip
+        grad_v += tl.dot(tl.trans(dropped.to(grad.dtype)), grad, input_precision=PRECISION)
+        grad_k += tl.dot(tl.trans(grad_scores.to(q.dtype)), q, input_precision=PRECISION)
+        grad_pairs += tl.sum(slope * row_masks[:, None], 0)
+
+    inside = (columns[:, None] < N) & (inner[None, :] < DH)
+    tl.store(GRAD_K + b * dk_b + h * dk_h + columns[:, None] * dk_n + inner[None, :], (grad_k * scale).to(GRAD_K.dtype.element_ty), mask=inside)
+    tl.store(GRAD_V + b * dv_b + h * dv_h + columns[:, None] * dv_n + inner[None, :], grad_v.to(GRAD_V.dtype.element_ty), mask=inside)
+    of_rows = tl.load(GRAD_M + first_of_head + columns, mask=columns < N, other=0.0)
+    tl.store(GRAD_M + first_of_head + columns, of_rows + lam * grad_pairs, mask=columns < N)
+
+
+def _launch(q: Tensor) -> tuple[dict, dict]:
+    """The arguments that all kernels share, and how to launch them, for q (B, H, N, Dh)."""
+    B, H, N, Dh = q.shape
+    if not q.is_cuda and not triton.knobs.runtime.interpret:
+        raise RuntimeError("the triton path takes CUDA tensors; for a CPU set TRITON_INTERPRET=1 before Python starts")
+    if Dh > MAX_KERNEL_HEAD_DIM or q.dtype == torch.float64:
+        raise RuntimeError(f"the triton path takes float32, bfloat16 and float16, and heads up to {MAX_KERNEL_HEAD_DIM} wide; this is {q.dtype}, {Dh} wide")
+    shared = dict(H=H, N=N, scale=Dh**-0.5, DH=Dh, BLOCK_D=max(16, triton.next_power_of_2(Dh)))
+    # Compiled for compute capability 9.0 and heads 64 wide, blocks of these sizes keep all in registers. Not tuned on a device.
+    if q.dtype == torch.float32:
+        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return shared | dict(BLOCK_M=32, BLOCK_N=32, PRECISION=precision), dict(num_warps=8, num_stages=1)
+    return shared | dict(BLOCK_M=64, BLOCK_N=32, PRECISION="ieee"), dict(num_warps=4, num_stages=2)
+
+
+def _for_kernels(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _on_device(q: Tensor):
+    return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
+
+
+def _triton_forward(q, k, v, masks, lam, theta, random, dropout_p):
+    shared, how = _launch(q)
+    q, k, v = (_for_kernels(x) for x in (q, k, v))
+    masks, lam, theta = (x.float().contiguous() for x in (masks, lam, theta))
+    out, lse = _gradient_layout(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
+    grid = (triton.cdiv(shared["N"], shared["BLOCK_M"]), q.shape[0] * q.shape[1])
+    with _on_device(q):
+        _forward_kernel[grid](q, k, v, masks, lam, theta, random, out, lse, *strides, dropout_p=dropout_p, DROPOUT=random is not None, **shared, **how)
+    return out, lse
+
+
+def _triton_backward(grad, out, lse, q, k, v, masks, lam, theta, random, dropout_p):
+    shared, how = _launch(q)
+    q, k, v, grad = (_for_kernels(x) for x in (q, k, v, grad))
+    masks32, lam32, theta32 = (x.float().contiguous() for x in (masks, lam, theta))
+    grad_q, grad_k, grad_v = (_gradient_layout(x) for x in (q, k, v))
+    delta, grad_masks = (torch.empty(masks.shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    row_blocks, column_blocks = (triton.cdiv(shared["N"], shared[block]) for block in ("BLOCK_M", "BLOCK_N"))
+    part_lam, part_theta = torch.empty(2, *lam.shape, row_blocks, dtype=torch.float32, device=q.device)  # no atomics: always the same sum
+
+    def strides(*tensors):
+        return [s for x in tensors for s in x.stride()[:3]]
+
+    heads, last = q.shape[0] * q.shape[1], dict(dropout_p=dropout_p, DROPOUT=random is not None, **shared, **how)
+    with _on_device(q):
+        _backward_rows_kernel[(row_blocks, heads)](
+            q, k, v, masks32, lam32, theta32, random, out, grad, lse, delta, grad_q, grad_masks, part_lam, part_theta,
+            *strides(q, k, v, out, grad, grad_q), **last,
+        )  # fmt: skip
+        _backward_columns_kernel[(column_blocks, heads)](
+            q, k, v, masks32, lam32, theta32, random, grad, lse, delta, grad_k, grad_v, grad_masks,
+            *strides(q, k, v, grad, grad_k, grad_v), **last,
+        )  # fmt: skip
+    return grad_q, grad_k, grad_v, grad_masks.to(masks.dtype), part_lam.sum(-1).to(lam.dtype), part_theta.sum(-1).to(theta.dtype)
