@@ -153,7 +153,8 @@ def _backward(
 
 @_backward.register_fake
 def _(grad, out, lse, q, k, v, masks, lam, theta, random, dropout_p, path):
-    return *(_gradient_layout(x) for x in (q, k, v)), *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (masks, lam, theta))
+    gates = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (masks, lam, theta))
+    return (*(_gradient_layout(x) for x in (q, k, v)), *gates)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -162,7 +163,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, _):
-    return *_backward(grad, *ctx.saved_tensors, ctx.dropout_p, ctx.path), None, None, None
+    return (*_backward(grad, *ctx.saved_tensors, ctx.dropout_p, ctx.path), None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
@@ -237,15 +238,15 @@ _dropout.register_autograd(_differentiate_dropout, setup_context=_save_keys)
 # blocked: the CPU's path
 
 
-def _pieces(B: int, H: int, N: int) -> tuple[list[tuple[slice, slice]], list[slice]]:
-    """How to cut (B, H, N, N) so that a piece fits the cache: [(samples, heads)], each with all of [rows]."""
+def _pieces(B: int, H: int, N: int) -> tuple[list[tuple[slice, slice]], list[slice], int]:
+    """How to cut (B, H, N, N) so that a piece fits the cache: [(samples, heads)], each with all of [rows]; elements of the largest."""
     elements = min(PIECE_ELEMENTS * torch.get_num_threads(), max(PIECE_ELEMENTS // 2, B * H * N * N // 2))  # never all of a large plane
     rows = max(1, min(N, elements // N))
     heads = max(1, min(H, elements // (rows * N)))
     heads = math.ceil(H / math.ceil(H / heads))  # pieces of even size
     samples = max(1, min(B, elements // (H * N * N)))
     planes = [(slice(b, b + samples), slice(h, h + heads)) for b in range(0, B, samples) for h in range(0, H, heads)]
-    return planes, [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
+    return planes, [slice(i, min(i + rows, N)) for i in range(0, N, rows)], samples * heads * rows * N
 
 
 class _Workspace:
@@ -255,12 +256,10 @@ class _Workspace:
     convert between them in the cache. In float32 they cost nothing.
     """
 
-    def __init__(self, q: Tensor, buffers: int):
-        (samples, heads), rows = (piece[0] for piece in _pieces(*q.shape[:3]))
-        size = min(samples.stop, q.shape[0]) * heads.stop * rows.stop * q.shape[2]
+    def __init__(self, q: Tensor, buffers: int, elements: int):
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.buffers = q.new_empty(buffers, size, dtype=self.dtype)
-        self.low = q.new_empty(size) if q.dtype != self.dtype else None
+        self.buffers = q.new_empty(buffers, elements, dtype=self.dtype)
+        self.low = q.new_empty(elements) if q.dtype != self.dtype else None
 
     def __call__(self, g: int, r: int, N: int) -> tuple[Tensor, ...]:
         """All buffers as (g, r, N)."""
@@ -285,13 +284,13 @@ def _gate(row_masks: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, out: Ten
 
 def _blocked_forward(q, k, v, masks, lam, theta, random, dropout_p):
     out = _gradient_layout(q)
-    workspace = _Workspace(q, buffers=2)
+    planes, row_blocks, elements = _pieces(*q.shape[:3])
+    workspace = _Workspace(q, 2, elements)
     masks, lam, theta = (x.to(workspace.dtype) for x in (masks, lam[..., None, None], theta[..., None, None]))
-    planes, row_blocks = _pieces(*q.shape[:3])
     for plane in planes:
         q_, k_, v_, masks_, lam_, theta_ = (x[plane].contiguous().flatten(0, 1) for x in (q, k, v, masks, lam, theta))  # (B, H, ...) -> (g, ...)
         if random is not None:
-            row_keys, column_keys = random[:, :, *plane].flatten(2, 3).unbind(1)  # 2 x (2, g, N)
+            row_keys, column_keys = (keys[(slice(None), *plane)].flatten(1, 2) for keys in random.unbind(1))  # (2, g, N)
             v_ = v_ / (1 - dropout_p)
         for rows in row_blocks:
             q_rows = q_[:, rows]
@@ -307,19 +306,19 @@ def _blocked_forward(q, k, v, masks, lam, theta, random, dropout_p):
 
 
 def _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p):
-    (B, H, N, Dh), scale = q.shape, q.shape[-1] ** -0.5
-    workspace = _Workspace(q, buffers=5 if random is not None else 4)
+    N, scale = q.shape[2], q.shape[-1] ** -0.5
+    planes, row_blocks, elements = _pieces(*q.shape[:3])
+    workspace = _Workspace(q, 4 if random is None else 5, elements)
     grad_q, grad_k, grad_v = (_gradient_layout(x) for x in (q, k, v))
     grad_masks, grad_lam, grad_theta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (masks, lam, theta))
     masks, lam, theta = (x.to(workspace.dtype) for x in (masks, lam[..., None, None], theta[..., None, None]))
-    planes, row_blocks = _pieces(B, H, N)
     for plane in planes:
         q_, k_, v_, grad_, masks_, lam_, theta_ = (x[plane].contiguous().flatten(0, 1) for x in (q, k, v, grad, masks, lam, theta))
         if random is not None:
-            row_keys, column_keys = random[:, :, *plane].flatten(2, 3).unbind(1)  # 2 x (2, g, N)
+            row_keys, column_keys = (keys[(slice(None), *plane)].flatten(1, 2) for keys in random.unbind(1))  # (2, g, N)
             grad_ = grad_ / (1 - dropout_p)
         sum_k, sum_v = torch.zeros(2, *k_.shape, dtype=workspace.dtype, device=q.device)  # (g, N, Dh)
-        sum_masks, sum_pairs, sum_gate = torch.zeros_like(masks_), 0, 0  # (g, N), (g,), (g,)
+        sum_masks, sum_lam, sum_theta = torch.zeros_like(masks_), 0, 0  # (g, N), (g,), (g,)
         for rows in row_blocks:
             q_rows, grad_rows, masks_rows = q_[:, rows], grad_[:, rows], masks_[:, rows]
             scores, gate, weights, slope, *keep = workspace(*q_rows.shape[:2], N)
@@ -341,18 +340,19 @@ def _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p):
             _accumulate(sum_k, grad_scores.mT, q_rows, scale)  # (g, N, r) x (g, r, Dh) -> (g, N, Dh)
 
             slope.mul_(scores).mul_(gate).mul_(gate.neg_().add_(1))  # ∂Γ Γ (1 − Γ): the gradient of λ (M_i M_j − θ)
-            grad_pairs = torch.bmm(slope, masks_[..., None]).squeeze(-1)  # Σ_j · M_j: (g, r, N) x (g, N, 1) -> (g, r)
-            sum_masks[:, rows] += grad_pairs
+            sum_masks[:, rows] += torch.bmm(slope, masks_[..., None]).squeeze(-1)  # Σ_j · M_j: (g, r, N) x (g, N, 1) -> (g, r)
             sum_masks += torch.bmm(masks_rows[:, None], slope).squeeze(1)  # Σ_i M_i ·: (g, 1, r) x (g, r, N) -> (g, N)
-            sum_pairs = sum_pairs + (masks_rows * grad_pairs).sum(dim=-1)
-            sum_gate = sum_gate + slope.sum(dim=(1, 2))
-        lam_, theta_ = lam_.flatten(), theta_.flatten()
+            sum_theta = sum_theta + slope.sum(dim=(1, 2))
+            # Not from the sums above, Σ M_i · − θ Σ: with a large λ, only pairs with M_i M_j ≈ θ count and these cancel.
+            differences = torch.mul(masks_rows[..., None], masks_[:, None], out=scores).sub_(theta_)  # M_i M_j − θ
+            sum_lam = sum_lam + differences.mul_(slope).sum(dim=(1, 2))
+        lam_ = lam_.flatten()
         for total, part in (
             (grad_k, sum_k),
             (grad_v, sum_v),
             (grad_masks, lam_[:, None] * sum_masks),
-            (grad_lam, sum_pairs - theta_ * sum_gate),
-            (grad_theta, -lam_ * sum_gate),
+            (grad_lam, sum_lam),
+            (grad_theta, -lam_ * sum_theta),
         ):
             total[plane] = part.view(total[plane].shape)
     return grad_q, grad_k, grad_v, grad_masks, grad_lam, grad_theta
@@ -387,10 +387,10 @@ def _load_rows(base, rows, columns, stride, N, DH: tl.constexpr):
 
 @_jit
 def _scores_and_gate(q, k, row_masks, column_masks, lam, theta, scale, PRECISION: tl.constexpr):
-    """S = scale · q kᵀ and Γ = σ(λ (M_i M_j − θ)) of a block, (BLOCK_M, BLOCK_N) float32."""
+    """S = scale · q kᵀ, Γ = σ(λ (M_i M_j − θ)) and M_i M_j − θ of a block, (BLOCK_M, BLOCK_N) float32."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    gate = tl.sigmoid(lam * (row_masks[:, None] * column_masks[None, :] - theta))
-    return scores, gate
+    differences = row_masks[:, None] * column_masks[None, :] - theta
+    return scores, tl.sigmoid(lam * differences), differences
 
 
 @_jit
@@ -428,7 +428,7 @@ def _forward_kernel(
         columns = first + tl.arange(0, BLOCK_N)
         column_masks = tl.load(M + columns, mask=columns < N, other=0.0)
         k = _load_rows(K + b * k_b + h * k_h, columns, inner, k_n, N, DH)
-        scores, gate = _scores_and_gate(q, k, row_masks, column_masks, lam, theta, scale, PRECISION)
+        scores, gate, _ = _scores_and_gate(q, k, row_masks, column_masks, lam, theta, scale, PRECISION)
         gated = tl.where(columns[None, :] < N, scores * gate * LOG2_E, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(gated, 1))
         weights = tl.exp2(gated - new_largest[:, None])
@@ -451,8 +451,8 @@ def _block_gradients(
     q, k, v, grad, row_masks, column_masks, lse, delta, rows, columns, seed, head, lam, theta, scale, dropout_p, first_column, N,
     BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a block, (BLOCK_M, BLOCK_N) float32: the weights after dropout, ∂S, and the gradient of λ (M_i M_j − θ)."""
-    scores, gate = _scores_and_gate(q, k, row_masks, column_masks, lam, theta, scale, PRECISION)
+    """Of a block, (BLOCK_M, BLOCK_N) float32: the weights after dropout, ∂S, the gradient of λ (M_i M_j − θ), and M_i M_j − θ."""
+    scores, gate, differences = _scores_and_gate(q, k, row_masks, column_masks, lam, theta, scale, PRECISION)
     inside = (rows[:, None] < N) & (columns[None, :] < N)
     weights = tl.where(inside, tl.exp2(scores * gate * LOG2_E - lse[:, None]), 0.0)
     grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -463,7 +463,7 @@ def _block_gradients(
         dropped *= keep
     grad_gated = weights * (grad_weights - delta[:, None])
     grad_scores = grad_gated * gate
-    return dropped, grad_scores, grad_scores * scores * (1 - gate)
+    return dropped, grad_scores, grad_scores * scores * (1 - gate), differences
 
 
 @_jit
@@ -493,27 +493,28 @@ def _backward_rows_kernel(
 
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     grad_pairs = tl.zeros((BLOCK_M,), tl.float32)  # Σ_j ∂(λ (M_i M_j − θ)) M_j
-    grad_gate = tl.zeros((BLOCK_M,), tl.float32)  # Σ_j ∂(λ (M_i M_j − θ))
+    grad_lam = tl.zeros((BLOCK_M,), tl.float32)  # Σ_j ∂(λ (M_i M_j − θ)) (M_i M_j − θ)
+    grad_theta = tl.zeros((BLOCK_M,), tl.float32)  # Σ_j ∂(λ (M_i M_j − θ))
     for first in range(0, N, BLOCK_N):
         columns = first + tl.arange(0, BLOCK_N)
         column_masks = tl.load(M + first_of_head + columns, mask=columns < N, other=0.0)
         k = _load_rows(K + b * k_b + h * k_h, columns, inner, k_n, N, DH)
         v = _load_rows(V + b * v_b + h * v_h, columns, inner, v_n, N, DH)
-        _, grad_scores, slope = _block_gradients(
+        _, grad_scores, slope, differences = _block_gradients(
             q, k, v, grad, row_masks, column_masks, lse, delta, rows, columns, seed, head, lam, theta, scale, dropout_p, first, N,
             BLOCK_N, DROPOUT, PRECISION,
         )  # fmt: skip
         grad_q += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
         grad_pairs += tl.sum(slope * column_masks[None, :], 1)
-        grad_gate += tl.sum(slope, 1)
+        grad_lam += tl.sum(slope * differences, 1)
+        grad_theta += tl.sum(slope, 1)
 
     inside = (rows[:, None] < N) & (inner[None, :] < DH)
     tl.store(GRAD_Q + b * dq_b + h * dq_h + rows[:, None] * dq_n + inner[None, :], (grad_q * scale).to(GRAD_Q.dtype.element_ty), mask=inside)
     tl.store(GRAD_M + first_of_head + rows, lam * grad_pairs, mask=rows < N)
     part = head * tl.num_programs(0) + tl.program_id(0)
-    gate_total = tl.sum(grad_gate, 0)
-    tl.store(PART_LAM + part, tl.sum(row_masks * grad_pairs, 0) - theta * gate_total)
-    tl.store(PART_THETA + part, -lam * gate_total)
+    tl.store(PART_LAM + part, tl.sum(grad_lam, 0))
+    tl.store(PART_THETA + part, -lam * tl.sum(grad_theta, 0))
 
 
 @_jit
@@ -548,7 +549,7 @@ def _backward_columns_kernel(
         grad = _load_rows(GRAD + b * g_b + h * g_h, rows, inner, g_n, N, DH)
         lse = tl.load(LSE + first_of_head + rows, mask=rows < N, other=0.0)
         delta = tl.load(DELTA + first_of_head + rows, mask=rows < N, other=0.0)
-        dropped, grad_scores, slope = _block_gradients(
+        dropped, grad_scores, slope, _ = _block_gradients(
             q, k, v, grad, row_masks, column_masks, lse, delta, rows, columns, seed, head, lam, theta, scale, dropout_p, first_column, N,
             BLOCK_N, DROPOUT, PRECISION,
         )  # fmt: skip
@@ -565,7 +566,7 @@ def _backward_columns_kernel(
 
 def _launch(q: Tensor) -> tuple[dict, dict]:
     """The arguments that all kernels share, and how to launch them, for q (B, H, N, Dh)."""
-    B, H, N, Dh = q.shape
+    _, H, N, Dh = q.shape
     if not q.is_cuda and not triton.knobs.runtime.interpret:
         raise RuntimeError("the triton path takes CUDA tensors; for a CPU set TRITON_INTERPRET=1 before Python starts")
     if Dh > MAX_KERNEL_HEAD_DIM or q.dtype == torch.float64:

@@ -112,7 +112,7 @@ class LAMM(nn.Module):
         """x (B, N, D), the block's input, and w of the layer before (B, H) -> w, λ, θ, each (B, H)."""
         peak = x.max(dim=1).values if x.requires_grad else x.amax(dim=1)  # max has the fast backward, amax the fast forward
         pooled = torch.cat([x.mean(dim=1), peak], dim=-1)  # (B, 2D)
-        layer_embedding = self.layer_embeddings[layer].expand(len(x), -1)  # (64,) -> (B, 64)
+        layer_embedding = self.layer_embeddings[layer].expand(x.shape[0], -1)  # (64,) -> (B, 64)
         context = self.context_mlp(torch.cat([self.global_feature_fusion(pooled), layer_embedding], dim=-1))  # c (B, D)
 
         importance = self.region_importance_mlp(torch.cat([context, previous], dim=-1)).softmax(dim=-1)  # α (B, H)
@@ -230,14 +230,14 @@ class LAMMViT(nn.Module):
         side, grid = self.config.img_size, self.config.grid_size
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
             raise ValueError(f"images are {tuple(images.shape)}, but this model takes (B, 3, {side}, {side})")
-        if region_masks.shape != (len(images), NUM_REGIONS, grid, grid):
+        if region_masks.shape != (images.shape[0], NUM_REGIONS, grid, grid):
             raise ValueError(f"region_masks are {tuple(region_masks.shape)}, but {len(images)} images want ({len(images)}, {NUM_REGIONS}, {grid}, {grid})")
 
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, D, G, G) -> (B, D, P) -> (B, P, D)
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed  # (B, N, D)
+        x = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.pos_embed  # (B, N, D)
         masks = self.mask_processor(region_masks)  # (B, H, N)
 
-        weights = x.new_full((len(x), NUM_HEADS), 1 / NUM_HEADS)  # w_0
+        weights = x.new_full((x.shape[0], NUM_HEADS), 1 / NUM_HEADS)  # w_0
         history = []
         for layer, block in enumerate(self.blocks):
             weights, lam, theta = self.lamm(x, layer, weights)

@@ -8,7 +8,11 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+if not torch.cuda.is_available():  # before attention.py is imported: its kernels then run in Triton's interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
 GENERATORS = ("BlurredRegion", "OffAxisMouth")
