@@ -70,7 +70,7 @@ def assert_agrees(path: str, tensors: list[torch.Tensor], precision: torch.dtype
 
 
 SHAPES = list(product((1, 3), (1, 2, 5, 197, 257), (4, 16, 64, 80)))  # B, N, Dh
-INTERPRETED = [*product((1, 3), (1, 2, 5), (4, 16, 64, 80)), (1, 197, 4), (1, 197, 64), (1, 257, 16), (1, 257, 80)]  # seconds each
+INTERPRETED = [*product((1,), (1, 2, 5), (4, 16, 64, 80)), (3, 1, 4), (3, 2, 64), (3, 5, 16), (1, 197, 4), (1, 197, 64), (1, 257, 80)]  # a slow one
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -83,7 +83,7 @@ def test_blocked_agrees(B, N, Dh, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("B, N, Dh", SHAPES if CUDA else INTERPRETED)
 def test_kernels_agree(B, N, Dh, dtype):
-    assert_agrees("triton", arguments(B, 12 if CUDA or N <= 5 else 3, N, Dh, dtype))
+    assert_agrees("triton", arguments(B, 12 if CUDA else 3, N, Dh, dtype))
 
 
 PATHS = ["blocked", pytest.param("triton", marks=triton_needed)]
