@@ -32,7 +32,7 @@ try:
 except ImportError:  # PyTorch brings it on Linux only
     triton = None
 
-PIECE_ELEMENTS = 2**18  # of the N x N plane, per thread: 1 MiB in float32, the L2 cache of a core
+CACHE_ELEMENTS = 2**20  # that the buffers of a piece may hold together, per thread: 4 MiB in float32, a core's share of L2 and L3
 MAX_KERNEL_HEAD_DIM = 128  # wider heads spill the kernels' registers
 LOG2_E = tl.constexpr(1.4426950408889634) if triton is not None else None  # a kernel reads no other kind of global
 
@@ -208,7 +208,7 @@ def _keep_mask(row_keys: Tensor, column_keys: Tensor, p: float, out: Tensor) -> 
 def _dropout(x: Tensor, row_keys: Tensor, column_keys: Tensor, p: float) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])  # (rows, D)
     out = torch.empty_like(flat)
-    step = max(1, PIECE_ELEMENTS * torch.get_num_threads() // x.shape[-1])
+    step = max(1, CACHE_ELEMENTS // 4 * torch.get_num_threads() // x.shape[-1])
     keep = flat.new_empty(min(step, len(flat)), x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
     for i in range(0, len(flat), step):
         piece = slice(i, min(i + step, len(flat)))
@@ -238,9 +238,10 @@ _dropout.register_autograd(_differentiate_dropout, setup_context=_save_keys)
 # blocked: the CPU's path
 
 
-def _pieces(B: int, H: int, N: int) -> tuple[list[tuple[slice, slice]], list[slice], int]:
-    """How to cut (B, H, N, N) so that a piece fits the cache: [(samples, heads)], each with all of [rows]; elements of the largest."""
-    elements = min(PIECE_ELEMENTS * torch.get_num_threads(), max(PIECE_ELEMENTS // 2, B * H * N * N // 2))  # never all of a large plane
+def _pieces(B: int, H: int, N: int, buffers: int) -> tuple[list[tuple[slice, slice]], list[slice], int]:
+    """How to cut (B, H, N, N) so that `buffers` of a piece fit the cache: [(samples, heads)], each with all of [rows]; elements of a buffer."""
+    elements = CACHE_ELEMENTS * torch.get_num_threads() // buffers
+    elements = min(elements, max(CACHE_ELEMENTS // 8, B * H * N * N // 2))  # never all of a large plane
     rows = max(1, min(N, elements // N))
     heads = max(1, min(H, elements // (rows * N)))
     heads = math.ceil(H / math.ceil(H / heads))  # pieces of even size
@@ -250,13 +251,14 @@ def _pieces(B: int, H: int, N: int) -> tuple[list[tuple[slice, slice]], list[sli
 
 
 class _Workspace:
-    """Buffers for pieces of the N x N plane, used again for each piece so that they stay in the cache.
+    """The pieces of the N x N plane, and buffers that are used again for each so that they stay in the cache.
 
     Gate and softmax want float32 (or float64), matrix products the dtype of q: where they differ, `product` and `operand`
     convert between them in the cache. In float32 they cost nothing.
     """
 
-    def __init__(self, q: Tensor, buffers: int, elements: int):
+    def __init__(self, q: Tensor, buffers: int):
+        self.planes, self.row_blocks, elements = _pieces(*q.shape[:3], buffers)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.buffers = q.new_empty(buffers, elements, dtype=self.dtype)
         self.low = q.new_empty(elements) if q.dtype != self.dtype else None
@@ -265,12 +267,11 @@ class _Workspace:
         """All buffers as (g, r, N)."""
         return tuple(buffer[: g * r * N].view(g, r, N) for buffer in self.buffers)
 
-    def product(self, a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
-        """out (g, r, N) = scale · a (g, r, Dh) b (g, Dh, N)."""
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        """out (g, r, N) = a (g, r, Dh) b (g, Dh, N)."""
         if self.low is None:
-            return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
-        low = self.low[: out.numel()].view(out.shape)
-        return out.copy_(torch.bmm(a, b, out=low)).mul_(scale)
+            return torch.bmm(a, b, out=out)
+        return out.copy_(torch.bmm(a, b, out=self.low[: out.numel()].view(out.shape)))
 
     def operand(self, x: Tensor) -> Tensor:
         """x (g, r, N) in the dtype of q. Valid until the next call of operand or product."""
@@ -284,18 +285,18 @@ def _gate(row_masks: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, out: Ten
 
 def _blocked_forward(q, k, v, masks, lam, theta, random, dropout_p):
     out = _gradient_layout(q)
-    planes, row_blocks, elements = _pieces(*q.shape[:3])
-    workspace = _Workspace(q, 2, elements)
+    workspace = _Workspace(q, buffers=2)
     masks, lam, theta = (x.to(workspace.dtype) for x in (masks, lam[..., None, None], theta[..., None, None]))
-    for plane in planes:
+    for plane in workspace.planes:
         q_, k_, v_, masks_, lam_, theta_ = (x[plane].contiguous().flatten(0, 1) for x in (q, k, v, masks, lam, theta))  # (B, H, ...) -> (g, ...)
+        q_ = q_ * q.shape[-1] ** -0.5  # so that q kᵀ is S
         if random is not None:
             row_keys, column_keys = (keys[(slice(None), *plane)].flatten(1, 2) for keys in random.unbind(1))  # (2, g, N)
             v_ = v_ / (1 - dropout_p)
-        for rows in row_blocks:
+        for rows in workspace.row_blocks:
             q_rows = q_[:, rows]
             scores, weights = workspace(*q_rows.shape[:2], q.shape[2])
-            workspace.product(q_rows, k_.mT, out=scores, scale=q.shape[-1] ** -0.5)  # (g, r, Dh) x (g, Dh, N) -> (g, r, N)
+            workspace.product(q_rows, k_.mT, out=scores)  # (g, r, Dh) x (g, Dh, N) -> (g, r, N)
             scores.mul_(_gate(masks_[:, rows], masks_, lam_, theta_, out=weights))
             torch.softmax(scores, dim=-1, out=weights)
             if random is not None:
@@ -307,22 +308,22 @@ def _blocked_forward(q, k, v, masks, lam, theta, random, dropout_p):
 
 def _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p):
     N, scale = q.shape[2], q.shape[-1] ** -0.5
-    planes, row_blocks, elements = _pieces(*q.shape[:3])
-    workspace = _Workspace(q, 4 if random is None else 5, elements)
+    workspace = _Workspace(q, buffers=4 if random is None else 5)
     grad_q, grad_k, grad_v = (_gradient_layout(x) for x in (q, k, v))
     grad_masks, grad_lam, grad_theta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (masks, lam, theta))
     masks, lam, theta = (x.to(workspace.dtype) for x in (masks, lam[..., None, None], theta[..., None, None]))
-    for plane in planes:
+    for plane in workspace.planes:
         q_, k_, v_, grad_, masks_, lam_, theta_ = (x[plane].contiguous().flatten(0, 1) for x in (q, k, v, grad, masks, lam, theta))
+        q_ = q_ * scale  # so that q kᵀ is S
         if random is not None:
             row_keys, column_keys = (keys[(slice(None), *plane)].flatten(1, 2) for keys in random.unbind(1))  # (2, g, N)
             grad_ = grad_ / (1 - dropout_p)
         sum_k, sum_v = torch.zeros(2, *k_.shape, dtype=workspace.dtype, device=q.device)  # (g, N, Dh)
         sum_masks, sum_lam, sum_theta = torch.zeros_like(masks_), 0, 0  # (g, N), (g,), (g,)
-        for rows in row_blocks:
+        for rows in workspace.row_blocks:
             q_rows, grad_rows, masks_rows = q_[:, rows], grad_[:, rows], masks_[:, rows]
             scores, gate, weights, slope, *keep = workspace(*q_rows.shape[:2], N)
-            workspace.product(q_rows, k_.mT, out=scores, scale=scale)  # S
+            workspace.product(q_rows, k_.mT, out=scores)  # S
             _gate(masks_rows, masks_, lam_, theta_, out=gate)  # Γ
             torch.softmax(torch.mul(scores, gate, out=slope), dim=-1, out=weights)  # A = softmax(S ⊙ Γ)
 
@@ -337,7 +338,7 @@ def _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p):
             grad_scores = workspace.operand(torch.mul(slope, gate, out=weights))  # ∂S
             grad_rows_q = torch.bmm(grad_scores, k_)  # (g, r, N) x (g, N, Dh) -> (g, r, Dh)
             grad_q[plane][:, :, rows] = grad_rows_q.mul_(scale).view_as(grad_q[plane][:, :, rows])
-            _accumulate(sum_k, grad_scores.mT, q_rows, scale)  # (g, N, r) x (g, r, Dh) -> (g, N, Dh)
+            _accumulate(sum_k, grad_scores.mT, q_rows)  # (g, N, r) x (g, r, Dh) -> (g, N, Dh)
 
             slope.mul_(scores).mul_(gate).mul_(gate.neg_().add_(1))  # ∂Γ Γ (1 − Γ): the gradient of λ (M_i M_j − θ)
             sum_masks[:, rows] += torch.bmm(slope, masks_[..., None]).squeeze(-1)  # Σ_j · M_j: (g, r, N) x (g, N, 1) -> (g, r)
@@ -358,12 +359,12 @@ def _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p):
     return grad_q, grad_k, grad_v, grad_masks, grad_lam, grad_theta
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """total (g, N, Dh) += scale · a (g, N, r) b (g, r, Dh), summed in the dtype of total."""
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (g, N, Dh) += a (g, N, r) b (g, r, Dh), summed in the dtype of total."""
     if total.dtype == a.dtype:
-        total.baddbmm_(a, b, alpha=scale)
+        total.baddbmm_(a, b)
     else:
-        total.add_(torch.bmm(a, b), alpha=scale)
+        total.add_(torch.bmm(a, b))
 
 
 

@@ -156,8 +156,8 @@ class HeadInteraction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
-        B, _, D = x.shape
-        heads = x.mean(dim=1).view(B, NUM_HEADS, D // NUM_HEADS)  # (B, N, D) -> (B, D) -> (B, H, Dh)
+        B, N, D = x.shape
+        heads = (x.sum(dim=1) / N).view(B, NUM_HEADS, D // NUM_HEADS)  # (B, N, D) -> (B, D) -> (B, H, Dh); mean() would widen a bfloat16 x
         q, k, v = self.qkv_heads(heads).chunk(3, dim=-1)  # 3 x (B, H, Dh)
         mixed = F.scaled_dot_product_attention(q, k, v)  # (B, H, Dh), scale 1/√Dh
         return x + self.proj(mixed.reshape(B, 1, D))  # (B, N, D) + (B, 1, D)
