@@ -43,9 +43,7 @@ _forced_path: str | None = None
 # The operator
 
 
-def region_gated_attention(
-    q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, dropout_p: float = 0.0
-) -> Tensor:
+def region_gated_attention(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, dropout_p: float = 0.0) -> Tensor:
     """dropout(softmax(S ⊙ Γ)) V with S = Q Kᵀ / √Dh and the gate Γ_ij = σ(λ (M_i M_j − θ)) (paper, RG-MHA).
 
     Differentiable once with respect to all six tensors. Under autocast q, k and v are cast, as for a matrix product; gate
@@ -121,7 +119,7 @@ def _check_arguments(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: Tensor
         raise ValueError(f"dropout_p is {dropout_p}, but has to be in [0, 1)")
 
 
-def _gradient_layout(x: Tensor) -> Tensor:
+def _empty_token_major(x: Tensor) -> Tensor:
     """An empty (B, H, N, Dh) tensor that lies in memory as (B, N, H, Dh), as a linear layer wants and gives it."""
     B, H, N, Dh = x.shape
     return x.new_empty(B, N, H, Dh).transpose(1, 2)
@@ -137,7 +135,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q, k, v, masks, lam, theta, random, dropout_p, path):
-    return _gradient_layout(q), q.new_empty(q.shape[:3] if path == "triton" else (0,), dtype=torch.float32)
+    return _empty_token_major(q), q.new_empty(q.shape[:3] if path == "triton" else (0,), dtype=torch.float32)
 
 
 @torch.library.custom_op("lamm_vit::region_gated_attention_backward", mutates_args=())
@@ -154,7 +152,7 @@ def _backward(
 @_backward.register_fake
 def _(grad, out, lse, q, k, v, masks, lam, theta, random, dropout_p, path):
     gates = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (masks, lam, theta))
-    return (*(_gradient_layout(x) for x in (q, k, v)), *gates)
+    return (*(_empty_token_major(x) for x in (q, k, v)), *gates)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -284,7 +282,7 @@ def _gate(row_masks: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, out: Ten
 
 
 def _blocked_forward(q, k, v, masks, lam, theta, random, dropout_p):
-    out = _gradient_layout(q)
+    out = _empty_token_major(q)
     workspace = _Workspace(q, buffers=2)
     masks, lam, theta = (x.to(workspace.dtype) for x in (masks, lam[..., None, None], theta[..., None, None]))
     for plane in workspace.planes:
@@ -309,7 +307,7 @@ def _blocked_forward(q, k, v, masks, lam, theta, random, dropout_p):
 def _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p):
     N, scale = q.shape[2], q.shape[-1] ** -0.5
     workspace = _Workspace(q, buffers=4 if random is None else 5)
-    grad_q, grad_k, grad_v = (_gradient_layout(x) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (_empty_token_major(x) for x in (q, k, v))
     grad_masks, grad_lam, grad_theta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (masks, lam, theta))
     masks, lam, theta = (x.to(workspace.dtype) for x in (masks, lam[..., None, None], theta[..., None, None]))
     for plane in workspace.planes:
@@ -365,7 +363,6 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.baddbmm_(a, b)
     else:
         total.add_(torch.bmm(a, b))
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,7 +589,7 @@ def _triton_forward(q, k, v, masks, lam, theta, random, dropout_p):
     shared, how = _launch(q)
     q, k, v = (_for_kernels(x) for x in (q, k, v))
     masks, lam, theta = (x.float().contiguous() for x in (masks, lam, theta))
-    out, lse = _gradient_layout(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out, lse = _empty_token_major(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
     grid = (triton.cdiv(shared["N"], shared["BLOCK_M"]), q.shape[0] * q.shape[1])
     with _on_device(q):
@@ -604,7 +601,7 @@ def _triton_backward(grad, out, lse, q, k, v, masks, lam, theta, random, dropout
     shared, how = _launch(q)
     q, k, v, grad = (_for_kernels(x) for x in (q, k, v, grad))
     masks32, lam32, theta32 = (x.float().contiguous() for x in (masks, lam, theta))
-    grad_q, grad_k, grad_v = (_gradient_layout(x) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (_empty_token_major(x) for x in (q, k, v))
     delta, grad_masks = (torch.empty(masks.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     row_blocks, column_blocks = (triton.cdiv(shared["N"], shared[block]) for block in ("BLOCK_M", "BLOCK_N"))
     part_lam, part_theta = torch.empty(2, *lam.shape, row_blocks, dtype=torch.float32, device=q.device)  # no atomics: always the same sum
