@@ -409,10 +409,10 @@ def _forward_kernel(
     H, N, scale, dropout_p,
     DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of queries of one head: OUT and LSE of it. Grid: (blocks of queries, B·H)."""
-    head = tl.program_id(1)
+    """A block of queries of one head: OUT and LSE of it."""
+    head, block = tl.program_id(0) // tl.cdiv(N, BLOCK_M), tl.program_id(0) % tl.cdiv(N, BLOCK_M)
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inner = tl.arange(0, BLOCK_D)
     lam, theta = tl.load(LAM + head), tl.load(THETA + head)
     M += head.to(tl.int64) * N
@@ -472,9 +472,9 @@ def _backward_rows_kernel(
     DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: GRAD_Q, DELTA = Σ_j A ∂A, what its rows give to GRAD_M, and its part of λ's and θ's gradients."""
-    head = tl.program_id(1)
+    head, block = tl.program_id(0) // tl.cdiv(N, BLOCK_M), tl.program_id(0) % tl.cdiv(N, BLOCK_M)
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inner = tl.arange(0, BLOCK_D)
     lam, theta = tl.load(LAM + head), tl.load(THETA + head)
     first_of_head = head.to(tl.int64) * N
@@ -510,9 +510,8 @@ def _backward_rows_kernel(
     inside = (rows[:, None] < N) & (inner[None, :] < DH)
     tl.store(GRAD_Q + b * dq_b + h * dq_h + rows[:, None] * dq_n + inner[None, :], (grad_q * scale).to(GRAD_Q.dtype.element_ty), mask=inside)
     tl.store(GRAD_M + first_of_head + rows, lam * grad_pairs, mask=rows < N)
-    part = head * tl.num_programs(0) + tl.program_id(0)
-    tl.store(PART_LAM + part, tl.sum(grad_lam, 0))
-    tl.store(PART_THETA + part, -lam * tl.sum(grad_theta, 0))
+    tl.store(PART_LAM + tl.program_id(0), tl.sum(grad_lam, 0))
+    tl.store(PART_THETA + tl.program_id(0), -lam * tl.sum(grad_theta, 0))
 
 
 @_jit
@@ -523,9 +522,9 @@ def _backward_columns_kernel(
     DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of keys of one head: GRAD_K, GRAD_V, and what its columns add to GRAD_M, after _backward_rows_kernel."""
-    head = tl.program_id(1)
+    head, block = tl.program_id(0) // tl.cdiv(N, BLOCK_N), tl.program_id(0) % tl.cdiv(N, BLOCK_N)
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    first_column = tl.program_id(0) * BLOCK_N
+    first_column = block * BLOCK_N
     columns = first_column + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_D)
     lam, theta = tl.load(LAM + head), tl.load(THETA + head)
@@ -591,7 +590,7 @@ def _triton_forward(q, k, v, masks, lam, theta, random, dropout_p):
     masks, lam, theta = (x.float().contiguous() for x in (masks, lam, theta))
     out, lse = _empty_token_major(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     strides = [s for x in (q, k, v, out) for s in x.stride()[:3]]
-    grid = (triton.cdiv(shared["N"], shared["BLOCK_M"]), q.shape[0] * q.shape[1])
+    grid = (q.shape[0] * q.shape[1] * triton.cdiv(shared["N"], shared["BLOCK_M"]),)  # one axis: the others end at 65,535
     with _on_device(q):
         _forward_kernel[grid](q, k, v, masks, lam, theta, random, out, lse, *strides, dropout_p=dropout_p, DROPOUT=random is not None, **shared, **how)
     return out, lse
@@ -611,11 +610,11 @@ def _triton_backward(grad, out, lse, q, k, v, masks, lam, theta, random, dropout
 
     heads, last = q.shape[0] * q.shape[1], dict(dropout_p=dropout_p, DROPOUT=random is not None, **shared, **how)
     with _on_device(q):
-        _backward_rows_kernel[(row_blocks, heads)](
+        _backward_rows_kernel[(heads * row_blocks,)](
             q, k, v, masks32, lam32, theta32, random, out, grad, lse, delta, grad_q, grad_masks, part_lam, part_theta,
             *strides(q, k, v, out, grad, grad_q), **last,
         )  # fmt: skip
-        _backward_columns_kernel[(column_blocks, heads)](
+        _backward_columns_kernel[(heads * column_blocks,)](
             q, k, v, masks32, lam32, theta32, random, grad, lse, delta, grad_k, grad_v, grad_masks,
             *strides(q, k, v, grad, grad_k, grad_v), **last,
         )  # fmt: skip
