@@ -47,7 +47,8 @@ def region_gated_attention(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: 
     """dropout(softmax(S ⊙ Γ)) V with S = Q Kᵀ / √Dh and the gate Γ_ij = σ(λ (M_i M_j − θ)) (paper, RG-MHA).
 
     Differentiable once with respect to all six tensors. Under autocast q, k and v are cast, as for a matrix product; gate
-    and softmax are in float32 (float64 for float64 inputs) whatever the dtypes of the arguments.
+    and softmax are in float32 (float64 for float64 inputs) whatever the dtypes of the arguments, but on the textbook path.
+    A graph that is compiled or exported keeps the path of the device it was made on.
 
     Args:
         q, k, v: (B, H, N, Dh), of one floating-point dtype and device; they need not be contiguous.
@@ -63,11 +64,12 @@ def region_gated_attention(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: 
         ValueError: shapes, dtypes or dropout_p are not as above.
         RuntimeError: the path was forced to one that cannot run here.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     _check_arguments(q, k, v, masks, lam, theta, dropout_p)
     path = _forced_path or _default_path(q)
-    if path == "textbook":
+    if path == "textbook" or q.numel() == 0:
         return textbook(q, k, v, masks, lam, theta, dropout_p)
     random = None
     if dropout_p > 0:
@@ -130,7 +132,8 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, random: Tensor | None, dropout_p: float, path: str
 ) -> tuple[Tensor, Tensor]:
     """-> the output, and the kernels' row statistics for the backward, log2 Σ_j 2^z_ij (B, H, N); nothing (0,) on the blocked path."""
-    return (_triton_forward if path == "triton" else _blocked_forward)(q, k, v, masks, lam, theta, random, dropout_p)
+    with torch.autocast(q.device.type, enabled=False):
+        return (_triton_forward if path == "triton" else _blocked_forward)(q, k, v, masks, lam, theta, random, dropout_p)
 
 
 @_forward.register_fake
@@ -144,9 +147,10 @@ def _backward(
     random: Tensor | None, dropout_p: float, path: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> the gradients of q, k, v, masks, lam and theta, each of its tensor's dtype."""
-    if path == "triton":
-        return _triton_backward(grad, out, lse, q, k, v, masks, lam, theta, random, dropout_p)
-    return _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p)
+    with torch.autocast(q.device.type, enabled=False):
+        if path == "triton":
+            return _triton_backward(grad, out, lse, q, k, v, masks, lam, theta, random, dropout_p)
+        return _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p)
 
 
 @_backward.register_fake
@@ -177,7 +181,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     x is (..., D), of any floating-point dtype. F.dropout draws its random numbers one after the other on a CPU; in a ViT-B
     that alone is a quarter of a training step in bfloat16.
     """
-    if x.device.type != "cpu" or p == 0:
+    if x.device.type != "cpu" or not 0 < p < 1 or x.numel() == 0 or x.ndim == 0:
         return F.dropout(x, p)
     return _dropout(x, _random_keys(x.numel() // x.shape[-1]), _random_keys(x.shape[-1]), p)
 
@@ -188,7 +192,7 @@ def _random_keys(*size: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def _keep_mask(row_keys: Tensor, column_keys: Tensor, p: float, out: Tensor) -> Tensor:
-    """Writes 0 with probability p and 1 otherwise to each element of a plane, without drawing a random number for each.
+    """Writes 0 with probability p and 1 / (1 − p) otherwise to each element of a plane, without drawing a random number for each.
 
     The bits of element (i, j) are ((a_i b_j) ⊕ c_i) d_j mod 2³², a hash of the keys of its row and its column. So they are
     the same in forward and backward and however the plane is cut into pieces, with no state to carry along.
@@ -198,20 +202,20 @@ def _keep_mask(row_keys: Tensor, column_keys: Tensor, p: float, out: Tensor) -> 
         out: (..., r, n), float32 or float64.
     """
     (a, c), (b, d) = row_keys.unsqueeze(-1), column_keys.unsqueeze(-2)
-    bits = torch.mul(a, b).bitwise_xor_(c).mul_(d)  # (..., r, 1) * (..., 1, n) -> (..., r, n), uniform on the int32
-    return torch.ge(out.copy_(bits), p * 2.0**32 - 2.0**31, out=out)
+    bits = torch.mul(a, b).bitwise_xor_(c).mul_(d)  # (..., r, 1) * (..., 1, n) -> (..., r, n), all int32 alike but for the lowest bit
+    return torch.ge(out.copy_(bits), p * 2.0**32 - 2.0**31, out=out).mul_(1 / (1 - p))
 
 
 @torch.library.custom_op("lamm_vit::dropout", mutates_args=())
 def _dropout(x: Tensor, row_keys: Tensor, column_keys: Tensor, p: float) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])  # (rows, D)
-    out = torch.empty_like(flat)
+    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
     step = max(1, CACHE_ELEMENTS // 4 * torch.get_num_threads() // x.shape[-1])
     keep = flat.new_empty(min(step, len(flat)), x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
     for i in range(0, len(flat), step):
         piece = slice(i, min(i + step, len(flat)))
         mask = _keep_mask(row_keys[:, piece], column_keys, p, out=keep[: piece.stop - i])
-        out[piece] = mask.mul_(1 / (1 - p)).mul_(flat[piece])
+        out[piece] = mask.mul_(flat[piece])
     return out.view(x.shape)
 
 
@@ -239,7 +243,7 @@ _dropout.register_autograd(_differentiate_dropout, setup_context=_save_keys)
 def _pieces(B: int, H: int, N: int, buffers: int) -> tuple[list[tuple[slice, slice]], list[slice], int]:
     """How to cut (B, H, N, N) so that `buffers` of a piece fit the cache: [(samples, heads)], each with all of [rows]; elements of a buffer."""
     elements = CACHE_ELEMENTS * torch.get_num_threads() // buffers
-    elements = min(elements, max(CACHE_ELEMENTS // 8, B * H * N * N // 2))  # never all of a large plane
+    elements = min(elements, B * H * N * N // 2)  # never all of it
     rows = max(1, min(N, elements // N))
     heads = max(1, min(H, elements // (rows * N)))
     heads = math.ceil(H / math.ceil(H / heads))  # pieces of even size
@@ -258,7 +262,7 @@ class _Workspace:
     def __init__(self, q: Tensor, buffers: int):
         self.planes, self.row_blocks, elements = _pieces(*q.shape[:3], buffers)
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.buffers = q.new_empty(buffers, elements, dtype=self.dtype)
+        self.buffers = [q.new_empty(elements, dtype=self.dtype) for _ in range(buffers)]
         self.low = q.new_empty(elements) if q.dtype != self.dtype else None
 
     def __call__(self, g: int, r: int, N: int) -> tuple[Tensor, ...]:
@@ -290,7 +294,6 @@ def _blocked_forward(q, k, v, masks, lam, theta, random, dropout_p):
         q_ = q_ * q.shape[-1] ** -0.5  # so that q kᵀ is S
         if random is not None:
             row_keys, column_keys = (keys[(slice(None), *plane)].flatten(1, 2) for keys in random.unbind(1))  # (2, g, N)
-            v_ = v_ / (1 - dropout_p)
         for rows in workspace.row_blocks:
             q_rows = q_[:, rows]
             scores, weights = workspace(*q_rows.shape[:2], q.shape[2])
@@ -315,7 +318,6 @@ def _blocked_backward(grad, q, k, v, masks, lam, theta, random, dropout_p):
         q_ = q_ * scale  # so that q kᵀ is S
         if random is not None:
             row_keys, column_keys = (keys[(slice(None), *plane)].flatten(1, 2) for keys in random.unbind(1))  # (2, g, N)
-            grad_ = grad_ / (1 - dropout_p)
         sum_k, sum_v = torch.zeros(2, *k_.shape, dtype=workspace.dtype, device=q.device)  # (g, N, Dh)
         sum_masks, sum_lam, sum_theta = torch.zeros_like(masks_), 0, 0  # (g, N), (g,), (g,)
         for rows in workspace.row_blocks:
@@ -380,7 +382,7 @@ def _jit(function):
 @_jit
 def _load_rows(base, rows, columns, stride, N, DH: tl.constexpr):
     """Rows (tokens) of a (N, Dh) matrix, zero outside of it."""
-    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=(rows[:, None] < N) & (columns[None, :] < DH), other=0.0)
+    return tl.load(base + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=(rows[:, None] < N) & (columns[None, :] < DH), other=0.0)
 
 
 @_jit
@@ -440,7 +442,7 @@ def _forward_kernel(
 
     out = total / (denominator * (1 - dropout_p))[:, None]
     inside = (rows[:, None] < N) & (inner[None, :] < DH)
-    tl.store(OUT + b * o_b + h * o_h + rows[:, None] * o_n + inner[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(OUT + b * o_b + h * o_h + rows[:, None].to(tl.int64) * o_n + inner[None, :], out.to(OUT.dtype.element_ty), mask=inside)
     tl.store(LSE + head.to(tl.int64) * N + rows, largest + tl.log2(denominator), mask=rows < N)
 
 
@@ -508,7 +510,7 @@ def _backward_rows_kernel(
         grad_theta += tl.sum(slope, 1)
 
     inside = (rows[:, None] < N) & (inner[None, :] < DH)
-    tl.store(GRAD_Q + b * dq_b + h * dq_h + rows[:, None] * dq_n + inner[None, :], (grad_q * scale).to(GRAD_Q.dtype.element_ty), mask=inside)
+    tl.store(GRAD_Q + b * dq_b + h * dq_h + rows[:, None].to(tl.int64) * dq_n + inner[None, :], (grad_q * scale).to(GRAD_Q.dtype.element_ty), mask=inside)
     tl.store(GRAD_M + first_of_head + rows, lam * grad_pairs, mask=rows < N)
     tl.store(PART_LAM + tl.program_id(0), tl.sum(grad_lam, 0))
     tl.store(PART_THETA + tl.program_id(0), -lam * tl.sum(grad_theta, 0))
@@ -555,23 +557,25 @@ def _backward_columns_kernel(
         grad_pairs += tl.sum(slope * row_masks[:, None], 0)
 
     inside = (columns[:, None] < N) & (inner[None, :] < DH)
-    tl.store(GRAD_K + b * dk_b + h * dk_h + columns[:, None] * dk_n + inner[None, :], (grad_k * scale).to(GRAD_K.dtype.element_ty), mask=inside)
-    tl.store(GRAD_V + b * dv_b + h * dv_h + columns[:, None] * dv_n + inner[None, :], grad_v.to(GRAD_V.dtype.element_ty), mask=inside)
+    tl.store(GRAD_K + b * dk_b + h * dk_h + columns[:, None].to(tl.int64) * dk_n + inner[None, :], (grad_k * scale).to(GRAD_K.dtype.element_ty), mask=inside)
+    tl.store(GRAD_V + b * dv_b + h * dv_h + columns[:, None].to(tl.int64) * dv_n + inner[None, :], grad_v.to(GRAD_V.dtype.element_ty), mask=inside)
     of_rows = tl.load(GRAD_M + first_of_head + columns, mask=columns < N, other=0.0)
     tl.store(GRAD_M + first_of_head + columns, of_rows + lam * grad_pairs, mask=columns < N)
 
 
-def _launch(q: Tensor) -> tuple[dict, dict]:
+def _launch(q: Tensor, on_device: bool = True) -> tuple[dict, dict]:
     """The arguments that all kernels share, and how to launch them, for q (B, H, N, Dh)."""
     _, H, N, Dh = q.shape
-    if not q.is_cuda and not triton.knobs.runtime.interpret:
+    if triton is None:
+        raise RuntimeError("the triton path needs the package triton, which PyTorch brings on Linux")
+    if on_device and not q.is_cuda and not triton.knobs.runtime.interpret:
         raise RuntimeError("the triton path takes CUDA tensors; for a CPU set TRITON_INTERPRET=1 before Python starts")
     if Dh > MAX_KERNEL_HEAD_DIM or q.dtype == torch.float64:
         raise RuntimeError(f"the triton path takes float32, bfloat16 and float16, and heads up to {MAX_KERNEL_HEAD_DIM} wide; this is {q.dtype}, {Dh} wide")
     shared = dict(H=H, N=N, scale=Dh**-0.5, DH=Dh, BLOCK_D=max(16, triton.next_power_of_2(Dh)))
     # Compiled for compute capability 9.0 and heads 64 wide, blocks of these sizes keep all in registers. Not tuned on a device.
     if q.dtype == torch.float32:
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        precision = "ieee" if torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32"
         return shared | dict(BLOCK_M=32, BLOCK_N=32, PRECISION=precision), dict(num_warps=8, num_stages=1)
     return shared | dict(BLOCK_M=64, BLOCK_N=32, PRECISION="ieee"), dict(num_warps=4, num_stages=2)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
@@ -83,7 +82,7 @@ def test_blocked_agrees(B, N, Dh, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("B, N, Dh", SHAPES if CUDA else INTERPRETED)
 def test_kernels_agree(B, N, Dh, dtype):
-    assert_agrees("triton", arguments(B, 12 if CUDA else 3, N, Dh, dtype))
+    assert_agrees("triton", arguments(B, 12 if CUDA or N <= 5 else 3, N, Dh, dtype))
 
 
 PATHS = ["blocked", pytest.param("triton", marks=triton_needed)]
@@ -137,7 +136,7 @@ def test_result_does_not_depend_on_the_pieces(elements, dropout_p, monkeypatch):
         torch.testing.assert_close(pieces, expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("B, H, N", [(1, 12, 197), (8, 12, 197), (2, 3, 600)])
+@pytest.mark.parametrize("B, H, N", [(1, 1, 197), (1, 12, 197), (8, 12, 197), (2, 3, 600)])
 def test_blocked_never_allocates_the_plane(B, H, N):
     class Largest(TorchDispatchMode):
         elements = 0
@@ -152,10 +151,9 @@ def test_blocked_never_allocates_the_plane(B, H, N):
     tensors, random = arguments(B, H, N, 16), attention._random_keys(2, B, H, N)
     with Largest(), torch.no_grad():
         out, _ = attention._blocked_forward(*tensors, random, 0.1)
-        assert Largest.elements / 2 < B * H * N * N  # the largest is the workspace: two buffers forward, five backward
         attention._blocked_backward(out, *tensors, random, 0.1)
-    assert Largest.elements / 5 < B * H * N * N
-    assert Largest.elements <= attention.CACHE_ELEMENTS * torch.get_num_threads()
+    assert Largest.elements < B * H * N * N
+    assert Largest.elements <= attention.CACHE_ELEMENTS * torch.get_num_threads() / 2  # two buffers forward, five backward
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -218,7 +216,7 @@ def test_hashed_dropout_looks_random(p):
     torch.manual_seed(0)
     n, draws = 197, 40
     z = attention._keep_mask(attention._random_keys(draws, n), attention._random_keys(draws, n), p, torch.empty(draws, n, n, dtype=torch.float64))
-    z = (z - (1 - p)) / math.sqrt(p * (1 - p))  # (draws, n, n), mean 0 and variance 1
+    z = ((z > 0).double() - (1 - p)) / math.sqrt(p * (1 - p))  # (draws, n, n), mean 0 and variance 1
     assert abs(z.mean()) < 5 / math.sqrt(z.numel())
     for rows_or_columns in (z, z.mT):
         sums = rows_or_columns.sum(-1) / math.sqrt(n)
@@ -262,6 +260,8 @@ def test_opcheck():
     torch.library.opcheck(attention._forward, (*tensors, None, 0.0, "blocked"))
     torch.library.opcheck(attention._forward, (*tensors, attention._random_keys(2, 2, 3, 7), 0.2, "blocked"))
     torch.library.opcheck(attention._dropout, (tensors[0], attention._random_keys(42), attention._random_keys(4), 0.2))
+    transposed = torch.randn(5, 6).T.requires_grad_()
+    torch.library.opcheck(attention._dropout, (transposed, attention._random_keys(6), attention._random_keys(5), 0.2))
 
 
 def test_autocast():
@@ -274,6 +274,27 @@ def test_autocast():
     assert got[0].dtype == torch.bfloat16 and all(x.dtype == torch.float32 for x in got[1:])
     for name, ours, theirs in zip(NAMES, got, expected):
         assert (ours - theirs).norm() <= 2e-2 * theirs.norm(), name
+
+
+def test_backward_within_autocast_stays_exact():
+    leaves = [x.double().requires_grad_() for x in arguments(2, 3, 20, 16)]
+    leaves32 = [x.detach().float().requires_grad_() for x in leaves]
+    out32 = region_gated_attention(*leaves32)
+    expected = torch.autograd.grad(textbook(*leaves).sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(out32.sum(), leaves32)
+    for name, ours, theirs in zip(NAMES[1:], got, expected):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6, name
+
+
+def test_half_precision_survives_heavy_dropout():
+    q, k, v, *gates = arguments(2, 3, 20, 16, torch.float16)
+    assert region_gated_attention(q, k, 10 * v, *gates, 0.999).isfinite().all()
+
+
+def test_shapes_pass_through_without_data():
+    model = LAMMViT(SMALL).to("meta")
+    assert model(torch.empty(2, 3, 64, 64, device="meta"), torch.empty(2, 8, 4, 4, device="meta"))["logits"].shape == (2, 2)
 
 
 def test_model_compiles_whole():
@@ -324,13 +345,17 @@ def test_textbook_model_is_the_same_model():
 
 
 KERNELS_COMPILE = """
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import attention
 
 def compile(kernel, dtype, dropout, capability):
-    fixed = dict(DH=64, BLOCK_D=64, BLOCK_M=32, BLOCK_N=32, DROPOUT=dropout, PRECISION="ieee") | ({} if dropout else {"SEED": None})
+    shared, how = attention._launch(torch.empty(1, 12, 197, 64, dtype=dtype), on_device=False)
+    fixed = {name: value for name, value in shared.items() if name.isupper() and name not in "HN"}
+    fixed |= {"DROPOUT": dropout} | ({} if dropout else {"SEED": None})
+    dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     def kind(name):
         if name in fixed: return "constexpr"
         if name in ("Q", "K", "V", "OUT", "GRAD", "GRAD_Q", "GRAD_K", "GRAD_V"): return "*" + dtype
@@ -339,10 +364,10 @@ def compile(kernel, dtype, dropout, capability):
         return "*fp32" if name.isupper() and name not in "HN" else "i32"
     signature = {name: kind(name) for name in kernel.arg_names}
     constants = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
-    assert triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+    assert triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=how).asm["cubin"]
 
 for kernel in (attention._forward_kernel, attention._backward_rows_kernel, attention._backward_columns_kernel):
-    for dtype, dropout, capability in (("bf16", True, 90), ("fp32", False, 80)):
+    for dtype, dropout, capability in ((torch.bfloat16, True, 90), (torch.float32, False, 80)):
         compile(kernel, dtype, dropout, capability)
 print("compiled")
 """
@@ -397,4 +422,7 @@ def test_kernels_refuse_what_they_cannot_take():
 
 def test_empty_batch():
     assert region_gated_attention(*arguments(0, 3, 7, 4)).shape == (0, 3, 7, 4)
-    assert F.dropout(torch.empty(0, 4), 0.5).shape == dropout(torch.empty(0, 4), 0.5).shape
+    assert region_gated_attention(*arguments(2, 3, 0, 4)).shape == (2, 3, 0, 4)
+    assert dropout(torch.empty(0, 4), 0.5).shape == (0, 4) and dropout(torch.ones(4), 1.0).sum() == 0
+    with pytest.raises(ValueError, match="probability"):
+        dropout(torch.ones(4), 1.5)
