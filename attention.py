@@ -176,7 +176,7 @@ _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """F.dropout(x, p), about ten times as fast on a CPU and with nothing kept for the backward but a key for each row and column.
+    """F.dropout(x, p), several times as fast on a CPU and with nothing kept for the backward but a key for each row and column.
 
     x is (..., D), of any floating-point dtype. F.dropout draws its random numbers one after the other on a CPU; in a ViT-B
     that alone is a quarter of a training step in bfloat16.
