@@ -386,6 +386,21 @@ def _load_rows(base, rows, columns, stride, N, DH: tl.constexpr):
 
 
 @_jit
+def _store_rows(base, rows, columns, stride, N, x, DH: tl.constexpr):
+    """The twin of _load_rows, in the dtype of the matrix."""
+    inside = (rows[:, None] < N) & (columns[None, :] < DH)
+    tl.store(base + rows[:, None].to(tl.int64) * stride + columns[None, :], x.to(base.dtype.element_ty), mask=inside)
+
+
+@_jit
+def _place(H, N, BLOCK: tl.constexpr):
+    """What this program works on: the head (of B·H), its sample and its number there, the first token of the block."""
+    blocks = tl.cdiv(N, BLOCK)
+    head = tl.program_id(0) // blocks
+    return head, (head // H).to(tl.int64), (head % H).to(tl.int64), tl.program_id(0) % blocks * BLOCK
+
+
+@_jit
 def _scores_and_gate(q, k, row_masks, column_masks, lam, theta, scale, PRECISION: tl.constexpr):
     """S = scale · q kᵀ, Γ = σ(λ (M_i M_j − θ)) and M_i M_j − θ of a block, (BLOCK_M, BLOCK_N) float32."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -412,9 +427,8 @@ def _forward_kernel(
     DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: OUT and LSE of it."""
-    head, block = tl.program_id(0) // tl.cdiv(N, BLOCK_M), tl.program_id(0) % tl.cdiv(N, BLOCK_M)
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    head, b, h, first_row = _place(H, N, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
     inner = tl.arange(0, BLOCK_D)
     lam, theta = tl.load(LAM + head), tl.load(THETA + head)
     M += head.to(tl.int64) * N
@@ -441,8 +455,7 @@ def _forward_kernel(
         total = total * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
 
     out = total / (denominator * (1 - dropout_p))[:, None]
-    inside = (rows[:, None] < N) & (inner[None, :] < DH)
-    tl.store(OUT + b * o_b + h * o_h + rows[:, None].to(tl.int64) * o_n + inner[None, :], out.to(OUT.dtype.element_ty), mask=inside)
+    _store_rows(OUT + b * o_b + h * o_h, rows, inner, o_n, N, out, DH)
     tl.store(LSE + head.to(tl.int64) * N + rows, largest + tl.log2(denominator), mask=rows < N)
 
 
@@ -474,9 +487,8 @@ def _backward_rows_kernel(
     DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: GRAD_Q, DELTA = Σ_j A ∂A, what its rows give to GRAD_M, and its part of λ's and θ's gradients."""
-    head, block = tl.program_id(0) // tl.cdiv(N, BLOCK_M), tl.program_id(0) % tl.cdiv(N, BLOCK_M)
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    head, b, h, first_row = _place(H, N, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
     inner = tl.arange(0, BLOCK_D)
     lam, theta = tl.load(LAM + head), tl.load(THETA + head)
     first_of_head = head.to(tl.int64) * N
@@ -509,8 +521,7 @@ def _backward_rows_kernel(
         grad_lam += tl.sum(slope * differences, 1)
         grad_theta += tl.sum(slope, 1)
 
-    inside = (rows[:, None] < N) & (inner[None, :] < DH)
-    tl.store(GRAD_Q + b * dq_b + h * dq_h + rows[:, None].to(tl.int64) * dq_n + inner[None, :], (grad_q * scale).to(GRAD_Q.dtype.element_ty), mask=inside)
+    _store_rows(GRAD_Q + b * dq_b + h * dq_h, rows, inner, dq_n, N, grad_q * scale, DH)
     tl.store(GRAD_M + first_of_head + rows, lam * grad_pairs, mask=rows < N)
     tl.store(PART_LAM + tl.program_id(0), tl.sum(grad_lam, 0))
     tl.store(PART_THETA + tl.program_id(0), -lam * tl.sum(grad_theta, 0))
@@ -524,9 +535,7 @@ def _backward_columns_kernel(
     DH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of keys of one head: GRAD_K, GRAD_V, and what its columns add to GRAD_M, after _backward_rows_kernel."""
-    head, block = tl.program_id(0) // tl.cdiv(N, BLOCK_N), tl.program_id(0) % tl.cdiv(N, BLOCK_N)
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    first_column = block * BLOCK_N
+    head, b, h, first_column = _place(H, N, BLOCK_N)
     columns = first_column + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_D)
     lam, theta = tl.load(LAM + head), tl.load(THETA + head)
@@ -556,9 +565,8 @@ def _backward_columns_kernel(
         grad_k += tl.dot(tl.trans(grad_scores.to(q.dtype)), q, input_precision=PRECISION)
         grad_pairs += tl.sum(slope * row_masks[:, None], 0)
 
-    inside = (columns[:, None] < N) & (inner[None, :] < DH)
-    tl.store(GRAD_K + b * dk_b + h * dk_h + columns[:, None].to(tl.int64) * dk_n + inner[None, :], (grad_k * scale).to(GRAD_K.dtype.element_ty), mask=inside)
-    tl.store(GRAD_V + b * dv_b + h * dv_h + columns[:, None].to(tl.int64) * dv_n + inner[None, :], grad_v.to(GRAD_V.dtype.element_ty), mask=inside)
+    _store_rows(GRAD_K + b * dk_b + h * dk_h, columns, inner, dk_n, N, grad_k * scale, DH)
+    _store_rows(GRAD_V + b * dv_b + h * dv_h, columns, inner, dv_n, N, grad_v, DH)
     of_rows = tl.load(GRAD_M + first_of_head + columns, mask=columns < N, other=0.0)
     tl.store(GRAD_M + first_of_head + columns, of_rows + lam * grad_pairs, mask=columns < N)
 
