@@ -3,27 +3,29 @@
     features/<real|fake>/<Name>/{train,val,test}_features.h5  ->  samples for train.py and inference.py
 
 This module is the one owner of
-    the schema         FeatureWriter writes it, open_features checks it, FaceDataset reads it
+    the schema         write_features writes it, open_features checks it, FaceDataset reads it
     the region order   REGIONS and what a mirror does to it
     the masks          draw_region_masks, from 68 landmarks to (8, G, G)
-    normalisation      normalize, called right before the model
+
+Everything here is NumPy: feature_extraction.py runs many processes of it, and none of them has to load torch.
 
 Coordinates are pixels of the stored image, x to the right and y down, with the centre of the first pixel at (0, 0).
 """
 
+import errno
 import os
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+import shutil
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import cv2
 import h5py
 import numpy as np
-import torch
-from torch import Tensor
-from torchvision.transforms import v2
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CLASSES = ("real", "fake")  # the label is the index
 SPLITS = ("train", "val", "test")
 FOUND_BY = ("frontal", "upsampled", "original", "padded", "mean")  # how a face was found, with growing effort; mean: not at all
@@ -66,7 +68,7 @@ MIRROR_LANDMARKS = np.array(
 )
 MIRROR_REGIONS = [1, 0, 2, 3, 4, 5, 6, 7]  # left and right eye change places
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
+MAX_OPEN_FILES = 64  # of a FaceDataset at a time; the system allows 1,024 a process, mostly
 
 
 class FeatureFileError(ValueError):
@@ -100,21 +102,26 @@ def draw_region_masks(landmarks: np.ndarray, image_size: tuple[int, int], grid_s
 
 def _draw_polygons(landmarks: np.ndarray, eye_distance: float, image_size: tuple[int, int], grid_size: int) -> np.ndarray:
     fraction_bits = 4  # cv2 draws at sixteenths of a pixel
-
-    def fixed_point(values: np.ndarray | float) -> np.ndarray:
-        return np.round(np.multiply(values, 1 << fraction_bits)).astype(np.int32)
-
-    masks = np.empty((len(REGIONS), grid_size, grid_size), np.float32)
+    points = np.round(landmarks * (1 << fraction_bits)).astype(np.int32)
+    radius = round(CORNER_RADIUS * eye_distance * (1 << fraction_bits))
+    h, w = image_size
+    masks, plane = np.zeros((len(REGIONS), grid_size, grid_size), np.float32), np.empty((h, w), np.uint8)
     for region, (name, members) in enumerate(REGIONS.items()):
-        plane = np.zeros(image_size, np.uint8)
+        plane[:] = 0
         if name == "mouth_corners":  # two points have no area
-            for corner in fixed_point(landmarks[list(members)]):
-                cv2.circle(plane, tuple(map(int, corner)), int(fixed_point(CORNER_RADIUS * eye_distance)), 255, cv2.FILLED, shift=fraction_bits)
+            for corner in members:
+                cv2.circle(plane, points[corner].tolist(), radius, 255, cv2.FILLED, shift=fraction_bits)
         else:
             for outline in OUTLINES[name]:
-                points = fixed_point(landmarks[list(outline)])
-                cv2.fillPoly(plane, [cv2.convexHull(points) if name in CONVEX_HULLS else points], 255, shift=fraction_bits)
-        masks[region] = cv2.resize(plane.astype(np.float32), (grid_size, grid_size), interpolation=cv2.INTER_AREA) / 255
+                corners = points[list(outline)]
+                cv2.fillPoly(plane, [cv2.convexHull(corners) if name in CONVEX_HULLS else corners], 255, shift=fraction_bits)
+        first, end = 0, grid_size  # rows of patches to average; most regions are a narrow band
+        if h % grid_size == 0:
+            _, top, _, height = cv2.boundingRect(plane)
+            first, end = top * grid_size // h, -(-(top + height) * grid_size // h)
+        if first < end:
+            band = plane[first * h // grid_size : end * h // grid_size].astype(np.float32)
+            masks[region, first:end] = cv2.resize(band, (grid_size, end - first), interpolation=cv2.INTER_AREA) / 255
     return masks
 
 
@@ -122,10 +129,12 @@ def _draw_gaussians(landmarks: np.ndarray, eye_distance: float, image_size: tupl
     """exp(−d² / 2σ²), d the distance to the nearest landmark of the region."""
     steps = 4  # samples along a patch's side; at σ near a patch's side their mean is the area's mean to 1e-3
     h, w = image_size
-    ticks = (np.arange(grid_size * steps) + 0.5) / (grid_size * steps)  # centres of the samples, in units of the side
+    landmarks = landmarks.astype(np.float32)
+    ticks = (np.arange(grid_size * steps, dtype=np.float32) + 0.5) / (grid_size * steps)  # centres of the samples, in units of the side
     # A two-dimensional Gaussian is the product of two one-dimensional ones: 68 · 2 rows of exponentials instead of an image each.
-    falloff_x = np.exp(-0.5 * ((ticks * w - 0.5 - landmarks[:, :1]) / (GAUSSIAN_SIGMA * eye_distance)) ** 2)  # (68, G * steps)
-    falloff_y = np.exp(-0.5 * ((ticks * h - 0.5 - landmarks[:, 1:]) / (GAUSSIAN_SIGMA * eye_distance)) ** 2)  # (68, G * steps)
+    sigma = np.float32(GAUSSIAN_SIGMA * eye_distance)
+    falloff_x = np.exp(-0.5 * ((ticks * w - 0.5 - landmarks[:, :1]) / sigma) ** 2)  # (68, G * steps)
+    falloff_y = np.exp(-0.5 * ((ticks * h - 0.5 - landmarks[:, 1:]) / sigma) ** 2)  # (68, G * steps)
     masks = np.empty((len(REGIONS), grid_size, grid_size), np.float32)
     for region, members in enumerate(REGIONS.values()):
         members = list(members)
@@ -139,10 +148,12 @@ def _draw_gaussians(landmarks: np.ndarray, eye_distance: float, image_size: tupl
 PER_SAMPLE = ("images", "landmarks", "region_masks", "labels", "paths", "found_by", "sha256")
 
 
-class FeatureWriter:
-    """Writes one feature file, sample by sample or many at a time. The file appears under its name when it is complete.
+def write_features(
+    path: Path, img_size: int, grid_size: int, attributes: dict[str, object], table: dict[str, Sequence], blocks: Iterable[dict[str, np.ndarray]],
+    compress: bool = False,
+) -> None:  # fmt: skip
+    """Writes one feature file. It appears under its name when it is complete and on the disk. Datasets, one row a sample:
 
-    Used as a context manager; leaving it on an error removes what was written. Datasets, one row a sample:
         images        uint8 (N, h, w, 3) RGB             one chunk a sample, so that shuffled reading reads no more than it needs
         landmarks     float32 (N, 68, 2)                 x and y in pixels of the stored image
         region_masks  float32 (N, 8, G, G)               polygon style; the gaussian style is drawn from landmarks when read
@@ -150,45 +161,77 @@ class FeatureWriter:
         paths         str (N,)                           of the source image, below the data root
         found_by      enum (N,)                          index into FOUND_BY
         sha256        uint8 (N, 32)                      of the stored image
+
+    Args:
+        attributes: of the file, beside schema_version, regions and mask_style.
+        table: labels, paths, found_by and sha256, whole.
+        blocks: images, landmarks and region_masks, some samples at a time.
+        compress: images in gzip, which any HDF5 library reads.
+
+    Raises:
+        OSError: no space left, or another failure of the disk; nothing is left behind.
+        ValueError: columns of different lengths.
     """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    count = len(table["labels"])
+    found_by = h5py.enum_dtype({name: code for code, name in enumerate(FOUND_BY)}, basetype="u1")
+    columns = {"images": ((img_size, img_size, 3), "u1", 1), "landmarks": ((68, 2), "f4", 64)}
+    columns |= {"region_masks": ((len(REGIONS), grid_size, grid_size), "f4", 1), "labels": ((), "u1", 4096)}
+    columns |= {"paths": ((), h5py.string_dtype(), 1024), "found_by": ((), found_by, 4096), "sha256": ((32,), "u1", 1024)}
+    needed = 0 if compress else count * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype, _ in columns.values())
+    if needed > (free := shutil.disk_usage(path.parent).free):
+        raise OSError(errno.ENOSPC, f"no space left on the disk, {needed} bytes needed and {free} free", str(path))
+    try:
+        with h5py.File(partial, "w", libver="v110") as file:
+            file.attrs.update({"schema_version": SCHEMA_VERSION, "regions": list(REGIONS), "mask_style": "polygon", **attributes})
+            for name, (shape, dtype, per_chunk) in columns.items():
+                options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+                options.set_chunk((max(1, min(per_chunk, count)), *shape))
+                if compress and name == "images":
+                    options.set_deflate(1)  # higher levels take longer and save no more than half a percent of a photograph
+                else:  # all chunks at once, hence one after another in the order of samples
+                    options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+                if name != "paths":
+                    options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+                space, kind = h5py.h5s.create_simple((count, *shape)), h5py.h5t.py_create(np.dtype(dtype), logical=True)
+                h5py.h5d.create(file.id, name.encode(), kind, space, options)
+            for name, values in table.items():
+                if count:
+                    file[name][:] = values
+            offsets = {name: rows_offset(file[name]) for name in set(columns) - set(table)}
+            if compress:
+                written = write_blocks(blocks, lambda name, start, rows: file[name].__setitem__(slice(start, start + len(rows)), rows))
+        if not compress:  # not through HDF5, which cannot let go of a file when the disk is full, and takes twice as long
+            with open(partial, "rb+") as raw:
 
-    def __init__(self, path: Path, img_size: int, grid_size: int, attributes: dict[str, object]):
-        self.path, self.partial = Path(path), Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = h5py.File(self.partial, "w", libver="v110")
-        self.file.attrs["schema_version"] = SCHEMA_VERSION
-        self.file.attrs["regions"] = list(REGIONS)
-        self.file.attrs["mask_style"] = "polygon"
-        for name, value in attributes.items():
-            self.file.attrs[name] = value
-        rows = {"images": ((img_size, img_size, 3), "u1", 1), "landmarks": ((68, 2), "f4", 64)}
-        rows |= {"region_masks": ((len(REGIONS), grid_size, grid_size), "f4", 1), "labels": ((), "u1", 4096)}
-        rows |= {"paths": ((), h5py.string_dtype(), 1024), "sha256": ((32,), "u1", 1024)}
-        rows |= {"found_by": ((), h5py.enum_dtype({name: code for code, name in enumerate(FOUND_BY)}, basetype="u1"), 4096)}
-        for name, (shape, dtype, per_chunk) in rows.items():
-            self.file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=(per_chunk, *shape))
+                def write(name: str, start: int, rows: np.ndarray) -> None:
+                    shape, dtype, _ = columns[name]
+                    rows = np.ascontiguousarray(rows, dtype).reshape(-1, *shape)
+                    raw.seek(offsets[name] + start * rows[0].nbytes)
+                    raw.write(rows)
 
-    def append(self, **samples: np.ndarray) -> None:
-        """One array for each name in PER_SAMPLE, all of the same length along the first axis."""
-        if set(samples) != set(PER_SAMPLE) or len({len(rows) for rows in samples.values()}) != 1:
-            raise ValueError(f"append wants {', '.join(PER_SAMPLE)}, all of one length")
-        for name, rows in samples.items():
-            if len(rows):
-                self.file[name].resize(len(self.file[name]) + len(rows), axis=0)
-                self.file[name][-len(rows) :] = rows
+                written = write_blocks(blocks, write)
+        if written != count:
+            raise ValueError(f"{path}: {written} of {count} samples were given")
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
-    def __enter__(self) -> "FeatureWriter":
-        return self
 
-    def __exit__(self, error_type: type | None, *_) -> None:
-        try:
-            self.file.close()
-            if error_type is None:
-                with open(self.partial, "rb+") as written:
-                    os.fsync(written.fileno())
-                os.replace(self.partial, self.path)
-        finally:
-            self.partial.unlink(missing_ok=True)
+def write_blocks(blocks: Iterable[dict[str, np.ndarray]], write: Callable[[str, int, np.ndarray], None]) -> int:
+    """Writes block after block; returns the number of samples."""
+    start = 0
+    for block in blocks:
+        if len({len(rows) for rows in block.values()}) != 1:
+            raise ValueError(f"a block's columns are of different lengths: { {name: len(rows) for name, rows in block.items()} }")
+        for name, rows in block.items():
+            write(name, start, rows)
+        start += len(rows)
+    return start
 
 
 def open_features(path: Path) -> h5py.File:
@@ -251,34 +294,35 @@ def find_feature_files(root: Path, split: str, names: Sequence[str] | None = Non
     return chosen
 
 
-# ------------------------------------------------------------------------------------------------- samples and transforms
+# -------------------------------------------------------------------------------------------------------------- transforms
 
 
-def normalize(images: Tensor) -> Tensor:
-    """(B, 3, h, w) uint8 RGB -> float32, zero mean and unit variance over ImageNet. On the device that the images are on."""
-    return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), IMAGE_MEAN, IMAGE_STD)
+def horizontal_flip(image: np.ndarray, landmarks: np.ndarray, region_masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mirrors a sample: image (h, w, 3), landmarks (68, 2) in its pixels, region_masks (8, G, G). Left and right change places."""
+    landmarks = landmarks[MIRROR_LANDMARKS]  # a copy
+    landmarks[:, 0] = image.shape[1] - 1 - landmarks[:, 0]
+    return cv2.flip(image, 1), landmarks, region_masks[MIRROR_REGIONS, :, ::-1]
 
 
-def horizontal_flip(image: Tensor, landmarks: Tensor, region_masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mirrors a sample: image (3, h, w), landmarks (68, 2) in its pixels, region_masks (8, G, G). Left and right change places."""
-    width = image.shape[-1]
-    landmarks = landmarks[MIRROR_LANDMARKS].clone()
-    landmarks[:, 0] = width - 1 - landmarks[:, 0]
-    return v2.functional.horizontal_flip(image), landmarks, region_masks[MIRROR_REGIONS].flip(-1)
+# OpenCV's operations on uint8: torchvision's blur of 31 x 31 takes 14 ms of a core where a separable one takes 0.6.
 
 
-class RandomGaussianNoise(v2.GaussianNoise):
-    """torchvision's GaussianNoise with σ drawn from a range, in units of the full scale."""
+def gaussian_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Adds independent noise to (h, w, 3) uint8; sigma in units of the full scale."""
+    cv2.setRNGSeed(int(rng.integers(2**31)))  # of this thread
+    noise = cv2.randn(np.empty(image.shape, np.int16), (0,) * 3, (255 * sigma,) * 3)  # a number alone is for the first channel
+    return cv2.add(image, noise, dtype=cv2.CV_8U)  # saturates
 
-    def __init__(self, sigma: tuple[float, float]):
-        super().__init__()
-        self.sigma_range = sigma
 
-    def make_params(self, flat_inputs: list) -> dict[str, float]:
-        return {"sigma": torch.empty(1).uniform_(*self.sigma_range).item()}
+def jpeg_compression(image: np.ndarray, quality: int) -> np.ndarray:
+    """(h, w, 3) uint8 RGB through a JPEG of this quality, 1 to 100, its chroma at half resolution."""
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), (cv2.IMWRITE_JPEG_QUALITY, quality))
+    return cv2.cvtColor(cv2.imdecode(encoded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
-    def transform(self, inpt: Tensor, params: dict[str, float]) -> Tensor:
-        return v2.functional.gaussian_noise(inpt, sigma=params["sigma"])
+
+def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Blurs (h, w, 3) uint8; sigma in pixels."""
+    return cv2.GaussianBlur(image, (0, 0), sigma)  # the kernel reaches to ±3 sigma
 
 
 class TrainTransform:
@@ -288,33 +332,85 @@ class TrainTransform:
     """
 
     def __init__(self):
-        self.corrupt = v2.Compose(
-            [
-                v2.RandomApply([RandomGaussianNoise(sigma=(0.05, 0.25))], p=0.1),
-                v2.RandomApply([v2.JPEG(quality=(50, 90))], p=0.1),
-                v2.RandomApply([v2.GaussianBlur(kernel_size=31, sigma=(1.0, 5.0))], p=0.1),  # 31 px = ±3 σ of the widest
-            ]
-        )
+        cv2.setNumThreads(1)  # FaceDataset's readers are the parallelism
 
-    def __call__(self, image: Tensor, landmarks: Tensor, region_masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """image (3, h, w) uint8, landmarks (68, 2), region_masks (8, G, G) -> the same, drawn from torch's generator."""
-        if torch.rand(()) < 0.5:
+    def __call__(
+        self, image: np.ndarray, landmarks: np.ndarray, region_masks: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """image (h, w, 3) uint8 RGB, landmarks (68, 2), region_masks (8, G, G) -> the same."""
+        mirror, noise, jpeg, blur = rng.random(4) < (0.5, 0.1, 0.1, 0.1)
+        if mirror:
             image, landmarks, region_masks = horizontal_flip(image, landmarks, region_masks)
-        return self.corrupt(image), landmarks, region_masks
+        if noise:
+            image = gaussian_noise(image, rng.uniform(0.05, 0.25), rng)
+        if jpeg:
+            image = jpeg_compression(image, int(rng.integers(50, 91)))
+        if blur:
+            image = gaussian_blur(image, rng.uniform(1.0, 5.0))
+        return image, landmarks, region_masks
 
 
-class FaceDataset(torch.utils.data.Dataset):
-    """Samples of several feature files, one after another.
+# ----------------------------------------------------------------------------------------------------------------- samples
+
+
+def rows_offset(dataset: h5py.Dataset) -> int | None:
+    """Where in the file a dataset's rows begin, if they lie one after another as write_features lays them out; else None."""
+    options, rows = dataset.id.get_create_plist(), len(dataset)
+    if not rows or options.get_nfilters() or options.get_alloc_time() != h5py.h5d.ALLOC_TIME_EARLY or not dataset.dtype.isnative:
+        return None
+    per_chunk, inner = dataset.chunks[0], (0,) * (dataset.ndim - 1)
+    first, last = (dataset.id.get_chunk_info_by_coord((row, *inner)).byte_offset for row in (0, (rows - 1) // per_chunk * per_chunk))
+    row_bytes = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:]))
+    in_order = dataset.chunks[1:] == dataset.shape[1:] and last - first == (rows - 1) // per_chunk * per_chunk * row_bytes
+    return first if in_order else None
+
+
+class _OpenFile:
+    """Reads rows of one feature file, each into a given array. Many threads may do so at a time.
+
+    HDF5 lets one thread in at a time, so it is used only where rows have no known place in the file. Closed when the last
+    thread lets go of it.
+    """
+
+    def __init__(self, path: str, offsets: dict[str, int | None], state: tuple[int, int, int]):
+        self.path, self.offsets = path, offsets
+        self.raw = open(path, "rb", buffering=0)
+        self.file = open_features(path) if None in offsets.values() else None
+        if file_state(self.raw.fileno()) != state:
+            raise FeatureFileError(f"{path}: was written anew while it was read; start again")
+
+    def read(self, name: str, row: int, into: np.ndarray) -> None:
+        offset = self.offsets[name]
+        if offset is None:
+            dataset = self.file[name]
+            if name == "images" and dataset.compression == "gzip":  # taken out of HDF5 compressed, so that threads inflate side by side
+                _, chunk = dataset.id.read_direct_chunk((row, 0, 0, 0))
+                into[...] = np.frombuffer(zlib.decompress(chunk), into.dtype).reshape(into.shape)
+            else:
+                into[...] = dataset[row]
+        elif os.preadv(self.raw.fileno(), [into], offset + row * into.nbytes) != into.nbytes:
+            raise FeatureFileError(f"{self.path}: has been cut off; delete it and run feature_extraction.py again")
+
+
+def file_state(file: str | int) -> tuple[int, int, int]:
+    stat = os.stat(file)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class FaceDataset:
+    """Samples of several feature files, one after another. A map-style dataset, in NumPy, for any number of threads.
 
     A sample: image (3, h, w) uint8 RGB, region_masks (8, G, G) float32, landmarks (68, 2) float32 in pixels, label 0 or 1,
-    index of the sample. Files are opened when first read, once per process, so that fork and spawn both work.
+    index of the sample. `read` gives a batch of them, which inference.load_batches turns into tensors; torch's DataLoader
+    works as well, with fork and spawn. In memory there are the labels, one byte a sample, and the layout of each file; no
+    more than MAX_OPEN_FILES are open.
 
     Args:
         files: feature files; those without a sample are passed over.
         grid_size: G of the masks; None: as stored.
         mask_style: "polygon" or "gaussian".
-        transform: takes and returns (image, landmarks, region_masks). Its draws depend on (seed, epoch, index) alone, not
-            on the number of workers or processes; set_epoch makes fresh ones.
+        transform: called with (image (h, w, 3), landmarks, region_masks, rng), returns the first three. The rng depends on
+            (seed, epoch, index) alone, not on the number of readers or processes; set_epoch makes fresh ones.
 
     Raises:
         FeatureFileError: a file that cannot be used, files of different image sizes, or no sample at all.
@@ -325,39 +421,54 @@ class FaceDataset(torch.utils.data.Dataset):
     ):
         self.files = [str(path) for path in files]
         self.grid_size, self.mask_style, self.transform, self.seed, self.epoch = grid_size, mask_style, transform, seed, 0
-        labels, self.ends, sizes = [], [], {}
+        labels, counts, shapes, self._layouts = [], [], {}, []
         for path in self.files:
             with open_features(path) as file:
-                labels.append(file["labels"][:].astype(np.int64))
-                self.ends.append(len(file["labels"]) + (self.ends[-1] if self.ends else 0))
-                sizes[path] = file["images"].shape[1:3]
+                labels.append(file["labels"][:])
+                counts.append(len(labels[-1]))
+                shapes[path] = (*file["images"].shape[1:3], file["region_masks"].shape[-1])
+                offsets = {name: rows_offset(file[name]) if hasattr(os, "preadv") else None for name in ("images", "landmarks", "region_masks")}
+                self._layouts.append((offsets, file_state(path)))
                 self.fingerprint = file.attrs.get("fingerprint")  # of the run that made the files
-        self.labels = np.concatenate(labels) if labels else np.zeros(0, np.int64)  # (N,)
+                self._stored_style = file.attrs["mask_style"]
+        self.labels = np.concatenate(labels) if labels else np.zeros(0, np.uint8)  # (N,) uint8
+        self.ends = np.cumsum(counts)  # of each file, in samples
         if not len(self.labels):
             raise FeatureFileError(f"{', '.join(self.files) or 'no feature file'}: not one sample; add images and run feature_extraction.py again")
-        if len(set(sizes.values())) != 1:
-            listed = "; ".join(f"{path}: {h}x{w}" for path, (h, w) in sizes.items())
-            raise FeatureFileError(f"images of different sizes ({listed}); run feature_extraction.py again with one --img_size for all")
-        self.img_size = next(iter(sizes.values()))[0]
-        self._open: dict[str, h5py.File] = {}
-        self._owner = os.getpid()
+        if len(set(shapes.values())) != 1:
+            listed = "; ".join(f"{path}: {h}x{w}, {grid}x{grid} masks" for path, (h, w, grid) in shapes.items())
+            raise FeatureFileError(f"images or masks of different sizes ({listed}); run feature_extraction.py again with one --img_size and --patch_size for all")
+        self.img_size, _, self._stored_grid = next(iter(shapes.values()))
+        self._forget_open_files()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def set_epoch(self, epoch: int) -> None:
-        """New draws of the transform from here on. Call it before the epoch's DataLoader starts its workers."""
+        """New draws of the transform from here on. Call it before the epoch's first batch."""
         self.epoch = epoch
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}  # an open file cannot be sent to a spawned worker
+    def _forget_open_files(self) -> None:
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()  # the one used last is at the end
+        self._lock, self._owner = threading.Lock(), os.getpid()
 
-    def _file(self, path: str) -> h5py.File:
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock", "_owner")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget_open_files()
+
+    def _file(self, number: int) -> _OpenFile:
         if self._owner != os.getpid():  # a forked worker must not share its parent's file handles
-            self._open, self._owner = {}, os.getpid()
-        if path not in self._open:
-            self._open[path] = open_features(path)
-        return self._open[path]
+            self._forget_open_files()
+        with self._lock:
+            if number not in self._open:
+                self._open[number] = _OpenFile(self.files[number], *self._layouts[number])
+            self._open.move_to_end(number)
+            if len(self._open) > MAX_OPEN_FILES:
+                self._open.popitem(last=False)
+            return self._open[number]
 
     def column(self, name: str) -> np.ndarray:
         """One of the small per-sample datasets (labels, paths, found_by, sha256) over all files, in the order of samples."""
@@ -367,20 +478,29 @@ class FaceDataset(torch.utils.data.Dataset):
                 columns.append(file[name].asstr("utf-8", "surrogateescape")[:] if name == "paths" else file[name][:])
         return np.concatenate(columns)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        number = bisect_right(self.ends, index)
-        row = index - (self.ends[number - 1] if number else 0)
-        file = self._file(self.files[number])
-        image = torch.from_numpy(file["images"][row]).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
-        landmarks = file["landmarks"][row]
-        if file.attrs["mask_style"] == self.mask_style and self.grid_size in (None, file["region_masks"].shape[-1]):
-            masks = file["region_masks"][row]
-        else:
-            grid_size = self.grid_size or file["region_masks"].shape[-1]
-            masks = draw_region_masks(landmarks, tuple(image.shape[1:]), grid_size, self.mask_style)
-        landmarks, masks = torch.from_numpy(landmarks), torch.from_numpy(masks)
-        if self.transform is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(hash((self.seed, self.epoch, index)))
-                image, landmarks, masks = self.transform(image, landmarks, masks)
-        return {"image": image, "region_masks": masks, "landmarks": landmarks, "label": int(self.labels[index]), "index": index}
+    def read(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """A batch: the arrays of a sample, each with an axis B in front."""
+        indices = np.asarray(indices, dtype=np.int64)
+        count, grid_size = len(indices), self.grid_size or self._stored_grid
+        images = np.empty((count, self.img_size, self.img_size, 3), np.uint8)
+        landmarks = np.empty((count, 68, 2), np.float32)
+        masks = np.empty((count, len(REGIONS), grid_size, grid_size), np.float32)
+        stored_masks = (self.mask_style, grid_size) == (self._stored_style, self._stored_grid)
+        numbers = np.searchsorted(self.ends, indices, side="right")
+        rows = indices - np.concatenate([[0], self.ends])[numbers]
+        for k, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist())):
+            file = self._file(number)
+            file.read("images", row, images[k])
+            file.read("landmarks", row, landmarks[k])
+            if stored_masks:
+                file.read("region_masks", row, masks[k])
+            else:
+                masks[k] = draw_region_masks(landmarks[k], images.shape[1:3], grid_size, self.mask_style)
+            if self.transform is not None:
+                rng = np.random.default_rng((self.seed, self.epoch, int(indices[k])))
+                images[k], landmarks[k], masks[k] = self.transform(images[k], landmarks[k], masks[k], rng)
+        # (B, h, w, 3) -> (B, 3, h, w), the same memory: torch's channels_last
+        return {"image": images.transpose(0, 3, 1, 2), "region_masks": masks, "landmarks": landmarks, "label": self.labels[indices].astype(np.int64), "index": indices}
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: values[0] for name, values in self.read([index]).items()}

@@ -5,9 +5,12 @@
     python feature_extraction.py --data_root datasets --output_dir features
     python feature_extraction.py --data_root datasets --output_dir features --group_by_folder      a folder = an identity
 
-Two steps. First, worker processes take the images in shards of 32: decode, find the face, predict its 68 landmarks, draw the
-masks, write the shard. A run that is stopped goes on with the shards that are missing. Then the shards are dealt out to the
-three splits and become the feature files. Each carries the fingerprint of the run; train.py and inference.py refuse a mixture.
+    torchrun --nproc_per_node=8 feature_extraction.py ...         also over machines that share the two folders
+
+Two steps. First, worker processes take the images in shards of 64: decode, find the face, predict its 68 landmarks, draw the
+masks, write the shard. A run that is stopped goes on with the images that are in no shard. Then the images are dealt out to
+the three splits and written as the feature files, which appear all at once. Later runs take from these what has not changed:
+added, changed and removed images, another --seed or --compress cost no more than they must.
 
 The 68-point predictor was trained on iBUG 300-W, whose terms exclude commercial use. It is not part of this repository.
 """
@@ -26,13 +29,13 @@ import sys
 import threading
 import time
 import urllib.request
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -40,17 +43,40 @@ import psutil
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import CLASSES, FOUND_BY, PER_SAMPLE, REGIONS, SCHEMA_VERSION, SPLITS, FeatureFileError, FeatureWriter, draw_region_masks, open_features
-from preprocess import IMAGE_EXTENSIONS, REJECTED_SUFFIX, Rejected, list_images, load_rgb
+from dataset import (
+    CLASSES,
+    FOUND_BY,
+    REGIONS,
+    SCHEMA_VERSION,
+    SPLITS,
+    FaceDataset,
+    FeatureFileError,
+    draw_region_masks,
+    open_features,
+    write_features,
+)
+from preprocess import (
+    IMAGE_EXTENSIONS,
+    REJECTED_SUFFIX,
+    Rejected,
+    broadcast,
+    default_workers,
+    gather,
+    join_processes,
+    list_files,
+    load_rgb,
+    under_torchrun,
+    why_not_listed,
+)  # fmt: skip
 
 PREDICTOR_FILE = "shape_predictor_68_face_landmarks.dat"
 PREDICTOR_URL = f"http://dlib.net/files/{PREDICTOR_FILE}.bz2"
 PREDICTOR_SHA256 = "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f"
 
 SPLIT_FRACTIONS = (0.6, 0.2, 0.2)  # train, val, test; the authors'
-SHARD_SIZE = 32  # images between two points that a stopped run can go on from
+SHARD_SIZE = 64  # images between two points that a stopped run can go on from, fewer where memory is short
 SEARCH_SIDE = 480  # a larger image is searched on a copy with this longer side, so that the time for a face does not grow with it
-WORKER_MEMORY = 700 * 2**20  # bytes that a worker process takes, libraries and predictor included
+SHARDS, STAGE = ".shards", ".complete"  # folders below output_dir while a run goes on: extracted images, finished feature files
 PADDING = 0.25  # of each side; brings a face that fills the frame back into the detector's reach
 
 
@@ -100,72 +126,92 @@ class FaceFinder:
     def __init__(self, predictor: Path):
         import dlib  # only where faces are found
 
-        self.detect = dlib.get_frontal_face_detector()
+        self._detector = dlib.get_frontal_face_detector()
         try:
-            self.predict = dlib.shape_predictor(str(predictor))
+            self._predictor = dlib.shape_predictor(str(predictor))
         except RuntimeError as error:
             raise ValueError(f"{predictor}: not a dlib shape predictor ({error})") from error
 
-    def __call__(self, image: np.ndarray, upsampling: int = 0, padding: float = 0.0) -> np.ndarray | None:
-        """The landmarks of the largest face in a picture.
+    def detect(self, picture: np.ndarray, upsampling: int = 0) -> Any | None:
+        """The box of the largest face, a dlib.rectangle in pixels of the picture (h, w, 3) uint8 RGB; None where there is none.
 
-        Args:
-            image: (h, w, 3) uint8 RGB.
-            upsampling: how often the picture is doubled before the search; at 0, faces from about 80 pixels on are found.
-            padding: border to put around for the search, as a fraction of each side.
-
-        Returns:
-            (68, 2) float32, x and y in pixels of the image; None where no face was found.
+        With upsampling 0, faces from about 80 pixels on are found; each step doubles the picture and takes four times as long.
         """
-        pad_y, pad_x = round(image.shape[0] * padding), round(image.shape[1] * padding)
-        searched = cv2.copyMakeBorder(image, pad_y, pad_y, pad_x, pad_x, cv2.BORDER_REPLICATE)
-        faces = self.detect(searched, upsampling)
-        if not faces:
-            return None
-        shape = self.predict(searched, max(faces, key=lambda face: face.area()))
-        return np.array([(point.x - pad_x, point.y - pad_y) for point in shape.parts()], np.float32)
+        return max(self._detector(picture, upsampling), key=lambda face: face.area(), default=None)
+
+    def predict(self, picture: np.ndarray, box: Any) -> np.ndarray:
+        """The landmarks (68, 2) float32 of the face in the box, x and y in pixels of the picture (h, w, 3) uint8 RGB."""
+        return np.array([(point.x, point.y) for point in self._predictor(picture, box).parts()], np.float32)
 
 
-def find_face(image: Image.Image, finder: FaceFinder, img_size: int) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Turns an RGB image of any size into what the feature files hold of it, searching for the face with growing effort.
+class Detection(NamedTuple):
+    """A face whose landmarks are yet to be predicted."""
+
+    picture: np.ndarray  # the one in which it was found, (h, w, 3) uint8 RGB
+    box: Any  # dlib.rectangle in its pixels
+    to_stored: Callable[[np.ndarray], np.ndarray]  # from points in its pixels to points in those of the stored image
+    found_by: str
+
+
+def detect_face(image: Image.Image, finder: FaceFinder, img_size: int) -> tuple[np.ndarray, Detection | None]:
+    """Turns an RGB image of any size into the one that is stored, and searches the largest face in it, with growing effort.
 
     The stored image is searched first, so that an image gives the same landmarks before and after preprocess.py, and those
     of a class are not better for its larger files. Only if no face is found there, the image in its own proportions is
     searched, then the stored image with a border around.
 
     Returns:
-        stored image (img_size, img_size, 3) uint8 RGB, as preprocess.py would have made it; landmarks (68, 2) float32 in its
-        pixels, None where no face was found; and which of FOUND_BY.
+        stored image (img_size, img_size, 3) uint8 RGB, as preprocess.py would have made it; None where no face was found.
     """
     stored = np.asarray(image if image.size == (img_size, img_size) else image.resize((img_size, img_size), Image.Resampling.LANCZOS))
-    if (landmarks := finder(stored)) is not None:
-        return stored, landmarks, "frontal"
-    if (landmarks := finder(stored, upsampling=1)) is not None:
-        return stored, landmarks, "upsampled"
+    for upsampling, way in enumerate(("frontal", "upsampled")):
+        if (box := finder.detect(stored, upsampling)) is not None:
+            return stored, Detection(stored, box, lambda points: points, way)
     if image.size != (img_size, img_size):
         search = image.copy()
         search.thumbnail((SEARCH_SIDE, SEARCH_SIDE))
-        if (landmarks := finder(np.asarray(search))) is not None:
-            scale = np.float32(img_size) / np.array(search.size, np.float32)  # (x, y)
-            return stored, (landmarks + 0.5) * scale - 0.5, "original"  # between centres of pixels
-    if (landmarks := finder(stored, upsampling=1, padding=PADDING)) is not None:
-        return stored, landmarks, "padded"
-    return stored, None, "mean"
+        scale, picture = np.float32(img_size) / np.array(search.size, np.float32), np.asarray(search)  # (x, y)
+        if (box := finder.detect(picture)) is not None:
+            return stored, Detection(picture, box, lambda points: (points + 0.5) * scale - 0.5, "original")  # between centres of pixels
+    border = round(img_size * PADDING)
+    padded = cv2.copyMakeBorder(stored, border, border, border, border, cv2.BORDER_REPLICATE)
+    if (box := finder.detect(padded, upsampling=1)) is not None:
+        return stored, Detection(padded, box, lambda points: points - np.float32(border), "padded")
+    return stored, None
 
 
-# --------------------------------------------------------------------------------------------------- step 1: images -> shards
+def predict_landmarks(face: Detection, finder: FaceFinder) -> np.ndarray:
+    """(68, 2) float32, x and y in pixels of the stored image."""
+    return face.to_stored(finder.predict(face.picture, face.box))
 
 
-class Shard(NamedTuple):
-    """Some images of one data set. `file` is named by a hash of all that its content depends on."""
+def find_face(image: Image.Image, finder: FaceFinder, img_size: int) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Stored image and landmarks, None where no face was found, as detect_face and predict_landmarks give them; which of FOUND_BY."""
+    stored, face = detect_face(image, finder, img_size)
+    return (stored, None, "mean") if face is None else (stored, predict_landmarks(face, finder), face.found_by)
+
+
+# ----------------------------------------------------------------------------------------- what there is, and what is to do
+
+
+class Source(NamedTuple):
+    """An image as it is on the disk now. Extracted again when any of it changes."""
 
     data_set: str  # "fake/StyleGAN3"
-    images: list[Path]
-    file: Path
+    path: str  # below the data root
+    stat: tuple[int, int]  # size in bytes, time of the last change in ns; (-1, -1): nothing there that this program may read
 
 
-def find_data_sets(data_root: Path) -> dict[str, list[Path]]:
-    """{"real/FFHQ": [images], ...}, real first, in the order of names.
+class Plan(NamedTuple):
+    sources: list[Source]
+    others: list[Path]  # files that are no images by their names
+    settings: dict  # all that an extracted image depends on, beside its file
+    fingerprint: str  # of everything that the feature files depend on
+    missing: list[Source]  # to be extracted
+
+
+def find_sources(data_root: Path) -> tuple[list[Source], list[Path]]:
+    """All images in the order of data sets, real first, and paths; and the files that are no images by their names.
 
     Raises:
         FileNotFoundError: the layout is another one, or a data set is without images.
@@ -173,105 +219,201 @@ def find_data_sets(data_root: Path) -> dict[str, list[Path]]:
     layout = f"the layout is {data_root}/<real|fake>/<Name>/..., any depth below"
     if not data_root.is_dir():
         raise FileNotFoundError(f"{data_root}: no such folder; {layout}")
-    data_sets = {}
+    sources, others = [], []
     for kind in CLASSES:
-        folders = sorted(path for path in (data_root / kind).glob("*") if path.is_dir() and not path.name.startswith("."))
-        for folder in folders:
-            if not folder.name.endswith(REJECTED_SUFFIX):
-                data_sets[f"{kind}/{folder.name}"] = list_images(folder)
         loose = sorted(path for path in (data_root / kind).glob("*.*") if path.is_file() and path.suffix.lower() in IMAGE_EXTENSIONS)
         if loose:
             raise FileNotFoundError(f"{loose[0]}: {len(loose)} images lie in no data set's folder; {layout}")
-    if not data_sets:
+        for folder in sorted(path for path in (data_root / kind).glob("*") if path.is_dir() and not path.name.startswith(".")):
+            if folder.name.endswith(REJECTED_SUFFIX):
+                continue
+            images, rest = list_files(folder)
+            if not images:
+                raise FileNotFoundError(f"{folder}: no images in it; add some or remove the folder")
+            for path in images:
+                stat = os.stat(path) if os.access(path, os.R_OK) else None
+                sources.append(Source(f"{kind}/{folder.name}", str(path.relative_to(data_root)), (stat.st_size, stat.st_mtime_ns) if stat else (-1, -1)))
+            others += [path.relative_to(data_root) for path in rest]
+    if not sources:
         raise FileNotFoundError(f"{data_root}: no data set in it; {layout}")
-    if empty := [name for name, images in data_sets.items() if not images]:
-        raise FileNotFoundError(f"{data_root / empty[0]}: no images in it; add some or remove the folder")
-    return data_sets
+    return sources, others
 
 
-def plan_shards(data_sets: dict[str, list[Path]], data_root: Path, folder: Path, settings: dict) -> list[Shard]:
-    """Cuts the sorted list of images into shards. A changed file or setting makes another name, hence a new shard."""
-    shards = []
-    for data_set, images in data_sets.items():
-        for start in range(0, len(images), SHARD_SIZE):
-            some = images[start : start + SHARD_SIZE]
-            stats = [os.stat(path) if path.exists() else None for path in some]  # None: a link to nowhere
-            content = [(str(path.relative_to(data_root)), s and (s.st_size, s.st_mtime_ns)) for path, s in zip(some, stats)]
-            key = hashlib.sha256(json.dumps([settings, content], sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()
-            shards.append(Shard(data_set, some, folder / f"{key}.h5"))
-    return shards
+def find_rows(sources: list[Source], output_dir: Path, settings: dict) -> tuple[list[Path], np.ndarray, set[str]]:
+    """Which images have been extracted already: in the feature files, or in shards of a run that was stopped.
+
+    Returns:
+        the files with them; for each image its row, counted through all these files, -1 where there is none; and the paths
+        of all images that the feature files hold, changed and removed ones too.
+
+    Raises:
+        FeatureFileError: the feature files are of other settings.
+    """
+    number = {source.path: i for i, source in enumerate(sources)}
+    rows, files, end, held = np.full(len(sources), -1), [], 0, set()
+    shards = sorted((output_dir / SHARDS).glob("*.h5"))
+    for path in (*sorted(output_dir.glob("*/*/*_features.h5")), *shards):
+        try:
+            with open_features(path) as file:
+                there, stats = file["paths"].asstr("utf-8", "surrogateescape")[:].tolist(), file.attrs["source_stats"].tolist()
+                made_with = json.loads(file.attrs["settings"])
+        except (FeatureFileError, KeyError) as error:  # cut off, or of an earlier version of this program
+            print(f"{path}: not used, its images are extracted anew ({error})")
+            continue
+        if made_with != settings:
+            if path in shards:
+                continue
+            differs = ", ".join(f"{name} {made_with.get(name)}" for name in settings if made_with.get(name) != settings[name])
+            raise FeatureFileError(f"{path}: made with {differs}; name another --output_dir, or remove {output_dir} to make everything anew")
+        if path not in shards:
+            held.update(there)
+        for row, (name, stat) in enumerate(zip(there, stats)):
+            i = number.get(name)
+            if i is not None and tuple(stat) == sources[i].stat:
+                rows[i] = end + row
+        files.append(path)
+        end += len(there)
+    return files, rows, held
 
 
-_finder: FaceFinder | None = None  # one a worker process
+def make_plan(args: argparse.Namespace, predictor_checksum: str) -> Plan:
+    """What is to do; prints in what the images and options differ from those of the feature files that are there."""
+    sources, others = find_sources(args.data_root)
+    settings = {"schema": SCHEMA_VERSION, "img_size": args.img_size, "patch_size": args.patch_size, "search": [SEARCH_SIDE, PADDING]}
+    settings["predictor"] = predictor_checksum
+    digest = hashlib.sha256(json.dumps([settings, dealing(args), SPLIT_FRACTIONS]).encode())
+    for source in sources:
+        digest.update(json.dumps(source).encode())
+    plan = Plan(sources, others, settings, digest.hexdigest(), [])
+    if publish(plan, args.output_dir):
+        return plan
+
+    files, rows, held = find_rows(sources, args.output_dir, settings)
+    plan.missing.extend(source for source, row in zip(sources, rows) if row < 0)
+    done = len(sources) - len(plan.missing)
+    if held:
+        with open_features(files[0]) as file:
+            earlier = json.loads(file.attrs["dealing"])
+        changes = {
+            "added": sum(source.path not in held for source in sources),
+            "changed": sum(source.path in held for source in plan.missing),
+            "removed": len(held - {source.path for source in sources}),
+        }
+        changes = [f"{count} images {what}" for what, count in changes.items() if count]
+        changes += [f"--{name} {earlier[name]} -> {value}" for name, value in dealing(args).items() if earlier[name] != value]
+        print(f"{args.output_dir}: {', '.join(changes) or 'some files are missing or of an earlier run'}; the splits are dealt anew")
+    if done:
+        print(f"going on: {done} of {len(sources)} images are extracted already")
+    need, free = (len(sources) + len(plan.missing)) * sample_bytes(args), shutil.disk_usage(existing_parent(args.output_dir)).free
+    if need > free:
+        print(f"WARNING: {args.output_dir}: needs about {need / 1e9:.1f} GB while it is made, {free / 1e9:.1f} GB are free")
+    return plan
+
+
+def dealing(args: argparse.Namespace) -> dict:
+    """The options that need no image to be extracted again."""
+    return {"seed": args.seed, "group_by_folder": args.group_by_folder, "compress": args.compress}
+
+
+def sample_bytes(args: argparse.Namespace) -> int:
+    return 3 * args.img_size**2 + 4 * len(REGIONS) * (args.img_size // args.patch_size) ** 2 + 1000
+
+
+def existing_parent(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+# --------------------------------------------------------------------------------------------------- step 1: images -> shards
+
+_finder: FaceFinder | None = None  # one a process; forked workers share the memory of the one that they come from
 
 
 def start_worker(predictor: Path, parent: int) -> None:
     global _finder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it lets the shards in hand be finished
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     cv2.setNumThreads(1)  # the worker processes are the parallelism
-    _finder = FaceFinder(predictor)
+    _finder = _finder or FaceFinder(predictor)
 
     def follow_parent() -> None:
-        try:
-            program = psutil.Process(parent)
-            while program.is_running() and program.status() != psutil.STATUS_ZOMBIE:
-                time.sleep(1)
-        finally:  # psutil.NoSuchProcess is the same news
-            os._exit(1)  # the program was killed: nobody waits for this worker
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)  # the program was killed: nobody waits for this worker
 
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def extract_shard(shard: Shard, data_root: Path, img_size: int, grid_size: int) -> int:
-    """Writes one shard, a feature file whose samples without a face have NaN for landmarks. Returns the number of images."""
-    samples, skipped = defaultdict(list), {}
-    for path in shard.images:
-        relative = str(path.relative_to(data_root))
+def extract_shard(sources: list[Source], settings: dict, data_root: Path, output_dir: Path) -> dict[str, str]:
+    """Writes one shard, a feature file whose samples without a face have NaN for landmarks.
+
+    Returns:
+        {path: reason} of the files that are no images; they are not in the shard.
+    """
+    img_size, grid_size = settings["img_size"], settings["img_size"] // settings["patch_size"]
+    images = np.empty((len(sources), img_size, img_size, 3), np.uint8)
+    used, faces, skipped = [], [], {}
+    for source in sources:
         try:
-            image = load_rgb(path)
+            images[len(used)], face = detect_face(load_rgb(data_root / source.path), _finder, img_size)
         except Rejected as reason:
-            skipped[relative] = str(reason)
+            skipped[source.path] = str(reason)
             continue
-        stored, landmarks, found_by = find_face(image, _finder, img_size)
-        samples["images"].append(stored)
-        samples["landmarks"].append(np.full((68, 2), np.nan) if landmarks is None else landmarks)
-        samples["region_masks"].append(draw_masks(landmarks, img_size, grid_size))
-        samples["labels"].append(CLASSES.index(shard.data_set.split("/")[0]))
-        samples["paths"].append(relative.encode("utf-8", "surrogateescape"))
-        samples["found_by"].append(FOUND_BY.index(found_by))
-        samples["sha256"].append(np.frombuffer(hashlib.sha256(stored.tobytes()).digest(), np.uint8))
-    attributes = {"skipped": json.dumps(skipped)}
-    with FeatureWriter(shard.file, img_size, grid_size, attributes) as writer:
-        if samples:
-            writer.append(**{name: rows if name == "paths" else np.stack(rows) for name, rows in samples.items()})
-    return len(shard.images)
+        used.append(source)
+        faces.append(face)
+    if not used:
+        return skipped
+    # All predictions in a row: the predictor's 100 MB are slow to come back into the cache after each detection.
+    landmarks = [np.full((68, 2), np.nan) if face is None else predict_landmarks(face, _finder) for face in faces]
+    no_masks = np.zeros((len(REGIONS), grid_size, grid_size), np.float32)
+    masks = [no_masks if face is None else draw_region_masks(points, (img_size, img_size), grid_size) for face, points in zip(faces, landmarks)]
+    images = images[: len(used)]
+    table = {
+        "labels": [CLASSES.index(source.data_set.split("/")[0]) for source in used],
+        "paths": [source.path.encode("utf-8", "surrogateescape") for source in used],
+        "found_by": [FOUND_BY.index("mean" if face is None else face.found_by) for face in faces],
+        "sha256": [np.frombuffer(hashlib.sha256(image).digest(), np.uint8) for image in images],
+    }
+    name = hashlib.sha256(json.dumps([settings, sources]).encode()).hexdigest()
+    attributes = {"settings": json.dumps(settings), "source_stats": np.array([source.stat for source in used])}
+    blocks = [{"images": images, "landmarks": landmarks, "region_masks": masks}]
+    write_features(output_dir / SHARDS / f"{name}.h5", img_size, grid_size, attributes, table, blocks)
+    return skipped
 
 
-def draw_masks(landmarks: np.ndarray | None, img_size: int, grid_size: int) -> np.ndarray:
-    if landmarks is None:
-        return np.zeros((len(REGIONS), grid_size, grid_size), np.float32)
-    return draw_region_masks(landmarks, (img_size, img_size), grid_size)
+def extract(sources: list[Source], settings: dict, predictor: Path, show: bool, args: argparse.Namespace) -> dict[str, str]:
+    """Makes shards of these images, in worker processes, or here if one is enough. Returns {path: reason} of what is no image."""
+    global _finder
+    if not sources:
+        return {}
+    _finder = FaceFinder(predictor)
+    cv2.setNumThreads(1)
+    memory = psutil.virtual_memory().available // 10 // args.workers  # for the pixels of a shard
+    size = int(np.clip(memory // sample_bytes(args), 1, SHARD_SIZE))
+    count = -(-len(sources) // (size * args.workers)) * args.workers  # as many for each worker, all of one size
+    shards = [sources[i * len(sources) // count : (i + 1) * len(sources) // count] for i in range(count)]
+    shards = [shard for shard in shards if shard]
+    skipped = {}
 
+    def collect(results: Iterable[dict[str, str]]) -> None:
+        with tqdm(total=len(sources), desc="faces", unit="image", smoothing=0.05, disable=not show) as bar:
+            for shard, result in zip(shards, results):
+                skipped.update(result)
+                bar.update(len(shard))
 
-def extract(shards: list[Shard], predictor: Path, args: argparse.Namespace) -> None:
-    """Makes the shards that are missing, in worker processes."""
-    missing = [shard for shard in shards if not shard.file.exists()]
-    total = sum(len(shard.images) for shard in shards)
-    done = total - sum(len(shard.images) for shard in missing)
-    if done:
-        print(f"going on: {done} of {total} images were done before")
-    FaceFinder(predictor)  # an unusable predictor file is better found here than in every worker
-    # A fork of this process would inherit locks that threads of torch or cv2 hold, so workers come from a clean one.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    if args.workers == 1:
+        collect(extract_shard(shard, settings, args.data_root, args.output_dir) for shard in shards)
+        return skipped
+    # Forked workers start at once and share the predictor's memory. Where this process has threads (torchrun's), or forking is
+    # not safe (macOS), they start from nothing.
+    method = "fork" if sys.platform == "linux" and not under_torchrun() else "spawn"
     pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context(method), start_worker, (predictor, os.getpid()))
     try:
-        futures = [pool.submit(extract_shard, shard, args.data_root, args.img_size, args.img_size // args.patch_size) for shard in missing]
-        with tqdm(total=total, initial=done, desc="faces", unit="image", smoothing=0.05) as bar:
-            for future in futures:
-                bar.update(future.result())
+        futures = [pool.submit(extract_shard, shard, settings, args.data_root, args.output_dir) for shard in shards]
+        collect(future.result() for future in futures)
     finally:
         pool.shutdown(cancel_futures=True)
+    return skipped
 
 
 # ---------------------------------------------------------------------------------------------- step 2: shards -> feature files
@@ -323,52 +465,115 @@ def deal_splits(data_sets: Sequence[str], contents: Sequence[bytes], groups: Seq
     return splits
 
 
-def assemble(shards: list[Shard], fingerprint: str, args: argparse.Namespace) -> None:
-    """Deals the samples of all shards to the splits, fills in mean landmarks, and writes the feature files."""
-    data_sets, contents, groups = [], [], []
-    for shard in shards:
-        with open_features(shard.file) as file:
-            contents += [row.tobytes() for row in file["sha256"][:]]
-            parts = [path.split("/") for path in file["paths"].asstr("utf-8", "surrogateescape")[:]]
-        data_sets += [shard.data_set] * len(parts)
-        # real/FFHQ/person/video/1.png: the person, whatever folders are below
-        groups += ["/".join(part[:3]) if args.group_by_folder and len(part) > 3 else None for part in parts]
+def mean_over(files: list[Path], rows: np.ndarray) -> np.ndarray | None:
+    """The mean of the landmarks in these rows, counted through all files: (68, 2) float32, None of no rows.
+
+    Summed in whole numbers: from run to run images lie in other files, and no order of them may show in the last bits.
+    """
+    unit = 2**16  # parts of a pixel
+    rows, total, start = np.sort(rows), np.zeros((68, 2), np.int64), 0
+    for path in files:
+        with open_features(path) as file:
+            end = start + len(file["labels"])
+            chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)] - start
+            total += np.rint(file["landmarks"][:][chosen].astype(np.float64) * unit).astype(np.int64).sum(axis=0)
+        start = end
+    return (total / (unit * len(rows))).astype(np.float32) if len(rows) else None
+
+
+def find_all_rows(plan: Plan, skipped: dict[str, str], output_dir: Path) -> tuple[list[Path], np.ndarray]:
+    """find_rows, once every image is there that was not skipped: a network file system may show other machines' shards late.
+
+    Raises:
+        FeatureFileError: some do not appear in two minutes.
+    """
+    for _ in range(60):
+        files, rows, _ = find_rows(plan.sources, output_dir, plan.settings)
+        lost = [source.path for source, row in zip(plan.sources, rows) if row < 0 and source.path not in skipped]
+        if not lost:
+            return files, rows
+        time.sleep(2)
+    raise FeatureFileError(f"{output_dir}: {len(lost)} extracted images do not appear in it, {lost[0]} for one; run the same command again")
+
+
+def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> None:
+    """Deals the extracted images to the splits, fills in mean landmarks, and writes the feature files."""
+    files, rows = find_all_rows(plan, skipped, args.output_dir)
+    sources, rows = [source for source, row in zip(plan.sources, rows) if row >= 0], rows[rows >= 0]
+    if not sources:
+        raise FeatureFileError(f"{args.data_root}: none of the images can be used; the reasons are in {args.output_dir / 'skipped.csv'}")
+    store = FaceDataset(files)
+    sha256, found_by = store.column("sha256")[rows], store.column("found_by")[rows]
+    data_sets, contents = [source.data_set for source in sources], [row.tobytes() for row in sha256]
+    parts = [source.path.split("/") for source in sources]
+    # real/FFHQ/person/video/1.png: the person, whatever folders are below
+    groups = ["/".join(part[:3]) if args.group_by_folder and len(part) > 3 else None for part in parts]
     splits = deal_splits(data_sets, contents, groups, args.seed)
     report_duplicates(data_sets, contents)
 
     # A fallback of each data set's own would name the class; one over all splits would tell training about the test set.
-    total, count, start = np.zeros((68, 2)), 0, 0
-    for shard in shards:
-        with open_features(shard.file) as file:
-            landmarks = file["landmarks"][:].astype(np.float64)
-        chosen = landmarks[(splits[start : start + len(landmarks)] == 0) & np.isfinite(landmarks[:, 0, 0])]
-        total, count, start = total + chosen.sum(axis=0), count + len(chosen), start + len(landmarks)
-    if not count:
+    found = found_by != FOUND_BY.index("mean")
+    mean_landmarks = mean_over(files, rows[found & (splits == SPLITS.index("train"))])
+    if mean_landmarks is None:
         raise FeatureFileError(f"{args.data_root}: no face found in any image of the train split; are these pictures of faces?")
-    mean_landmarks = (total / count).astype(np.float32)
     grid_size = args.img_size // args.patch_size
     mean_masks = draw_region_masks(mean_landmarks, (args.img_size, args.img_size), grid_size)
 
-    start = 0
-    for data_set in tqdm(dict.fromkeys(shard.data_set for shard in shards), desc="writing", unit="data set"):
-        folder = args.output_dir / data_set
-        for abandoned in folder.glob(".*.partial"):  # of a run that was killed
-            abandoned.unlink()
-        attributes = {"data_set": data_set, "fingerprint": fingerprint, "seed": args.seed, "mean_landmarks": mean_landmarks}
-        with ExitStack() as stack:
-            writers = [
-                stack.enter_context(FeatureWriter(folder / f"{split}_features.h5", args.img_size, grid_size, {**attributes, "split": split}))
-                for split in SPLITS
-            ]
-            for shard in (shard for shard in shards if shard.data_set == data_set):
-                with open_features(shard.file) as file:
-                    rows = {name: file[name][:] for name in PER_SAMPLE}
-                faceless = np.isnan(rows["landmarks"][:, 0, 0])
-                rows["landmarks"][faceless], rows["region_masks"][faceless] = mean_landmarks, mean_masks
-                dealt = splits[start : start + len(faceless)]
-                for split, writer in enumerate(writers):
-                    writer.append(**{name: values[dealt == split] for name, values in rows.items()})
-                start += len(faceless)
+    common = {"settings": json.dumps(plan.settings), "dealing": json.dumps(dealing(args)), "fingerprint": plan.fingerprint}
+    common |= {"seed": args.seed, "mean_landmarks": mean_landmarks}
+
+    def read_blocks(members: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, len(members), SHARD_SIZE):
+            block = members[start : start + SHARD_SIZE]
+            samples = store.read(rows[block])
+            samples["landmarks"][~found[block]], samples["region_masks"][~found[block]] = mean_landmarks, mean_masks
+            images = samples["image"].transpose(0, 2, 3, 1)  # (B, 3, h, w) -> (B, h, w, 3)
+            yield {"images": images, "landmarks": samples["landmarks"], "region_masks": samples["region_masks"]}
+            bar.update(len(block))
+
+    in_data_set = np.array(data_sets)
+    with tqdm(total=len(sources), desc="writing", unit="image") as bar:
+        for path, data_set, split in feature_files(plan, args.output_dir / STAGE):
+            members = np.flatnonzero((in_data_set == data_set) & (splits == SPLITS.index(split)))
+            if has_fingerprint(path, plan.fingerprint):  # written before the run was stopped
+                bar.update(len(members))
+                continue
+            attributes = {**common, "data_set": data_set, "split": split}
+            attributes["source_stats"] = np.array([sources[i].stat for i in members], np.int64).reshape(-1, 2)
+            table = {"labels": store.labels[rows[members]], "found_by": found_by[members], "sha256": sha256[members]}
+            table["paths"] = [sources[i].path.encode("utf-8", "surrogateescape") for i in members]
+            write_features(path, args.img_size, grid_size, attributes, table, read_blocks(members), args.compress)
+
+
+def feature_files(plan: Plan, folder: Path) -> list[tuple[Path, str, str]]:
+    """(path, data set, split) of all feature files of a run."""
+    data_sets = dict.fromkeys(source.data_set for source in plan.sources)
+    return [(folder / data_set / f"{split}_features.h5", data_set, split) for data_set in data_sets for split in SPLITS]
+
+
+def has_fingerprint(path: Path, fingerprint: str) -> bool:
+    try:
+        with open_features(path) as file:
+            return file.attrs.get("fingerprint") == fingerprint
+    except FeatureFileError:
+        return False
+
+
+def publish(plan: Plan, output_dir: Path) -> bool:
+    """Gives the feature files their names, if all have been written; also those of a run that was stopped at just this.
+
+    Returns:
+        whether the feature files of this plan are there now.
+    """
+    pairs = [(staged, path) for (staged, *_), (path, *_) in zip(feature_files(plan, output_dir / STAGE), feature_files(plan, output_dir))]
+    staged_pairs = [(staged, path) for staged, path in pairs if has_fingerprint(staged, plan.fingerprint)]
+    names = {path for _, path in staged_pairs}
+    if not all(path in names or has_fingerprint(path, plan.fingerprint) for _, path in pairs):
+        return False
+    for staged, path in staged_pairs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged, path)
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------------------ report
@@ -404,40 +609,23 @@ def report(output_dir: Path, data_sets: Sequence[str]) -> None:
         print(f"{'all ' + kind:<28}{ways.total():>8}{'':>24}" + "".join(f"{ways[way]:>11}" for way in FOUND_BY) + f"{ways['mean'] / max(ways.total(), 1):>12.1%}")
 
 
-def report_skipped(shards: list[Shard], output_dir: Path) -> None:
-    """Lists files that are no images, with the reason, in skipped.csv."""
-    skipped = {}
-    for shard in shards:
-        with open_features(shard.file) as file:
-            skipped |= json.loads(file.attrs["skipped"])
+def report_skipped(skipped: dict[str, str], others: list[Path], output_dir: Path) -> None:
+    """Lists the files that were not used, with the reason, in skipped.csv."""
     listing = output_dir / "skipped.csv"
-    listing.unlink(missing_ok=True)
-    if skipped:
-        with open(listing, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows([("path", "reason"), *skipped.items()])
-        print(f"{len(skipped)} files cannot be used, listed in {listing}; the first: {next(iter(skipped))}: {next(iter(skipped.values()))}")
-
-
-def is_finished(output_dir: Path, data_sets: Sequence[str], fingerprint: str) -> bool:
-    """Whether all feature files are there and made from exactly these images and settings."""
-    for data_set in data_sets:
-        for split in SPLITS:
-            try:
-                with open_features(output_dir / data_set / f"{split}_features.h5") as file:
-                    if file.attrs.get("fingerprint") != fingerprint:
-                        return False
-            except FeatureFileError:
-                return False
-    return True
+    reasons = skipped | {str(path): why_not_listed(path) for path in others}
+    if not reasons:
+        listing.unlink(missing_ok=True)
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    partial = listing.with_name(".skipped.csv.partial")
+    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("path", "reason"), *sorted(reasons.items())])
+    os.replace(partial, listing)
+    first = min(skipped or reasons)
+    print(f"{len(reasons)} files are not used, listed in {listing}; for one, {first}: {reasons[first]}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ script
-
-
-def default_workers() -> int:
-    """One process a core that this one may use, fewer where memory is short."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # the first is Linux's
-    return max(1, min(cores, psutil.virtual_memory().available // WORKER_MEMORY))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -449,6 +637,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--patch_size", type=int, default=16, help="side of a patch in pixels, for the stored masks; train.py may use another (default: 16)")
     parser.add_argument("--group_by_folder", action="store_true", help="keep the images of each sub-folder of a data set (an identity) in one split")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    parser.add_argument("--compress", action="store_true", help="lossless gzip of the stored images: about a fifth smaller, but slower to read; README has the figures")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: one a core, fewer where memory is short)")
     return parser
 
@@ -456,23 +645,32 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     if args.workers < 1 or args.img_size < 1 or args.patch_size < 1 or args.img_size % args.patch_size:
         raise ValueError("--workers has to be at least 1, and --img_size a multiple of --patch_size")
-    data_sets = find_data_sets(args.data_root)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from twice as many pixels on it is an error, and stays one
+    rank, world = join_processes()
     predictor = find_predictor(args.predictor)
-    settings = {"schema": SCHEMA_VERSION, "img_size": args.img_size, "patch_size": args.patch_size, "search": [SEARCH_SIDE, PADDING]}
-    settings["predictor"] = hashlib.sha256(predictor.read_bytes()).hexdigest()
+    predictor_checksum = hashlib.sha256(predictor.read_bytes()).hexdigest()
+    plan = make_plan(args, predictor_checksum) if rank == 0 else None
+    settings, missing = broadcast((plan.settings, plan.missing) if rank == 0 else None)
+    if settings["predictor"] != predictor_checksum:
+        raise ValueError(f"{predictor}: another predictor than that of rank 0; give all machines the same file")
+    results = gather(extract(missing[rank::world], settings, predictor, rank == 0, args))
+    if rank == 0:
+        finish(plan, {path: reason for skipped in results for path, reason in skipped.items()}, args)
+    gather(None)  # nobody leaves before all is done, lest a restart miss one
 
-    shard_folder = args.output_dir / ".shards"
-    shards = plan_shards(data_sets, args.data_root, shard_folder, settings)
-    whole = [[shard.file.name for shard in shards], args.seed, args.group_by_folder, SPLIT_FRACTIONS]
-    fingerprint = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
-    if is_finished(args.output_dir, list(data_sets), fingerprint):
+
+def finish(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> None:
+    """From extracted images to the feature files and the report of them."""
+    if publish(plan, args.output_dir):
         print(f"{args.output_dir}: up to date")
     else:
-        extract(shards, predictor, args)
-        report_skipped(shards, args.output_dir)
-        assemble(shards, fingerprint, args)
-    shutil.rmtree(shard_folder, ignore_errors=True)
-    report(args.output_dir, list(data_sets))
+        report_skipped(skipped, plan.others, args.output_dir)
+        assemble(plan, skipped, args)
+        publish(plan, args.output_dir)
+    for folder in (SHARDS, STAGE):
+        shutil.rmtree(args.output_dir / folder, ignore_errors=True)
+    data_sets = list(dict.fromkeys(source.data_set for source in plan.sources))
+    report(args.output_dir, data_sets)
     others = [path.parent for path in args.output_dir.glob("*/*/train_features.h5") if "/".join(path.parts[-3:-1]) not in data_sets]
     if others:
         print(f"WARNING: {', '.join(map(str, others))} is not made from {args.data_root}; remove it, or name the others to train.py with --datasets")
@@ -480,7 +678,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; run the same command again to go on"))
+    if not under_torchrun():  # which waits for nobody, and starts all again
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; run the same command again to go on"))
     try:
         main(get_args_parser().parse_args())
     except KeyboardInterrupt:
@@ -488,4 +687,6 @@ if __name__ == "__main__":
     except BrokenProcessPool:
         sys.exit("a worker process was killed (was memory short? try fewer --workers); run the same command again to go on")
     except (ValueError, OSError) as error:  # FeatureFileError among them
-        sys.exit(f"{error}")
+        message = " ".join(str(error).split())  # HDF5 breaks lines
+        broken = isinstance(error, OSError) and error.errno is not None  # a full disk, say; errors raised here have no number
+        sys.exit(f"stopped: {message}; nothing is lost, run the same command again when it is mended" if broken else message)

@@ -15,19 +15,23 @@ import argparse
 import json
 import pickle
 import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
-from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dataset import FaceDataset, FeatureFileError, draw_region_masks, find_feature_files, normalize
+from dataset import FaceDataset, FeatureFileError, draw_region_masks, find_feature_files
 from model import LAMMViT, LAMMViTConfig
 
 CHECKPOINT_VERSION = 1
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
 
 
 class CheckpointError(ValueError):
@@ -71,6 +75,42 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+# ---------------------------------------------------------------------------------------------- samples -> the model's input
+
+
+def load_batches(dataset: FaceDataset, batches: Iterable[Sequence[int]], num_workers: int, pin_memory: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of `dataset` with these indices, in order, as tensors, read by `num_workers` threads ahead of their use.
+
+    Threads, since what takes time (reading, JPEG, blur, noise) runs outside of Python's lock, and since processes would have
+    to send every batch through shared memory: benchmarks/data_speed.py measures torch's DataLoader beside this.
+    """
+
+    def read(indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        tensors = {name: torch.from_numpy(values) for name, values in dataset.read(indices).items()}
+        return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
+
+    if num_workers == 0:
+        yield from map(read, batches)
+        return
+    ahead: deque[Future] = deque()
+    with ThreadPoolExecutor(num_workers) as threads:
+        try:
+            for indices in batches:
+                ahead.append(threads.submit(read, indices))
+                if len(ahead) > 2 * num_workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:  # whoever iterates may stop early
+            for future in ahead:
+                future.cancel()
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, h, w) uint8 RGB -> float32, zero mean and unit variance over ImageNet. On the device that the images are on."""
+    return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), IMAGE_MEAN, IMAGE_STD)
+
+
 # ------------------------------------------------------------------------------------------------------- scores and metrics
 
 
@@ -85,22 +125,23 @@ def fake_probability(model: LAMMViT, images: torch.Tensor, region_masks: torch.T
 
 
 @torch.inference_mode()
-def predict_scores(model: LAMMViT, dataset: Dataset, batch_size: int = 64, num_workers: int = 0, title: str = "") -> np.ndarray:
-    """The probability of a fake for each sample of a FaceDataset (or a Subset), (N,) float64 in its order.
+def predict_scores(
+    model: LAMMViT, dataset: FaceDataset, batch_size: int = 64, num_workers: int = 0, title: str = "", indices: np.ndarray | None = None
+) -> np.ndarray:
+    """The probability of a fake for the samples of a dataset with these indices, all if None; (N,) float64 in their order.
 
     In a process group, every process returns all scores. Batches, not samples, are divided among the processes: each batch
     is the same as in a single process, so nobody's score depends on the number of processes.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    size = len(dataset)
-    batches = [range(start, min(start + batch_size, size)) for start in range(rank * batch_size, size, world * batch_size)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    indices = np.arange(len(dataset)) if indices is None else indices
+    size = len(indices)
+    starts = range(rank * batch_size, size, world * batch_size)
+    loader = load_batches(dataset, (indices[start : start + batch_size] for start in starts), num_workers, torch.cuda.is_available())
     was_training = model.training
     model.eval()
-    mine = [
-        (rows.start, fake_probability(model, batch["image"], batch["region_masks"]))
-        for rows, batch in zip(batches, tqdm(loader, desc=title, unit="batch", leave=False, disable=rank > 0 or not title))
-    ]
+    bar = tqdm(loader, desc=title, unit="batch", total=len(starts), leave=False, disable=rank > 0 or not title)
+    mine = [(start, fake_probability(model, batch["image"], batch["region_masks"])) for start, batch in zip(starts, bar)]
     model.train(was_training)
 
     everyone = [mine]
@@ -191,7 +232,7 @@ def evaluate(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> dict
 
     needed = np.unique(np.concatenate(list(comparisons.values())))
     scores = np.full(len(dataset), np.nan)
-    scores[needed] = predict_scores(model, Subset(dataset, needed.tolist()), args.batch_size, args.num_workers, title="scoring")
+    scores[needed] = predict_scores(model, dataset, args.batch_size, args.num_workers, "scoring", needed)
     results = {
         generator: binary_metrics(dataset.labels[chosen], scores[chosen], checkpoint["val_threshold"])
         for generator, chosen in comparisons.items()
@@ -262,7 +303,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     against.add_argument("--split", default="test", choices=("train", "val", "test"), help="(default: test)")
     against.add_argument("--output", type=Path, default=Path("prediction_results.json"), help="(default: prediction_results.json)")
     against.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
-    against.add_argument("--num_workers", type=int, default=2, help="processes that read features (default: 2)")
+    against.add_argument("--num_workers", type=int, default=2, help="threads that read features (default: 2)")
     against.add_argument("--seed", type=int, default=0, help="of the draw of real images (default: 0)")
     loose = parser.add_argument_group("loose images")
     loose.add_argument("--images", nargs="+", type=Path, metavar="PATH", help="images or folders of images to score")

@@ -217,7 +217,7 @@ class LAMMViT(nn.Module):
 
     def forward(self, images: Tensor, region_masks: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """Args:
-            images: (B, 3, h, w) float, RGB, normalised by dataset.normalize.
+            images: (B, 3, h, w) float, RGB, normalised by inference.normalize.
             region_masks: (B, 8, G, G) float in [0, 1], in the order of dataset.REGIONS.
 
         Returns:

@@ -4,26 +4,32 @@
 
     python preprocess.py --directory datasets/fake/StyleGAN3                          in place, one file at a time, atomically
     python preprocess.py --directory raw/StyleGAN3 --output_dir datasets/fake/StyleGAN3      leaves raw/StyleGAN3 untouched
+    torchrun --nproc_per_node=8 preprocess.py --directory ...                         also over machines that share the folder
 
-Files that cannot be used go to a folder beside, datasets/fake/StyleGAN3_rejected, with rejected.csv telling why. A second
-run finds nothing to do; a run that was stopped goes on. PNG for all, because a class that keeps its JPEGs while another
+Files that cannot be used go to a folder beside, datasets/fake/StyleGAN3_rejected, with rejected.csv telling why; files that
+are no images by their names are listed there too, and stay. A second run finds nothing to do; a run that was stopped goes on. PNG for all, because a class that keeps its JPEGs while another
 has PNGs is told by its format (arXiv 2403.17608).
 """
 
 import argparse
 import csv
+import errno
 import hashlib
 import itertools
 import os
 import shutil
+import stat
 import struct
 import sys
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 from PIL import Image
 from tqdm import tqdm
 
@@ -31,6 +37,9 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 REJECTED_SUFFIX = "_rejected"
 # What Pillow raises on files that are not, or not all, there: its own errors are OSError, broken PNG chunks SyntaxError.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, Image.DecompressionBombError)
+# System errors that are about one file. Any other (a bad disk, a server that is away) may be gone tomorrow: it stops the run.
+ABOUT_THE_FILE = (None, errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
+WORKER_MEMORY = 600 * 2**20  # bytes that one worker of any stage takes: a very large image with its copies, and dlib's predictor
 
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
 UPRIGHT = {
@@ -46,17 +55,30 @@ class Rejected(Exception):
 # -------------------------------------------------------------------------------------------- reading, shared by all stages
 
 
-def list_images(directory: Path) -> list[Path]:
-    """All files below the directory with an image's extension, sorted. Follows links to folders, each folder once; skips hidden names."""
-    images, seen = [], set()
+def list_files(directory: Path) -> tuple[list[Path], list[Path]]:
+    """All files below the directory: those with an image's extension, and the others, each sorted.
+
+    Follows links to folders, each folder once; skips hidden names.
+    """
+    images, others, seen = [], [], set()
     for folder, subfolders, names in os.walk(directory, followlinks=True):
         if os.path.realpath(folder) in seen:
             subfolders.clear()
             continue
         seen.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        images += [Path(folder, name) for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")]
-    return sorted(images)
+        for name in names:
+            if not name.startswith("."):
+                (images if name.lower().endswith(IMAGE_EXTENSIONS) else others).append(Path(folder, name))
+    return sorted(images), sorted(others)
+
+
+def list_images(directory: Path) -> list[Path]:
+    return list_files(directory)[0]
+
+
+def why_not_listed(path: Path) -> str:
+    return f"left alone: its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -74,22 +96,84 @@ def load_rgb(path: Path) -> Image.Image:
         Rejected: the file is not an image, or not a whole one.
     """
     try:
-        if path.exists() and not path.is_file():
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise Rejected("is not a file")  # a pipe, say, on which a read would wait for ever
         with Image.open(path) as file:
             file.load()
             image = turn_upright(file)
-            if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+        if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
     except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno not in ABOUT_THE_FILE:
+            raise
         message = str(error)
         for text in (repr(str(path)), str(path)):  # the path of this run, which would make two runs' lists differ
             message = message.replace(text, path.name)
         raise Rejected(f"cannot be read as an image ({type(error).__name__}: {message})") from error
+
+
+# ------------------------------------------------------------------------------------------ many processes, shared by stages
+
+
+def join_processes() -> tuple[int, int]:
+    """Rank and number of the processes that torchrun started, on any number of machines; 0 and 1 where it did not.
+
+    They share a file system, and talk at the beginning and at the end alone: rank 0 says what is to do, all tell what came
+    of it. So work never depends on when a machine sees which file.
+    """
+    if not under_torchrun():
+        return 0, 1
+    import torch.distributed as dist  # takes seconds, hence only here
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world = next(rendezvous("env://"))
+    # The store outlives a restart, and holds the addresses of the processes that were there before.
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(days=30))  # all wait for the slowest
+    return rank, world
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def broadcast(item: Any) -> Any:
+    """What rank 0 called this with, in every process."""
+    if not under_torchrun():
+        return item
+    import torch.distributed as dist
+
+    box = [item]
+    try:
+        dist.broadcast_object_list(box, src=0)
+    except RuntimeError as error:
+        sys.exit(f"another process of this run has ended ({str(error).splitlines()[0]}); run the same command again to go on")
+    return box[0]
+
+
+def gather(item: Any) -> list:
+    """What each process called this with, in the order of ranks, in every process."""
+    if not under_torchrun():
+        return [item]
+    import torch.distributed as dist
+
+    items = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(items, item)
+    except RuntimeError as error:
+        sys.exit(f"another process of this run has ended ({str(error).splitlines()[0]}); run the same command again to go on")
+    return items
+
+
+def default_workers() -> int:
+    """One a core that this process may use, fewer where memory is short; torchrun's processes share both."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # the first is Linux's
+    fitting = min(cores, psutil.virtual_memory().available // WORKER_MEMORY)
+    return max(1, fitting // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
@@ -175,9 +259,13 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
     return Outcome(source, "written")
 
 
-def set_aside(rejected: list[Outcome], directory: Path, folder: Path, move: bool, delete: bool) -> None:
-    """Lists rejected files in folder/rejected.csv, together with those of earlier runs, and moves or deletes them if asked."""
-    if not rejected:
+def set_aside(rejected: list[Outcome], others: list[Path], directory: Path, folder: Path, move: bool, delete: bool) -> None:
+    """Lists rejected files in folder/rejected.csv, together with those of earlier runs, and moves or deletes them if asked.
+
+    Args:
+        others: files that are no images by their names; listed, never moved.
+    """
+    if not rejected and not others:
         return
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "rejected.csv"
@@ -185,6 +273,7 @@ def set_aside(rejected: list[Outcome], directory: Path, folder: Path, move: bool
     if listing.exists() and move:  # what earlier runs moved is no longer in the directory
         with open(listing, newline="", encoding="utf-8", errors="surrogateescape") as file:
             reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    reasons |= {str(path.relative_to(directory)): why_not_listed(path) for path in others}
     reasons |= {str(outcome.source.relative_to(directory)): outcome.reason for outcome in rejected}
     partial = folder / f".rejected.csv.{os.getpid()}.partial"
     with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -225,51 +314,73 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--min_height", type=int, default=12, help="images under this height in pixels are rejected (default: 12)")
     parser.add_argument("--min_width", type=int, default=12, help="images under this width in pixels are rejected (default: 12)")
     parser.add_argument("--delete_rejected", action="store_true", help="delete files that cannot be used instead of moving them; in place only")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (default: one a core)")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="threads (default: one a core, fewer where memory is short)")
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    directory = args.directory.resolve()
+def plan_work(args: argparse.Namespace, directory: Path) -> tuple[list[tuple[Path, Path]], list[Path]]:
+    """Each image with the name of what is made of it, and the files that are no images by their names. Exits on a bad request."""
     if not directory.is_dir():
         sys.exit(f"{args.directory}: no such folder; --directory takes a folder of images")
     if min(args.target_height, args.target_width, args.workers) < 1:
         sys.exit("--target_height, --target_width and --workers have to be at least 1")
-    in_place = args.output_dir is None
-    output = directory if in_place else args.output_dir.resolve()
-    if not in_place and (output == directory or directory in output.parents):
-        sys.exit(f"{args.output_dir}: lies within {args.directory}; name a folder outside, or leave --output_dir away to work in place")
-    if directory.name.endswith(REJECTED_SUFFIX):
-        print(f"{args.directory}: set aside by an earlier run, left alone")
-        return
-    if args.delete_rejected and not in_place:
-        sys.exit("--delete_rejected works in place only: with --output_dir nothing in --directory is touched")
-
-    images = list_images(directory)
+    output = directory
+    if args.output_dir is not None:
+        output = args.output_dir.resolve()
+        if output == directory or directory in output.parents:
+            sys.exit(f"{args.output_dir}: lies within {args.directory}; name a folder outside, or leave --output_dir away to work in place")
+        if args.delete_rejected:
+            sys.exit("--delete_rejected works in place only: with --output_dir nothing in --directory is touched")
+    images, others = list_files(directory)
     if not images:
         sys.exit(f"{args.directory}: no images in it ({', '.join(IMAGE_EXTENSIONS)})")
-    if not in_place:
+    if args.output_dir is not None:
         claim_output(output, directory)
     names = plan_names(images, taken={path for folder in {image.parent for image in images} for path in folder.iterdir()})
-    targets = [output / names[image].relative_to(directory) for image in images]
+    return [(image, output / names[image].relative_to(directory)) for image in images], others
 
-    counts, rejected = {"written": 0, "unchanged": 0}, []
-    with ThreadPoolExecutor(args.workers) as threads:  # Pillow decodes, resizes and encodes outside of Python's lock
-        outcomes = threads.map(lambda pair: prepare(*pair, args), zip(images, targets))
-        for outcome in tqdm(outcomes, total=len(images), desc=directory.name, unit="image"):
-            if outcome.status == "rejected":
-                rejected.append(outcome)
-            else:
-                counts[outcome.status] += 1
 
+def report(results: list[tuple[dict, list[Outcome]]], others: list[Path], directory: Path, args: argparse.Namespace) -> None:
+    """Sets the rejected files of all processes aside, and prints what came of the run."""
+    counts = {status: sum(counts[status] for counts, _ in results) for status in ("written", "unchanged")}
+    rejected = sorted(outcome for _, outcomes in results for outcome in outcomes)
+    in_place = args.output_dir is None
+    output = directory if in_place else args.output_dir.resolve()
     rejected_folder = output.with_name(output.name + REJECTED_SUFFIX)
-    set_aside(rejected, directory, rejected_folder, move=in_place, delete=args.delete_rejected)
+    set_aside(rejected, others, directory, rejected_folder, move=in_place, delete=args.delete_rejected)
     print(f"{output}: {counts['written']} written, {counts['unchanged']} unchanged, {len(rejected)} rejected")
     for outcome in rejected[:10]:
         print(f"  {outcome.source.relative_to(directory)}: {outcome.reason}")
     if rejected:
         fate = ("deleted" if args.delete_rejected else "moved there") if in_place else "left where they were"
         print(f"  {'all' if len(rejected) <= 10 else f'... all {len(rejected)}'} listed in {rejected_folder / 'rejected.csv'}; {fate}")
+    if others:
+        print(f"  {len(others)} files are no images by their names and were left alone, {others[0].relative_to(directory)} for one; listed there too")
+
+
+def main(args: argparse.Namespace) -> None:
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from twice as many pixels on it is an error, and stays one
+    directory = args.directory.resolve()
+    if directory.name.endswith(REJECTED_SUFFIX):
+        print(f"{args.directory}: set aside by an earlier run, left alone")
+        return
+    rank, world = join_processes()
+    work, others = broadcast(plan_work(args, directory) if rank == 0 else None)
+    mine = work[rank::world]
+
+    counts, rejected = {"written": 0, "unchanged": 0}, []
+    with ThreadPoolExecutor(args.workers) as threads:  # Pillow decodes, resizes and encodes outside of Python's lock
+        outcomes = threads.map(lambda pair: prepare(*pair, args), mine)
+        for outcome in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
+            if outcome.status == "rejected":
+                rejected.append(outcome)
+            else:
+                counts[outcome.status] += 1
+
+    results = gather((counts, rejected))
+    if rank == 0:
+        report(results, others, directory, args)
+    gather(None)  # nobody leaves before all is done, lest a restart miss one
 
 
 if __name__ == "__main__":

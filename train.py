@@ -20,18 +20,29 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from sklearn.metrics import log_loss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import MASK_STYLES, FaceDataset, FeatureFileError, TrainTransform, find_feature_files, normalize
-from inference import CHECKPOINT_VERSION, CheckpointError, binary_metrics, choose_threshold, load_checkpoint, pick_device, predict_scores
+from dataset import MASK_STYLES, FaceDataset, FeatureFileError, TrainTransform, find_feature_files
+from inference import (
+    CHECKPOINT_VERSION,
+    CheckpointError,
+    binary_metrics,
+    choose_threshold,
+    load_batches,
+    load_checkpoint,
+    normalize,
+    pick_device,
+    predict_scores,
+)  # fmt: skip
 from model import LAMMLoss, LAMMViT, LAMMViTConfig
 
 MIN_LR = 1e-6  # floor of the plateau schedule; the authors'
@@ -53,17 +64,25 @@ def join_processes(device_name: str) -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def epoch_batches(size: int, batch_size: int, rank: int, world: int, seed: int, epoch: int) -> list[list[int]]:
-    """This process's batches of one epoch, drawn from (seed, epoch) alone.
+class EpochBatches(Sequence):
+    """This process's batches of one epoch, arrays of indices, drawn from (seed, epoch) alone.
 
     Batch t of all processes together is batch t of one process with world · batch_size. The shuffled list is filled up from
     its beginning to a multiple of `world`, so that all processes have as many batches, of the same lengths.
     """
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(hash((seed, epoch)))).tolist()
-    while len(order) % world:
-        order += order[: world - len(order) % world]
-    joint = batch_size * world
-    return [order[start : start + joint][rank::world] for start in range(0, len(order), joint)]
+
+    def __init__(self, size: int, batch_size: int, rank: int, world: int, seed: int, epoch: int):
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(hash((seed, epoch)))).numpy()
+        self.order = np.resize(order, -(-size // world) * world)
+        self.joint, self.rank, self.world = batch_size * world, rank, world
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.joint)
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        return self.order[step * self.joint : (step + 1) * self.joint][self.rank :: self.world]
 
 
 # -------------------------------------------------------------------------------------------------------------------- data
@@ -84,20 +103,20 @@ def load_split(args: argparse.Namespace, split: str, grid_size: int | None, tran
 
 def train_one_epoch(
     model: nn.Module, dataset: FaceDataset, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, criterion: LAMMLoss,
-    batches: list[list[int]], epoch: int, args: argparse.Namespace, device: torch.device, rank: int,
+    batches: Sequence[Sequence[int]], epoch: int, args: argparse.Namespace, device: torch.device, rank: int,
 ) -> dict[str, float]:  # fmt: skip
     """One pass over this process's batches. Returns the mean losses per sample, over all processes."""
     model.train()
     dataset.set_epoch(epoch)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=device.type == "cuda")
+    loader = load_batches(dataset, batches, args.num_workers, pin_memory=device.type == "cuda")
     sums = torch.zeros(4, dtype=torch.float64)  # total, ce, diversity, samples
-    bar = tqdm(loader, desc=f"epoch {epoch}", unit="batch", leave=False, disable=rank > 0)
+    bar = tqdm(loader, desc=f"epoch {epoch}", unit="batch", total=len(batches), leave=False, disable=rank > 0)
     for step, batch in enumerate(bar):
         # A window of accumulation is divided by the samples that it has: the last one may be short.
         window_start = step - step % args.accum_steps
-        window = batches[window_start : window_start + args.accum_steps]
-        is_last = step - window_start == len(window) - 1
-        share = len(batches[step]) / sum(map(len, window))
+        window = range(window_start, min(window_start + args.accum_steps, len(batches)))
+        is_last = step == window[-1]
+        share = len(batches[step]) / sum(len(batches[i]) for i in window)
 
         images, masks = batch["image"].to(device, non_blocking=True), batch["region_masks"].to(device, non_blocking=True)
         labels = batch["label"].to(device, non_blocking=True)
@@ -169,7 +188,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cpu or cuda (default: the GPU where there is one)")
     machine.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="(default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)")
-    machine.add_argument("--num_workers", type=int, default=2, help="processes that read features, per training process (default: 2)")
+    machine.add_argument("--num_workers", type=int, default=2, help="threads that read features, per process (default: 2)")
     return parser
 
 
@@ -241,7 +260,7 @@ def main(args: argparse.Namespace) -> None:
             break
         torch.manual_seed(hash((args.seed, epoch, rank)))  # dropout; drawn by epoch, so that a resumed run draws the same
         started = time.perf_counter()
-        batches = epoch_batches(len(train_set), args.batch_size, rank, world, args.seed, epoch)
+        batches = EpochBatches(len(train_set), args.batch_size, rank, world, args.seed, epoch)
         line = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
         line |= train_one_epoch(trained, train_set, optimizer, scaler, criterion, batches, epoch, args, device, rank)
         seconds = time.perf_counter() - started

@@ -1,29 +1,33 @@
 """Shared by all tests: small data sets, made once a session by the project's own scripts, and a runner for the scripts."""
 
 import os
+import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 if not torch.cuda.is_available():  # before attention.py is imported: its kernels then run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
 GENERATORS = ("BlurredRegion", "OffAxisMouth")
+NO_IMAGES_BY_NAME = ("notes.txt", "animated.gif")  # of hostile_files
 
 
-def run_script(*command: object, cwd: Path, expect: int | None = 0, processes: int = 0, **environment: str) -> subprocess.CompletedProcess:
+def run_script(*command: object, cwd: Path, expect: int | None = 0, processes: int = 0, torchrun: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
     """Runs `python script.py ...`, or torchrun with `processes` of it, as a user would, and checks the exit code."""
     script, *arguments = map(str, command)
     launcher = [sys.executable]
     if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
     done = subprocess.run(
         [*launcher, str(ROOT / script), *arguments], cwd=cwd, env={**os.environ, **environment}, text=True, capture_output=True, timeout=300
     )
@@ -44,6 +48,79 @@ def refusal(script: ModuleType, *arguments: object) -> str:
     with pytest.raises((ValueError, OSError, SystemExit)) as error:  # what every script's guard turns into one line
         script.main(script.get_args_parser().parse_args([str(argument) for argument in arguments]))
     return str(error.value)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth random picture, so that JPEG keeps it nearly as it is."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def decompression_bomb(width: int, height: int) -> bytes:
+    """A PNG of a few hundred bytes whose header promises so many pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10000))) + chunk(b"IEND", b"")
+
+
+def odd_exif() -> bytes:
+    """Orientation 6, and a date that is a fraction: Pillow reads it and fails to write it again."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x0132, 5, 1, 38)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0) + struct.pack("<II", 1, 3)
+
+
+def hostile_files(folder: Path) -> dict[str, str]:
+    """All that a folder of images may hold. Returns {relative path: part of the reason} of what preprocess.py cannot use."""
+    (folder / "a b/ç").mkdir(parents=True)
+    picture(300, 200, 1).save(folder / "same.jpg")
+    picture(300, 200, 2).save(folder / "same.bmp")
+    picture(224, 224, 3).save(folder / "same.png")
+    picture(90, 90, 4).save(folder / "same.JPG", "JPEG")
+    picture(640, 480, 5).save(folder / "a b/ç/new\nline é.webp")
+    picture(64, 64, 6).save(folder / "-dash.jpeg")
+    picture(100, 80, 7).convert("CMYK").save(folder / "cmyk.jpg")
+    picture(100, 80, 8).convert("P").save(folder / "palette.png", transparency=0)
+    picture(224, 224, 9).save(folder / "colour_key.png", transparency=(1, 2, 3))
+    picture(100, 80, 10).convert("L").save(folder / "gray.jpg")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture(100, 80, 11).save(folder / "icc.jpg", icc_profile=profile)
+    picture(50, 50, 12).save(folder / "animated.webp", save_all=True, append_images=[picture(50, 50, 13)])
+    picture(224, 224, 14).save(folder / "interleaved.png")
+    Image.fromarray(np.linspace(0, 65535, 224 * 224).reshape(224, 224).astype(np.uint16)).save(folder / "sixteen.png")
+
+    picture(120, 90, 18).save(folder / "twin.jpg")
+    shutil.copy(folder / "twin.jpg", folder / "twin_copy.jpg")
+    picture(120, 90, 19).save(folder / "jpeg_inside.png", "JPEG")  # another format than the name says
+    picture(20000, 30, 20).save(folder / "wide.jpg")
+    picture(64, 64, 21).convert("LA").save(folder / "gray_alpha.png")
+
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "notes.txt").write_text("not an image, and not called one")
+    picture(50, 50, 22).save(folder / "animated.gif")
+    (folder / "bomb.png").write_bytes(decompression_bomb(20000, 20000))
+    picture(64, 64, 23).save(folder / "locked.png")
+    (folder / "locked.png").chmod(0)
+    (folder / "empty.png").write_bytes(b"")
+    picture(3, 3).save(folder / "tiny.png")
+    picture(500, 1).save(folder / "line.png")
+    picture(11, 40).save(folder / "narrow.png")
+    picture(40, 11).save(folder / "low.png")
+    os.mkfifo(folder / "pipe.png")
+    picture(64, 64, 15).save(folder / "odd_exif.jpg", exif=odd_exif())
+    picture(64, 64, 16).save(folder / "garbage_exif.png", exif=b"garbage")
+    picture(64, 64, 17).save(folder / ("長" * 79 + ".jpg"))  # nearly as long as a name may be
+    (folder / "cut.jpg").write_bytes((folder / "same.jpg").read_bytes()[:3000])
+    whole = (folder / "same.png").read_bytes()
+    (folder / "cut_224.png").write_bytes(whole[: len(whole) // 2])
+    os.symlink("nowhere.png", folder / "dangling.png")
+    os.symlink("loop.png", folder / "loop.png")
+    return {"text.jpg": "cannot be read", "bomb.png": "decompression bomb", "empty.png": "cannot be read", "tiny.png": "3x3 pixels, under the minimum of 12x12", "line.png": "500x1 pixels", "narrow.png": "11x40", "low.png": "40x11", "pipe.png": "not a file",
+            "cut.jpg": "truncated", "cut_224.png": "cannot be read", "dangling.png": "No such file", "loop.png": "symbolic links",
+            **{name: "left alone: its name ends in none of" for name in NO_IMAGES_BY_NAME},
+            **({} if os.access(folder / "locked.png", os.R_OK) else {"locked.png": "Permission denied"})}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,18 @@
 """dataset.py: the masks, the mirror, the schema, and reading in any process."""
 
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import cv2
 import h5py
 import numpy as np
+import psutil
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils.data import DataLoader
 
 from dataset import (
@@ -16,13 +23,16 @@ from dataset import (
     REGIONS,
     FaceDataset,
     FeatureFileError,
-    FeatureWriter,
     TrainTransform,
     draw_region_masks,
     find_feature_files,
+    gaussian_blur,
+    gaussian_noise,
     horizontal_flip,
-    normalize,
+    jpeg_compression,
     open_features,
+    rows_offset,
+    write_features,
 )  # fmt: skip
 
 
@@ -114,29 +124,32 @@ def test_mirror_is_its_own_inverse_and_keeps_region_members():
 def test_flipped_masks_are_the_masks_of_flipped_landmarks(style):
     landmarks = mean_face() + np.array([9, 4], np.float32)  # off the middle, so that a flip moves something
     landmarks[36:42, 1] -= 8  # and one eye above the other, so that a swap shows
-    masks = torch.from_numpy(draw_region_masks(landmarks, (224, 224), 14, style))
-    image = torch.arange(3 * 224 * 224).view(3, 224, 224).to(torch.uint8)
-    flipped_image, flipped_landmarks, flipped_masks = horizontal_flip(image, torch.from_numpy(landmarks), masks)
-    assert torch.equal(flipped_image, image.flip(-1))
-    np.testing.assert_allclose(draw_region_masks(flipped_landmarks.numpy(), (224, 224), 14, style), flipped_masks, atol=0.03)
+    masks = draw_region_masks(landmarks, (224, 224), 14, style)
+    image = np.arange(224 * 224 * 3).reshape(224, 224, 3).astype(np.uint8)
+    flipped_image, flipped_landmarks, flipped_masks = horizontal_flip(image, landmarks, masks)
+    np.testing.assert_array_equal(flipped_image, image[:, ::-1])
+    np.testing.assert_allclose(draw_region_masks(flipped_landmarks, (224, 224), 14, style), flipped_masks, atol=0.03)
     again = horizontal_flip(flipped_image, flipped_landmarks, flipped_masks)
-    assert torch.equal(again[0], image) and torch.allclose(again[1], torch.from_numpy(landmarks)) and torch.equal(again[2], masks)
+    for result, original in zip(again, (image, landmarks, masks)):
+        np.testing.assert_allclose(result, original, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------------ schema
 
 
-def write_file(path, count: int, label: int = 0, side: int = 32, fail_after: int | None = None) -> None:
+def write_file(path, count: int, label: int = 0, side: int = 32, fail_after: int | None = None, compress: bool = False, given: int | None = None) -> None:
     rng = np.random.default_rng(count)
-    with FeatureWriter(path, side, side // 16, {"data_set": "real/X"}) as writer:
-        for i in range(count):
+    table = {"labels": [label] * count, "paths": [f"real/X/{i}.png" for i in range(count)], "found_by": [0] * count}
+    table["sha256"] = rng.integers(0, 256, (count, 32), dtype=np.uint8)
+
+    def blocks():
+        for i in range(count if given is None else given):
             if i == fail_after:
                 raise RuntimeError("the power is gone")
-            writer.append(
-                images=rng.integers(0, 256, (1, side, side, 3), dtype=np.uint8), landmarks=mean_face(side)[None] + i,
-                region_masks=np.full((1, 8, side // 16, side // 16), i / count), labels=[label], paths=[f"real/X/{i}.png"], found_by=[0],
-                sha256=rng.integers(0, 256, (1, 32), dtype=np.uint8),
-            )  # fmt: skip
+            image, masks = rng.integers(0, 256, (1, side, side, 3), dtype=np.uint8), np.full((1, 8, side // 16, side // 16), i / count)
+            yield {"images": image, "landmarks": mean_face(side)[None] + i, "region_masks": masks}
+
+    write_features(path, side, side // 16, {"data_set": "real/X"}, table, blocks(), compress)
 
 
 def test_schema_is_as_documented(tmp_path):
@@ -154,6 +167,20 @@ def test_schema_is_as_documented(tmp_path):
 def test_a_file_that_was_not_finished_is_not_there(tmp_path):
     with pytest.raises(RuntimeError):
         write_file(tmp_path / "a.h5", 5, fail_after=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_file_with_samples_missing_is_not_there(tmp_path, compress):
+    with pytest.raises(ValueError, match="2 of 3 samples"):
+        write_file(tmp_path / "a.h5", 3, given=2, compress=compress)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(OSError, match="no space left on the disk.*a.h5"):
+        write_file(tmp_path / "a.h5", 5)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -217,28 +244,95 @@ def test_samples_run_through_all_files(tmp_path):
     assert list(dataset.column("paths")) == [f"real/X/{i}.png" for i in (*range(5), *range(3))]
     with h5py.File(tmp_path / "b.h5") as file:
         sample = dataset[6]
-        assert torch.equal(sample["image"], torch.from_numpy(file["images"][1]).permute(2, 0, 1)) and sample["label"] == 1
+        np.testing.assert_array_equal(sample["image"], file["images"][1].transpose(2, 0, 1))
         np.testing.assert_array_equal(sample["region_masks"], file["region_masks"][1])
+        np.testing.assert_array_equal(sample["landmarks"], file["landmarks"][1])
+        assert (sample["label"], sample["index"]) == (1, 6)
+
+
+@pytest.mark.parametrize("layout", ["in order", "compressed", "grown row by row"])
+def test_a_batch_holds_what_hdf5_holds(tmp_path, layout):
+    """Whether rows are read at their place in the file, inflated outside of HDF5, or by it."""
+    write_file(tmp_path / "a.h5", 70, compress=layout == "compressed")
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        if layout == "grown row by row":
+            for name in ("images", "landmarks", "region_masks"):
+                values = file[name][:]
+                del file[name]
+                file.create_dataset(name, (0, *values.shape[1:]), values.dtype, maxshape=(None, *values.shape[1:]), chunks=(1, *values.shape[1:]))
+                for row in np.random.default_rng(0).permutation(70):
+                    file[name].resize(max(len(file[name]), row + 1), axis=0)
+                    file[name][row] = values[row]
+    order = np.random.default_rng(1).permutation(70)[:40]
+    batch = FaceDataset([tmp_path / "a.h5"]).read(order)
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert (rows_offset(file["images"]) is not None) == (layout == "in order")
+        np.testing.assert_array_equal(batch["image"], file["images"][:][order].transpose(0, 3, 1, 2))
+        np.testing.assert_array_equal(batch["landmarks"], file["landmarks"][:][order])
+        np.testing.assert_array_equal(batch["region_masks"], file["region_masks"][:][order])
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_read_the_same_after_the_parent_has_read(tmp_path, context):
     dataset = FaceDataset(two_files(tmp_path), grid_size=2, transform=TrainTransform(), seed=3)
-    here = torch.stack([dataset[i]["image"] for i in range(8)])  # the parent's files are open now
+    here = torch.from_numpy(dataset.read(range(8))["image"])  # the parent's files are open now
     loader = DataLoader(dataset, batch_size=4, num_workers=2, multiprocessing_context=context)
     assert torch.equal(torch.cat([batch["image"] for batch in loader]), here)
 
 
-def test_a_file_is_opened_once_in_each_process(tmp_path, monkeypatch):
-    dataset, opened = FaceDataset(two_files(tmp_path), grid_size=2), []
-    monkeypatch.setattr(sys.modules["dataset"], "open_features", lambda path: opened.append(path) or open_features(path))
-    for i in (0, 6, 1, 7, 2):
-        dataset[i]
-    assert len(opened) == 2
+def test_threads_read_the_same(tmp_path):
+    for i in range(6):
+        write_file(tmp_path / f"{i}.h5", 5 + i, compress=i % 2 == 0)
+    dataset = FaceDataset(sorted(tmp_path.iterdir()), grid_size=2, transform=TrainTransform(), seed=3)
+    batches = [np.random.default_rng(i).permutation(len(dataset))[:9] for i in range(40)]
+    with ThreadPoolExecutor(4) as threads:
+        for batch, indices in zip(threads.map(dataset.read, batches), batches):
+            for name, values in dataset.read(indices).items():
+                np.testing.assert_array_equal(batch[name], values, err_msg=name)
+
+
+def test_no_more_files_are_open_than_allowed(tmp_path, monkeypatch):
+    for i in range(12):
+        write_file(tmp_path / f"{i:02}.h5", 4)
+    monkeypatch.setattr(sys.modules["dataset"], "MAX_OPEN_FILES", 5)
+    dataset = FaceDataset(sorted(tmp_path.iterdir()), grid_size=2)
+    handles = lambda: [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))]  # noqa: E731
+    before = dataset.read([0, 13, 47])
+    assert len(handles()) == 3
+    dataset.read(np.random.default_rng(0).permutation(48))
+    assert len(handles()) == 5
+    np.testing.assert_array_equal(dataset.read([0, 13, 47])["image"], before["image"])
     dataset._owner = -1  # as it looks to a forked worker
-    for i in (0, 6, 1):
-        dataset[i]
-    assert len(opened) == 4, "handles of the parent are not used"
+    dataset[0]
+    assert len(handles()) == 1, "handles of the parent are not used"
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["dataset"], "MAX_OPEN_FILES", 1)
+    dataset = FaceDataset(two_files(tmp_path), grid_size=2)
+    write_file(tmp_path / "a.h5", 5, 1)
+    with pytest.raises(FeatureFileError, match="a.h5: was written anew"):
+        dataset[0]
+
+
+def test_ten_million_samples_index_in_bounded_memory(tmp_path):
+    """Of rows that were never written: the files are small, the index is not."""
+    for number in range(4):
+        write_file(path := tmp_path / f"{number}.h5", 0, side=16)
+        with h5py.File(path, "r+") as file:
+            for name in PER_SAMPLE:
+                shape, kind = file[name].shape[1:], file[name].dtype
+                del file[name]
+                file.create_dataset(name, (2_500_000, *shape), kind, chunks=(4096 if name == "labels" else 1, *shape))
+    source = (
+        "import psutil, sys, numpy as np; from pathlib import Path; from dataset import FaceDataset; from train import EpochBatches\n"
+        "start = psutil.Process().memory_info().rss\n"
+        "dataset = FaceDataset(sorted(Path(sys.argv[1]).iterdir())); batches = EpochBatches(len(dataset), 32, 1, 4, 0, 0)\n"
+        "assert len(dataset) == 10_000_000 and dataset.read(batches[70_000])['image'].shape == (32, 3, 16, 16)\n"
+        "print((psutil.Process().memory_info().rss - start) / 1e6)"
+    )
+    done = subprocess.run([sys.executable, "-c", source, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 300, "MB: a byte a label, eight a sample's place in the epoch, and a margin"
 
 
 def test_files_of_different_runs_are_not_mixed(tmp_path):
@@ -253,7 +347,7 @@ def test_files_of_different_runs_are_not_mixed(tmp_path):
 
 def test_other_masks_than_the_stored_ones_are_drawn_from_landmarks(tmp_path):
     paths = two_files(tmp_path)
-    landmarks = FaceDataset(paths, grid_size=2)[1]["landmarks"].numpy()
+    landmarks = FaceDataset(paths, grid_size=2)[1]["landmarks"]
     for grid_size, style in ((2, "gaussian"), (4, "polygon"), (8, "gaussian")):
         sample = FaceDataset(paths, grid_size, style)[1]
         np.testing.assert_array_equal(sample["region_masks"], draw_region_masks(landmarks, (32, 32), grid_size, style))
@@ -269,11 +363,6 @@ def test_files_of_different_sizes_and_no_sample_at_all(tmp_path):
         FaceDataset([tmp_path / "empty.h5"], 2)
 
 
-def test_append_wants_all_columns(tmp_path):
-    with pytest.raises(ValueError, match=PER_SAMPLE[0]), FeatureWriter(tmp_path / "a.h5", 32, 2, {}) as writer:
-        writer.append(labels=[1])
-
-
 # -------------------------------------------------------------------------------------------------------------- transforms
 
 
@@ -281,46 +370,51 @@ def test_transforms_are_drawn_afresh_every_epoch_and_by_nothing_else(tmp_path):
     write_file(tmp_path / "a.h5", 40)
     dataset = FaceDataset([tmp_path / "a.h5"], 2, transform=TrainTransform(), seed=1)
 
-    def epoch(number: int) -> torch.Tensor:
+    def epoch(number: int) -> np.ndarray:
         dataset.set_epoch(number)
-        return torch.stack([dataset[i]["image"] for i in range(40)])
+        return dataset.read(range(40))["image"]
 
     first, second = epoch(1), epoch(2)
-    torch.manual_seed(99)  # the state of the process's generator is of no matter, and is left alone
-    before = torch.get_rng_state()
-    assert torch.equal(epoch(1), first) and not torch.equal(first, second)
-    assert torch.equal(torch.get_rng_state(), before)
+    np.random.seed(99)
+    cv2.setRNGSeed(99)
+    np.testing.assert_array_equal(epoch(1), first)
+    assert not np.array_equal(first, second)
+    alone = np.stack([dataset[i]["image"] for i in reversed(range(40))])[::-1]
+    np.testing.assert_array_equal(alone, first)
 
 
-def test_each_corruption_has_its_probability_and_range():
-    """Measured on a flat gray image with one edge: noise spreads values, blur softens the edge, JPEG rings at it."""
-    image = torch.full((3, 64, 64), 100, dtype=torch.uint8)
-    image[:, :, 36:] = 140  # not at a multiple of 8, where JPEG's blocks would keep it as it is
-    transform, drawn, spreads, flips = TrainTransform(), [], [], []
-    torch.manual_seed(0)
-    masks, landmarks = torch.zeros(8, 4, 4), torch.zeros(68, 2)
-    for _ in range(600):
-        result = transform(image, landmarks, masks)[0].float()
-        assert result.shape == image.shape
-        left_is_dark = result[:, :, :12].mean() < 120
-        result = result if left_is_dark else result.flip(-1)
-        flips.append(not left_is_dark)
-        drawn.append(not torch.equal(result, image.float()))
-        spread = result[:, :, :12].std().item() / 255
-        if spread > 0.03:
-            spreads.append(spread)
-    assert 0.43 < np.mean(flips) < 0.57
-    assert 0.21 < np.mean(drawn) < 0.33  # 1 − 0.9³ = 0.27
-    assert 0.02 < len(spreads) / 600 < 0.12 and 0.1 < max(spreads) < 0.26
-
-    noise, jpeg, blur = transform.corrupt.transforms
-    assert [step.p for step in (noise, jpeg, blur)] == [0.1] * 3
-    assert noise.transforms[0].sigma_range == (0.05, 0.25)
-    assert tuple(jpeg.transforms[0].quality) == (50, 90) and tuple(blur.transforms[0].sigma) == (1.0, 5.0)
+def test_each_corruption_has_its_probability_and_range(monkeypatch):
+    drawn = {"noise": [], "jpeg": [], "blur": []}
+    module = sys.modules["dataset"]
+    monkeypatch.setattr(module, "gaussian_noise", lambda image, sigma, rng: drawn["noise"].append(sigma) or image)
+    monkeypatch.setattr(module, "jpeg_compression", lambda image, quality: drawn["jpeg"].append(quality) or image)
+    monkeypatch.setattr(module, "gaussian_blur", lambda image, sigma: drawn["blur"].append(sigma) or image)
+    image, landmarks, masks = np.arange(12, dtype=np.uint8).reshape(2, 2, 3), np.zeros((68, 2), np.float32), np.zeros((8, 4, 4), np.float32)
+    transform, flips = TrainTransform(), 0
+    for i in range(4000):
+        flips += not np.array_equal(transform(image, landmarks, masks, np.random.default_rng(i))[0], image)
+    assert 0.47 < flips / 4000 < 0.53
+    for name, low, high in (("noise", 0.05, 0.25), ("jpeg", 50, 90), ("blur", 1, 5)):
+        assert 0.085 < len(drawn[name]) / 4000 < 0.115, name
+        assert low <= min(drawn[name]) < low + 0.05 * (high - low) and high - 0.05 * (high - low) < max(drawn[name]) <= high, name
 
 
-def test_normalize_is_imagenets():
-    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2)
-    low, high = normalize(images)
-    torch.testing.assert_close(low[:, 0, 0], -torch.tensor([0.485, 0.456, 0.406]) / torch.tensor([0.229, 0.224, 0.225]))
-    torch.testing.assert_close((high - low)[:, 0, 0], 1 / torch.tensor([0.229, 0.224, 0.225]))
+def test_what_the_corruptions_do():
+    rng = np.random.default_rng(0)
+    gray = np.full((224, 224, 3), 128, np.uint8)
+    for sigma in (0.05, 0.2):
+        noise = gaussian_noise(gray, sigma, rng).astype(float) - 128
+        assert noise.std() == pytest.approx(255 * sigma, rel=0.02) and abs(noise.mean()) < 1
+        assert abs(np.corrcoef(noise[..., 0].ravel(), noise[..., 1].ravel())[0, 1]) < 0.02  # channels are independent
+    edge = gray.copy()
+    edge[:, 112:] = 28
+    for sigma in (1.0, 4.0):
+        spread = -np.diff(gaussian_blur(edge, sigma)[100, :, 0].astype(float)) / 100  # the kernel, summed over one axis
+        middle = (np.arange(223) * spread).sum()
+        assert spread.sum() == pytest.approx(1, abs=0.01) and np.sqrt(((np.arange(223) - middle) ** 2 * spread).sum()) == pytest.approx(sigma, rel=0.06)
+    picture = cv2.resize(rng.integers(0, 256, (14, 14, 3), dtype=np.uint8), (224, 224), interpolation=cv2.INTER_CUBIC)
+    errors = [np.abs(jpeg_compression(picture, quality).astype(float) - picture).mean() for quality in (90, 50)]
+    assert 0 < errors[0] < errors[1] < 6
+    red = np.zeros((32, 32, 3), np.uint8)
+    red[..., 0] = 200
+    assert np.abs(jpeg_compression(red, 90).astype(int) - red).max() <= 3, "red stays red: the order of channels"

@@ -3,6 +3,7 @@
 import bz2
 import csv
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,14 @@ import h5py
 import numpy as np
 import psutil
 import pytest
-from conftest import GENERATORS, ROOT, error_line, refusal, run_script
+from conftest import GENERATORS, NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, refusal, run_script
 from PIL import Image
 
 import feature_extraction
-from dataset import FOUND_BY, REGIONS, SPLITS, draw_region_masks
+from dataset import FOUND_BY, REGIONS, SPLITS, draw_region_masks, open_features
 from demo import render, sample_face, true_points
-from feature_extraction import FaceFinder, deal_splits, find_face, find_predictor, list_images, plan_shards
+from feature_extraction import SHARDS, STAGE, FaceFinder, deal_splits, extract_shard, find_face, find_predictor, find_sources
+from preprocess import list_images
 
 DATA_SETS = ("real/Consistent", *(f"fake/{name}" for name in GENERATORS))
 
@@ -42,7 +44,7 @@ def read(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 
 def assert_same(a: Path, b: Path) -> None:
     left, right = read(a), read(b)
-    assert left.keys() == right.keys() and len(left) == 3 * len(DATA_SETS)
+    assert left.keys() == right.keys() and len(left) > 0
     for key in left:
         for name in left[key]:
             np.testing.assert_array_equal(left[key][name], right[key][name], err_msg=f"{key} {name}")
@@ -169,7 +171,7 @@ def test_files_are_complete_and_consistent(datasets, features):
             for path, image, landmarks, masks in zip(part["paths"], part["images"], part["landmarks"], part["region_masks"]):
                 np.testing.assert_array_equal(np.asarray(Image.open(datasets / path.decode())), image)
                 np.testing.assert_array_equal(draw_region_masks(landmarks, (224, 224), 14), masks)
-    assert not (features / ".shards").exists()
+    assert not (features / SHARDS).exists() and not (features / STAGE).exists()
 
 
 def test_detection_rate_on_drawn_faces(features):
@@ -199,29 +201,172 @@ def test_one_and_two_workers_and_another_listing_order_give_the_same(datasets, f
     run_script("feature_extraction.py", "--data_root", "datasets", "--output_dir", "two", "--workers", 2, cwd=tmp_path)
     assert_same(features, tmp_path / "two")
 
-    done = run_script("feature_extraction.py", "--data_root", "datasets", "--output_dir", "two", cwd=tmp_path)
-    assert "up to date" in done.stdout
-    os.remove(tmp_path / "datasets/real/Consistent/000.png")
-    done = run_script("feature_extraction.py", "--data_root", "datasets", "--output_dir", "two", cwd=tmp_path)
-    assert "up to date" not in done.stdout and "real/Consistent/000.png" not in set.union(*(paths_of(tmp_path / "two", s) for s in SPLITS))
 
-
-def test_killed_and_run_again(datasets, features, tmp_path):
+def test_killed_at_any_moment_and_run_again(datasets, features, tmp_path):
+    """kill -9 at random moments, a run after the other; no feature file is ever there in part, and the last one goes through."""
     command = [sys.executable, ROOT / "feature_extraction.py", "--data_root", datasets, "--output_dir", tmp_path / "features"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    shards = tmp_path / "features/.shards"
-    deadline = time.monotonic() + 60
-    while not list(shards.glob("*.h5")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not list((tmp_path / "features").glob("*/*/*.h5")), "no feature file before all are complete"
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, 2.2))
+        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.wait()
+        for path in (tmp_path / "features").glob("*/*/*.h5"):
+            open_features(path).close()
     assert psutil.wait_procs(workers, timeout=20)[1] == [], "orphaned workers notice and end"
-    before = set(shards.glob("*.h5"))
-    done = run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", cwd=tmp_path)
-    assert before and "going on:" in done.stdout
+    run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", cwd=tmp_path)
     assert_same(features, tmp_path / "features")
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_keeps_what_it_has(datasets, features, tmp_path, signal_number):
+    command = [sys.executable, ROOT / "feature_extraction.py", "--data_root", datasets, "--output_dir", tmp_path / "features"]
+    process = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "features" / SHARDS).glob("[!.]*.h5")) and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal_number)
+    assert "run the same command again to go on" in process.communicate()[1] and process.returncode == 1
+    done = run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", cwd=tmp_path)
+    assert "going on:" in done.stdout
+    assert_same(features, tmp_path / "features")
+
+
+@pytest.mark.parametrize("moment", ["writing", "giving names"])
+def test_stopped_while_the_feature_files_are_made(datasets, features, tmp_path, monkeypatch, moment):
+    """At each file in turn. What was there before stays usable, and nothing is extracted again."""
+    shutil.copytree(features, tmp_path / "features")
+    arguments = ["--data_root", str(datasets), "--output_dir", str(tmp_path / "features"), "--seed", "1", "--workers", "1"]
+    args = feature_extraction.get_args_parser().parse_args(arguments)
+    replace = os.replace
+    for allowed in range(9):
+        calls = []
+
+        def stop(source, target):
+            if target.name.endswith("_features.h5") and (STAGE in str(target)) == (moment == "writing"):
+                calls.append(target)
+                if len(calls) > 1:
+                    raise OSError("the disk is full")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", stop)
+        monkeypatch.setattr(feature_extraction, "extract_shard", None)  # would fail
+        if allowed < 8:
+            with pytest.raises(OSError, match="the disk is full"):
+                feature_extraction.main(args)
+        else:
+            feature_extraction.main(args)
+        assert all(len(open_features(path)["labels"]) for path in (tmp_path / "features").glob("*/*/*.h5"))
+    monkeypatch.undo()
+    run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "scratch", "--seed", 1, cwd=tmp_path)
+    assert_same(tmp_path / "scratch", tmp_path / "features")
+    with pytest.raises(AssertionError):
+        assert_same(features, tmp_path / "features")
+
+
+def test_a_full_disk_loses_nothing(datasets, features, tmp_path):
+    """A limit on the size of files, which fails writes as a full disk does: first in the shards, then in the feature files."""
+    command = [sys.executable, ROOT / "feature_extraction.py", "--data_root", datasets, "--output_dir", tmp_path / "features", "--workers", "4"]
+    for limit in (1_000_000, 5_400_000):  # too small for a shard; for a feature file
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        )
+        assert "run the same command again" in error_line(done)
+        assert not list((tmp_path / "features").glob("*/*/*.h5"))
+        assert not list((tmp_path / "features").rglob("*.partial"))
+    run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", cwd=tmp_path)
+    assert_same(features, tmp_path / "features")
+
+
+def test_what_has_changed_is_made_anew_and_that_alone(datasets, tmp_path):
+    """Each step ends as a run from nothing would, and extracts no more images than it must."""
+    root = tmp_path / "datasets"
+    shutil.copytree(datasets, root)
+    spare = root / "real/Consistent/000.png"
+    spare.rename(tmp_path / "spare.png")
+
+    def run(output: str, *options: object) -> str:
+        return run_script("feature_extraction.py", "--data_root", root, "--output_dir", output, "--workers", 1, *options, cwd=tmp_path).stdout
+
+    run("features")
+    assert "up to date" in run("features")
+    steps = {
+        "1 images added": (lambda: shutil.copy(tmp_path / "spare.png", spare), "120 of 121"),
+        "1 images changed": (lambda: shutil.copy(root / "real/Consistent/001.png", root / "fake/OffAxisMouth/001.png"), "120 of 121"),
+        "2 images removed": (lambda: [(root / f"fake/OffAxisMouth/00{i}.png").unlink() for i in (2, 3)], "119 of 119"),
+        "1 images added, 1 images removed": (lambda: (root / "real/Consistent/005.png").rename(root / "real/Consistent/new.png"), "118 of 119"),
+    }
+    for step, (change, going_on) in steps.items():
+        change()
+        said = run("features")
+        assert step in said and f"going on: {going_on} images" in said, said
+        shutil.rmtree(tmp_path / "scratch", ignore_errors=True)
+        run("scratch")
+        assert_same(tmp_path / "scratch", tmp_path / "features")
+        assert "up to date" in run("features")
+    said = run("features", "--seed", 3)
+    assert "--seed 0 -> 3" in said and "119 of 119" in said
+    (tmp_path / "features/real/Consistent/val_features.h5").write_bytes(b"torn")
+    said = run("features", "--seed", 3)
+    assert "val_features.h5: not used" in said and "up to date" in run("features", "--seed", 3)
+    run("scratch", "--seed", 3)
+    assert_same(tmp_path / "scratch", tmp_path / "features")
+
+    before = read(tmp_path / "features")
+    for options, message in ((("--img_size", 112), "made with img_size 224"), (("--patch_size", 28), "made with patch_size 16")):
+        arguments = ("--data_root", root, "--output_dir", tmp_path / "features", "--seed", 3, *options)
+        assert message in (said := refusal(feature_extraction, *arguments)) and "name another --output_dir" in said
+    assert read(tmp_path / "features").keys() == before.keys()
+
+
+def test_two_processes_of_torchrun_give_the_files_of_one(datasets, features, tmp_path):
+    run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", cwd=tmp_path, processes=2)
+    assert_same(features, tmp_path / "features")
+
+
+def test_torchrun_restarts_a_worker_that_is_killed(datasets, tmp_path):
+    """Killed in the middle of its work, while the other is in the middle of its own."""
+    root = tmp_path / "datasets"
+    for folder in ("real/A", "real/B", "fake/C", "fake/D"):
+        shutil.copytree(datasets / "real/Consistent", root / folder)
+    run_script("feature_extraction.py", "--data_root", root, "--output_dir", "one", cwd=tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
+    script = [ROOT / "feature_extraction.py", "--data_root", root, "--output_dir", tmp_path / "two"]
+    process = subprocess.Popen(list(map(str, launcher + script)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not list((tmp_path / "two" / SHARDS).glob("[!.]*.h5")) and process.poll() is None:
+        time.sleep(0.005)
+    victim = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"][0]
+    victim.kill()
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "going on:" in said
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_hostile_files_are_used_or_named(datasets, tmp_path):
+    root = tmp_path / "datasets"
+    shutil.copytree(datasets, root)
+    unusable = hostile_files(root / "fake/Hostile")
+    for name in ("tiny.png", "line.png", "narrow.png", "low.png"):
+        del unusable[name]  # small, but images
+    images = {str(path.relative_to(root / "fake/Hostile")) for path in list_images(root / "fake/Hostile")}
+    run_script("feature_extraction.py", "--data_root", root, "--output_dir", "features", cwd=tmp_path)
+    used = {path.removeprefix("fake/Hostile/") for split in SPLITS for path in paths_of(tmp_path / "features", split) if path.startswith("fake/Hostile/")}
+    with open(tmp_path / "features/skipped.csv", newline="") as file:
+        reasons = {row["path"].removeprefix("fake/Hostile/"): row["reason"] for row in csv.DictReader(file)}
+    assert reasons.keys() == unusable.keys() and all(unusable[name] in reason for name, reason in reasons.items())
+    assert used == images - unusable.keys() and used | unusable.keys() == images | set(NO_IMAGES_BY_NAME)
+    again = run_script("feature_extraction.py", "--data_root", root, "--output_dir", "features", cwd=tmp_path)
+    assert "up to date" in again.stdout
+
+
+def test_compressed_files_hold_the_same_in_less(datasets, features, tmp_path):
+    shutil.copytree(features, tmp_path / "features")
+    said = run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", "--compress", cwd=tmp_path).stdout
+    assert "--compress False -> True" in said and "going on: 121 of 121" in said
+    assert_same(features, tmp_path / "features")
+    sizes = [sum(path.stat().st_size for path in folder.rglob("*.h5")) for folder in (features, tmp_path / "features")]
+    assert sizes[1] < 0.9 * sizes[0]
+    assert sizes[0] < 160_000 * 121, "and the other is no more than 160 KB an image"
 
 
 def test_copies_and_identities_share_a_split_and_unusable_files_are_named(datasets, tmp_path):
@@ -250,21 +395,6 @@ def test_copies_and_identities_share_a_split_and_unusable_files_are_named(datase
         assert {stem.removesuffix("_again") + "_again" for stem in copies} == {stem for stem in copies if stem.endswith("_again")}
 
 
-def test_shards_are_named_by_all_that_they_depend_on(tmp_path):
-    (tmp_path / "real/A").mkdir(parents=True)
-    for i in range(40):
-        (tmp_path / f"real/A/{i:02}.png").write_bytes(b"x")
-
-    def names(settings: dict) -> list[str]:
-        return [shard.file.name for shard in plan_shards({"real/A": list_images(tmp_path)}, tmp_path, tmp_path, settings)]
-
-    first = names({"img_size": 224})
-    assert len(first) == 2 and names({"img_size": 224}) == first
-    assert not set(names({"img_size": 112})) & set(first)
-    os.utime(tmp_path / "real/A/39.png", (0, 0))
-    assert names({"img_size": 224})[0] == first[0] and names({"img_size": 224})[1] != first[1]
-
-
 def test_the_failure_rate_is_printed_per_data_set_and_class(datasets, features, capsys):
     feature_extraction.report(features, DATA_SETS)
     rows = {line[:28].strip(): line.split() for line in capsys.readouterr().out.splitlines()}
@@ -275,8 +405,9 @@ def test_the_failure_rate_is_printed_per_data_set_and_class(datasets, features, 
 def test_a_worker_loads_the_predictor_once(datasets, tmp_path, monkeypatch, finder):
     monkeypatch.setattr(feature_extraction, "_finder", finder)
     monkeypatch.setattr(feature_extraction, "FaceFinder", None)  # loading it again would fail
-    for shard in plan_shards({"real/Consistent": list_images(datasets / "real")[:40]}, datasets, tmp_path, {}):
-        assert feature_extraction.extract_shard(shard, datasets, 224, 14) == len(shard.images)
+    settings = {"img_size": 224, "patch_size": 16}
+    for start in range(0, 121, 40):
+        assert extract_shard(find_sources(datasets)[0][start : start + 40], settings, datasets, tmp_path) == {}
 
 
 def test_refusals(datasets, tmp_path, monkeypatch):

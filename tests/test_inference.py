@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -9,11 +10,10 @@ import torch
 from conftest import GENERATORS, SMALL, error_line, refusal, run_script
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from torch.utils.data import Subset
 
 import inference
 from dataset import FaceDataset, find_feature_files
-from inference import CheckpointError, binary_metrics, choose_threshold, draw_comparisons, load_checkpoint, predict_scores
+from inference import CheckpointError, binary_metrics, choose_threshold, draw_comparisons, load_batches, load_checkpoint, normalize, predict_scores
 
 # ----------------------------------------------------------------------------------------------------------------- metrics
 
@@ -75,6 +75,33 @@ def test_the_draw_does_not_depend_on_names_or_order(test_set):
 # ------------------------------------------------------------------------------------------------------------------ scores
 
 
+def test_normalize_is_imagenets():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    low, high = normalize(images)
+    torch.testing.assert_close(low[:, 0, 0], -torch.tensor([0.485, 0.456, 0.406]) / torch.tensor([0.229, 0.224, 0.225]))
+    torch.testing.assert_close((high - low)[:, 0, 0], 1 / torch.tensor([0.229, 0.224, 0.225]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_batches_come_in_order_whoever_reads_them(test_set, num_workers):
+    dataset, _ = test_set
+    batches = [np.random.default_rng(i).permutation(len(dataset))[: i % 5 + 1] for i in range(20)]
+    for indices, batch in zip(batches, load_batches(dataset, batches, num_workers), strict=True):
+        np.testing.assert_array_equal(batch["index"], indices)
+        np.testing.assert_array_equal(batch["image"], dataset.read(indices)["image"])
+
+
+def test_a_reader_that_fails_is_heard_and_one_that_is_left_ends(test_set):
+    dataset, _ = test_set
+    with pytest.raises(IndexError):
+        list(load_batches(dataset, [[0], [1], [10**9], [2]], 2))
+    before = threading.active_count()
+    loader = load_batches(dataset, [[0]] * 100, 2)
+    next(loader)
+    loader.close()
+    assert threading.active_count() == before
+
+
 def test_scores_depend_on_the_image_alone(test_set, trained):
     dataset, _ = test_set
     model, _ = load_checkpoint(trained / "best_model.pth")
@@ -82,14 +109,14 @@ def test_scores_depend_on_the_image_alone(test_set, trained):
     assert reference.shape == (len(dataset),) and ((reference > 0) & (reference < 1)).all()
     np.testing.assert_array_equal(predict_scores(model, dataset, batch_size=64, num_workers=2), reference)
     np.testing.assert_allclose(predict_scores(model, dataset, batch_size=5), reference, atol=1e-6)
-    backwards = list(range(len(dataset)))[::-1]
-    np.testing.assert_allclose(predict_scores(model, Subset(dataset, backwards)), reference[::-1], atol=1e-6)
+    backwards = np.arange(len(dataset))[::-1]
+    np.testing.assert_allclose(predict_scores(model, dataset, indices=backwards), reference[::-1], atol=1e-6)
 
 
 def test_predicting_leaves_the_model_in_its_mode(test_set, trained):
     model, _ = load_checkpoint(trained / "best_model.pth")
     model.train()
-    predict_scores(model, Subset(test_set[0], [0]))
+    predict_scores(model, test_set[0], indices=np.array([0]))
     assert model.training
 
 
