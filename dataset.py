@@ -13,6 +13,7 @@ Coordinates are pixels of the stored image, x to the right and y down, with the 
 """
 
 import errno
+import mmap
 import os
 import shutil
 import threading
@@ -366,30 +367,40 @@ def rows_offset(dataset: h5py.Dataset) -> int | None:
 
 
 class _OpenFile:
-    """Reads rows of one feature file, each into a given array. Many threads may do so at a time.
+    """Reads rows of one feature file. Many threads may do so at a time; it is closed when the last one lets go of it.
 
-    HDF5 lets one thread in at a time, so it is used only where rows have no known place in the file. Closed when the last
-    thread lets go of it.
+    HDF5 lets one thread in at a time, so it is used only where rows have no known place in the file. An image is read there
+    with one call, outside of Python's lock. The small columns are mapped into memory: a call for each row, and a wait for
+    the lock after it, would take two threads longer than one.
     """
 
-    def __init__(self, path: str, offsets: dict[str, int | None], state: tuple[int, int, int]):
-        self.path, self.offsets = path, offsets
+    def __init__(self, path: str, offsets: dict[str, int | None], shapes: dict[str, tuple[int, ...]], state: tuple[int, int, int]):
+        self.path, self.offset, self.file = path, offsets["images"], None
         self.raw = open(path, "rb", buffering=0)
-        self.file = open_features(path) if None in offsets.values() else None
         if file_state(self.raw.fileno()) != state:
             raise FeatureFileError(f"{path}: was written anew while it was read; start again")
+        if None in offsets.values():
+            self.file = open_features(path)
+            self.small = {name: self.file[name] for name in ("landmarks", "region_masks")}
+        else:
+            mapped = mmap.mmap(self.raw.fileno(), 0, access=mmap.ACCESS_READ)
+            self.small = {
+                name: np.frombuffer(mapped, np.float32, int(np.prod(shapes[name])), offsets[name]).reshape(shapes[name])
+                for name in ("landmarks", "region_masks")
+            }
 
-    def read(self, name: str, row: int, into: np.ndarray) -> None:
-        offset = self.offsets[name]
-        if offset is None:
-            dataset = self.file[name]
-            if name == "images" and dataset.compression == "gzip":  # taken out of HDF5 compressed, so that threads inflate side by side
-                _, chunk = dataset.id.read_direct_chunk((row, 0, 0, 0))
-                into[...] = np.frombuffer(zlib.decompress(chunk), into.dtype).reshape(into.shape)
-            else:
-                into[...] = dataset[row]
-        elif os.preadv(self.raw.fileno(), [into], offset + row * into.nbytes) != into.nbytes:
-            raise FeatureFileError(f"{self.path}: has been cut off; delete it and run feature_extraction.py again")
+    def read_image(self, row: int, into: np.ndarray) -> None:
+        if self.offset is not None:
+            if os.preadv(self.raw.fileno(), [into], self.offset + row * into.nbytes) != into.nbytes:
+                raise FeatureFileError(f"{self.path}: has been cut off; delete it and run feature_extraction.py again")
+        elif self.file["images"].compression == "gzip":  # taken out of HDF5 compressed, so that threads inflate side by side
+            _, chunk = self.file["images"].id.read_direct_chunk((row, 0, 0, 0))
+            into[...] = np.frombuffer(zlib.decompress(chunk), into.dtype).reshape(into.shape)
+        else:
+            into[...] = self.file["images"][row]
+
+    def read_small(self, name: str, rows: np.ndarray) -> np.ndarray:
+        return self.small[name][rows] if self.file is None else np.stack([self.small[name][row] for row in rows])
 
 
 def file_state(file: str | int) -> tuple[int, int, int]:
@@ -428,7 +439,7 @@ class FaceDataset:
                 counts.append(len(labels[-1]))
                 shapes[path] = (*file["images"].shape[1:3], file["region_masks"].shape[-1])
                 offsets = {name: rows_offset(file[name]) if hasattr(os, "preadv") else None for name in ("images", "landmarks", "region_masks")}
-                self._layouts.append((offsets, file_state(path)))
+                self._layouts.append((offsets, {name: file[name].shape for name in offsets}, file_state(path)))
                 self.fingerprint = file.attrs.get("fingerprint")  # of the run that made the files
                 self._stored_style = file.attrs["mask_style"]
         self.labels = np.concatenate(labels) if labels else np.zeros(0, np.uint8)  # (N,) uint8
@@ -480,7 +491,7 @@ class FaceDataset:
 
     def read(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """A batch: the arrays of a sample, each with an axis B in front."""
-        indices = np.asarray(indices, dtype=np.int64)
+        indices = np.array(indices, dtype=np.int64)  # a copy: what is returned is the caller's
         count, grid_size = len(indices), self.grid_size or self._stored_grid
         images = np.empty((count, self.img_size, self.img_size, 3), np.uint8)
         landmarks = np.empty((count, 68, 2), np.float32)
@@ -488,13 +499,15 @@ class FaceDataset:
         stored_masks = (self.mask_style, grid_size) == (self._stored_style, self._stored_grid)
         numbers = np.searchsorted(self.ends, indices, side="right")
         rows = indices - np.concatenate([[0], self.ends])[numbers]
-        for k, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist())):
-            file = self._file(number)
-            file.read("images", row, images[k])
-            file.read("landmarks", row, landmarks[k])
+        for number in np.unique(numbers).tolist():
+            file, of_file = self._file(number), np.flatnonzero(numbers == number)
+            landmarks[of_file] = file.read_small("landmarks", rows[of_file])
             if stored_masks:
-                file.read("region_masks", row, masks[k])
-            else:
+                masks[of_file] = file.read_small("region_masks", rows[of_file])
+            for k, row in zip(of_file.tolist(), rows[of_file].tolist()):
+                file.read_image(row, images[k])
+        for k in range(count):
+            if not stored_masks:
                 masks[k] = draw_region_masks(landmarks[k], images.shape[1:3], grid_size, self.mask_style)
             if self.transform is not None:
                 rng = np.random.default_rng((self.seed, self.epoch, int(indices[k])))

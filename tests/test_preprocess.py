@@ -1,6 +1,7 @@
 """preprocess.py: what is used, what is set aside, and that nothing is ever lost."""
 
 import csv
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, picture, run_script
 from PIL import Image
@@ -179,7 +181,7 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
             picture(800, 600, i).save(tmp_path / folder / f"{i}.jpg", quality=95)
             names.append(f"{i}.png")
     run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
-    for finished in (1, 9, 22, 40):
+    for finished in (1, 5, 9, 15, 22, 30, 36, 40, 50, 57):
         process = subprocess.Popen([sys.executable, ROOT / "preprocess.py", "--directory", "D"], cwd=tmp_path, stderr=subprocess.DEVNULL)
         while len(list((tmp_path / "D").glob("*.png"))) < finished and process.poll() is None:
             time.sleep(0.002)
@@ -191,6 +193,49 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
     run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
     visible = {name: data for name, data in contents(tmp_path / "D").items() if not name.startswith(".")}
     assert visible == contents(tmp_path / "E")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_two_processes_of_torchrun_give_what_one_gives(tmp_path, in_place):
+    for folder in ("D", "E"):
+        hostile_files(tmp_path / folder)
+    output = [() if in_place else ("--output_dir", name) for name in ("O", "P")]
+    alone = run_script("preprocess.py", "--directory", "D", *output[0], cwd=tmp_path).stdout
+    together = run_script("preprocess.py", "--directory", "E", *output[1], cwd=tmp_path, processes=2).stdout
+    assert [line.replace("/E", "/D").replace("/P", "/O") for line in together.splitlines()] == alone.splitlines()
+    names = ("D", "E") if in_place else ("O", "P")
+    for suffix in ("", "_rejected"):
+        one, two = (contents(tmp_path / f"{name}{suffix}") for name in names)
+        one.pop(".source", None), two.pop(".source", None)
+        assert one == two
+
+
+def test_torchrun_restarts_a_worker_that_is_killed(tmp_path):
+    for folder in ("D", "E"):
+        (tmp_path / folder).mkdir()
+        for i in range(80):
+            picture(1600, 1200, i).save(tmp_path / folder / f"{i}.jpg", quality=95)
+    run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
+    process = subprocess.Popen([*launcher, str(ROOT / "preprocess.py"), "--directory", "D"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while len(list((tmp_path / "D").glob("*.png"))) < 10 and process.poll() is None:
+        time.sleep(0.005)
+    [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"][0].kill()
+    assert process.wait(timeout=120) == 0
+    visible = {name: data for name, data in contents(tmp_path / "D").items() if not name.startswith(".")}
+    assert visible == contents(tmp_path / "E")
+
+
+def test_a_disk_that_fails_is_no_reason_to_reject_a_file(tmp_path, monkeypatch):
+    """What may be gone tomorrow stops the run; the file stays where it is."""
+    picture(20, 20).save(tmp_path / "a.jpg")
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error", str(tmp_path / "a.jpg"))
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="Input/output error.*a.jpg"):
+        load_rgb(tmp_path / "a.jpg")
 
 
 def test_what_was_set_aside_is_left_alone(tmp_path):
