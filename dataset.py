@@ -369,38 +369,40 @@ def rows_offset(dataset: h5py.Dataset) -> int | None:
 class _OpenFile:
     """Reads rows of one feature file. Many threads may do so at a time; it is closed when the last one lets go of it.
 
-    HDF5 lets one thread in at a time, so it is used only where rows have no known place in the file. An image is read there
-    with one call, outside of Python's lock. The small columns are mapped into memory: a call for each row, and a wait for
-    the lock after it, would take two threads longer than one.
+    HDF5 lets one thread in at a time, so it is used only where rows have no known place in the file. Elsewhere each row is
+    read there with one call, outside of Python's lock; but the small columns, if `mapped`, by way of memory: with a call for
+    each of their rows, and a wait for the lock after it, two threads take longer than one.
     """
 
-    def __init__(self, path: str, offsets: dict[str, int | None], shapes: dict[str, tuple[int, ...]], state: tuple[int, int, int]):
-        self.path, self.offset, self.file = path, offsets["images"], None
+    def __init__(self, path: str, layout: dict[str, tuple], state: tuple[int, int, int], mapped: bool):
+        self.path, self.layout, self.file, self.maps = path, layout, None, {}
         self.raw = open(path, "rb", buffering=0)
         if file_state(self.raw.fileno()) != state:
             raise FeatureFileError(f"{path}: was written anew while it was read; start again")
-        if None in offsets.values():
+        if any(offset is None for offset, _ in layout.values()):
             self.file = open_features(path)
-            self.small = {name: self.file[name] for name in ("landmarks", "region_masks")}
-        else:
-            mapped = mmap.mmap(self.raw.fileno(), 0, access=mmap.ACCESS_READ)
-            self.small = {
-                name: np.frombuffer(mapped, np.float32, int(np.prod(shapes[name])), offsets[name]).reshape(shapes[name])
-                for name in ("landmarks", "region_masks")
-            }
+        elif mapped:
+            whole = mmap.mmap(self.raw.fileno(), 0, access=mmap.ACCESS_READ)
+            for name in ("landmarks", "region_masks"):
+                offset, shape = layout[name]
+                self.maps[name] = np.frombuffer(whole, np.float32, int(np.prod(shape)), offset).reshape(shape)
 
-    def read_image(self, row: int, into: np.ndarray) -> None:
-        if self.offset is not None:
-            if os.preadv(self.raw.fileno(), [into], self.offset + row * into.nbytes) != into.nbytes:
-                raise FeatureFileError(f"{self.path}: has been cut off; delete it and run feature_extraction.py again")
-        elif self.file["images"].compression == "gzip":  # taken out of HDF5 compressed, so that threads inflate side by side
-            _, chunk = self.file["images"].id.read_direct_chunk((row, 0, 0, 0))
-            into[...] = np.frombuffer(zlib.decompress(chunk), into.dtype).reshape(into.shape)
-        else:
-            into[...] = self.file["images"][row]
-
-    def read_small(self, name: str, rows: np.ndarray) -> np.ndarray:
-        return self.small[name][rows] if self.file is None else np.stack([self.small[name][row] for row in rows])
+    def read(self, name: str, rows: np.ndarray, into: np.ndarray, places: np.ndarray) -> None:
+        """into[places] = the rows of this column."""
+        if name in self.maps:
+            into[places] = self.maps[name][rows]
+            return
+        offset, _ = self.layout[name]
+        for row, place in zip(rows.tolist(), places.tolist()):
+            target = into[place]
+            if offset is not None:
+                if os.preadv(self.raw.fileno(), [target], offset + row * target.nbytes) != target.nbytes:
+                    raise FeatureFileError(f"{self.path}: has been cut off; delete it and run feature_extraction.py again")
+            elif self.file[name].compression == "gzip":  # taken out of HDF5 compressed, so that threads inflate side by side
+                _, chunk = self.file[name].id.read_direct_chunk((row, *(0,) * target.ndim))
+                target[...] = np.frombuffer(zlib.decompress(chunk), target.dtype).reshape(target.shape)
+            else:
+                target[...] = self.file[name][row]
 
 
 def file_state(file: str | int) -> tuple[int, int, int]:
@@ -422,15 +424,18 @@ class FaceDataset:
         mask_style: "polygon" or "gaussian".
         transform: called with (image (h, w, 3), landmarks, region_masks, rng), returns the first three. The rng depends on
             (seed, epoch, index) alone, not on the number of readers or processes; set_epoch makes fresh ones.
+        mapped: read landmarks and masks by way of memory maps: faster with several threads. What has been read of them, 7 KB
+            a sample, then counts as this process's memory until the system needs it.
 
     Raises:
         FeatureFileError: a file that cannot be used, files of different image sizes, or no sample at all.
     """
 
     def __init__(
-        self, files: Sequence[Path], grid_size: int | None = None, mask_style: str = "polygon", transform: Callable | None = None, seed: int = 0
-    ):
-        self.files = [str(path) for path in files]
+        self, files: Sequence[Path], grid_size: int | None = None, mask_style: str = "polygon", transform: Callable | None = None, seed: int = 0,
+        mapped: bool = True,
+    ):  # fmt: skip
+        self.files, self._mapped = [str(path) for path in files], mapped
         self.grid_size, self.mask_style, self.transform, self.seed, self.epoch = grid_size, mask_style, transform, seed, 0
         labels, counts, shapes, self._layouts = [], [], {}, []
         for path in self.files:
@@ -438,8 +443,9 @@ class FaceDataset:
                 labels.append(file["labels"][:])
                 counts.append(len(labels[-1]))
                 shapes[path] = (*file["images"].shape[1:3], file["region_masks"].shape[-1])
-                offsets = {name: rows_offset(file[name]) if hasattr(os, "preadv") else None for name in ("images", "landmarks", "region_masks")}
-                self._layouts.append((offsets, {name: file[name].shape for name in offsets}, file_state(path)))
+                columns = {name: file[name] for name in ("images", "landmarks", "region_masks")}
+                layout = {name: (rows_offset(column) if hasattr(os, "preadv") else None, column.shape) for name, column in columns.items()}
+                self._layouts.append((layout, file_state(path)))
                 self.fingerprint = file.attrs.get("fingerprint")  # of the run that made the files
                 self._stored_style = file.attrs["mask_style"]
         self.labels = np.concatenate(labels) if labels else np.zeros(0, np.uint8)  # (N,) uint8
@@ -475,7 +481,7 @@ class FaceDataset:
             self._forget_open_files()
         with self._lock:
             if number not in self._open:
-                self._open[number] = _OpenFile(self.files[number], *self._layouts[number])
+                self._open[number] = _OpenFile(self.files[number], *self._layouts[number], self._mapped)
             self._open.move_to_end(number)
             if len(self._open) > MAX_OPEN_FILES:
                 self._open.popitem(last=False)
@@ -501,11 +507,10 @@ class FaceDataset:
         rows = indices - np.concatenate([[0], self.ends])[numbers]
         for number in np.unique(numbers).tolist():
             file, of_file = self._file(number), np.flatnonzero(numbers == number)
-            landmarks[of_file] = file.read_small("landmarks", rows[of_file])
+            file.read("images", rows[of_file], images, of_file)
+            file.read("landmarks", rows[of_file], landmarks, of_file)
             if stored_masks:
-                masks[of_file] = file.read_small("region_masks", rows[of_file])
-            for k, row in zip(of_file.tolist(), rows[of_file].tolist()):
-                file.read_image(row, images[k])
+                file.read("region_masks", rows[of_file], masks, of_file)
         for k in range(count):
             if not stored_masks:
                 masks[k] = draw_region_masks(landmarks[k], images.shape[1:3], grid_size, self.mask_style)

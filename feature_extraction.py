@@ -239,18 +239,22 @@ def find_sources(data_root: Path) -> tuple[list[Source], list[Path]]:
     return sources, others
 
 
-def find_rows(sources: list[Source], output_dir: Path, settings: dict) -> tuple[list[Path], np.ndarray, set[str]]:
-    """Which images have been extracted already: in the feature files, or in shards of a run that was stopped.
+class Extracted(NamedTuple):
+    """What of the images has been extracted already, in the feature files or in shards of a run that was stopped."""
 
-    Returns:
-        the files with them; for each image its row, counted through all these files, -1 where there is none; and the paths
-        of all images that the feature files hold, changed and removed ones too.
+    files: list[Path]
+    rows: np.ndarray  # (N,) of each image, counted through all files; -1 where there is none
+    held: set[str]  # paths of all images in the feature files, changed and removed ones too
+    unused: list[str]  # files with nothing that can be used, and why
 
+
+def find_extracted(sources: list[Source], output_dir: Path, settings: dict) -> Extracted:
+    """
     Raises:
         FeatureFileError: the feature files are of other settings.
     """
     number = {source.path: i for i, source in enumerate(sources)}
-    rows, files, end, held = np.full(len(sources), -1), [], 0, set()
+    rows, files, end, held, unused = np.full(len(sources), -1), [], 0, set(), []
     shards = sorted((output_dir / SHARDS).glob("*.h5"))
     for path in (*sorted(output_dir.glob("*/*/*_features.h5")), *shards):
         try:
@@ -258,12 +262,13 @@ def find_rows(sources: list[Source], output_dir: Path, settings: dict) -> tuple[
                 there, stats = file["paths"].asstr("utf-8", "surrogateescape")[:].tolist(), file.attrs["source_stats"].tolist()
                 made_with = json.loads(file.attrs["settings"])
         except (FeatureFileError, KeyError) as error:  # cut off, or of an earlier version of this program
-            print(f"{path}: not used, its images are extracted anew ({error})")
+            unused.append(f"{path}: not used, its images are extracted anew ({error})")
             continue
         if made_with != settings:
-            if path in shards:
-                continue
             differs = ", ".join(f"{name} {made_with.get(name)}" for name in settings if made_with.get(name) != settings[name])
+            if path in shards:
+                unused.append(f"{path}: not used, it is of a stopped run with {differs}")
+                continue
             raise FeatureFileError(f"{path}: made with {differs}; name another --output_dir, or remove {output_dir} to make everything anew")
         if path not in shards:
             held.update(there)
@@ -273,7 +278,7 @@ def find_rows(sources: list[Source], output_dir: Path, settings: dict) -> tuple[
                 rows[i] = end + row
         files.append(path)
         end += len(there)
-    return files, rows, held
+    return Extracted(files, rows, held, unused)
 
 
 def make_plan(args: argparse.Namespace, predictor_checksum: str) -> Plan:
@@ -288,11 +293,15 @@ def make_plan(args: argparse.Namespace, predictor_checksum: str) -> Plan:
     if publish(plan, args.output_dir):
         return plan
 
-    files, rows, held = find_rows(sources, args.output_dir, settings)
-    plan.missing.extend(source for source, row in zip(sources, rows) if row < 0)
+    extracted = find_extracted(sources, args.output_dir, settings)
+    for line in extracted.unused[:3]:
+        print(line)
+    if len(extracted.unused) > 3:
+        print(f"... {len(extracted.unused)} such files in all")
+    plan.missing.extend(source for source, row in zip(sources, extracted.rows) if row < 0)
     done = len(sources) - len(plan.missing)
-    if held:
-        with open_features(files[0]) as file:
+    if held := extracted.held:
+        with open_features(extracted.files[0]) as file:  # feature files come first
             earlier = json.loads(file.attrs["dealing"])
         changes = {
             "added": sum(source.path not in held for source in sources),
@@ -482,13 +491,13 @@ def mean_over(files: list[Path], rows: np.ndarray) -> np.ndarray | None:
 
 
 def find_all_rows(plan: Plan, skipped: dict[str, str], output_dir: Path) -> tuple[list[Path], np.ndarray]:
-    """find_rows, once every image is there that was not skipped: a network file system may show other machines' shards late.
+    """Files and rows of find_extracted, once every image is there that was not skipped: a network file system may show other machines' shards late.
 
     Raises:
         FeatureFileError: some do not appear in two minutes.
     """
     for _ in range(60):
-        files, rows, _ = find_rows(plan.sources, output_dir, plan.settings)
+        files, rows, *_ = find_extracted(plan.sources, output_dir, plan.settings)
         lost = [source.path for source, row in zip(plan.sources, rows) if row < 0 and source.path not in skipped]
         if not lost:
             return files, rows
@@ -502,7 +511,7 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
     sources, rows = [source for source, row in zip(plan.sources, rows) if row >= 0], rows[rows >= 0]
     if not sources:
         raise FeatureFileError(f"{args.data_root}: none of the images can be used; the reasons are in {args.output_dir / 'skipped.csv'}")
-    store = FaceDataset(files)
+    store = FaceDataset(files, mapped=False)
     sha256, found_by = store.column("sha256")[rows], store.column("found_by")[rows]
     data_sets, contents = [source.data_set for source in sources], [row.tobytes() for row in sha256]
     parts = [source.path.split("/") for source in sources]

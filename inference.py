@@ -15,9 +15,7 @@ import argparse
 import json
 import pickle
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +27,7 @@ from tqdm import tqdm
 
 from dataset import FaceDataset, FeatureFileError, draw_region_masks, find_feature_files
 from model import LAMMViT, LAMMViTConfig
+from preprocess import Rejected, list_images, load_rgb, map_ahead
 
 CHECKPOINT_VERSION = 1
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
@@ -89,21 +88,8 @@ def load_batches(dataset: FaceDataset, batches: Iterable[Sequence[int]], num_wor
         tensors = {name: torch.from_numpy(values) for name, values in dataset.read(indices).items()}
         return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
 
-    if num_workers == 0:
-        yield from map(read, batches)
-        return
-    ahead: deque[Future] = deque()
-    with ThreadPoolExecutor(num_workers) as threads:
-        try:
-            for indices in batches:
-                ahead.append(threads.submit(read, indices))
-                if len(ahead) > 2 * num_workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:  # whoever iterates may stop early
-            for future in ahead:
-                future.cancel()
+    # As many batches in the making as there are threads: with more of them, none stays in the processor's cache
+    return map_ahead(read, batches, num_workers, ahead=max(1, num_workers - 1)) if num_workers else map(read, batches)
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -262,7 +248,6 @@ def score_images(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> 
     be a picture of one face; of several, the largest guides the masks.
     """
     from feature_extraction import FaceFinder, find_face, find_predictor  # dlib, where it is needed
-    from preprocess import Rejected, list_images, load_rgb
 
     finder = FaceFinder(find_predictor(args.predictor))
     side, grid, threshold = model.config.img_size, model.config.grid_size, checkpoint["val_threshold"]

@@ -23,7 +23,9 @@ import struct
 import sys
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,10 +60,15 @@ class Rejected(Exception):
 def list_files(directory: Path) -> tuple[list[Path], list[Path]]:
     """All files below the directory: those with an image's extension, and the others, each sorted.
 
-    Follows links to folders, each folder once; skips hidden names.
+    Follows links to folders, each folder once; skips hidden names. A folder that cannot be read is an error: its images would
+    be missed without a word.
     """
+
+    def stop(error: OSError) -> None:
+        raise error
+
     images, others, seen = [], [], set()
-    for folder, subfolders, names in os.walk(directory, followlinks=True):
+    for folder, subfolders, names in os.walk(directory, onerror=stop, followlinks=True):
         if os.path.realpath(folder) in seen:
             subfolders.clear()
             continue
@@ -116,7 +123,23 @@ def load_rgb(path: Path) -> Image.Image:
         raise Rejected(f"cannot be read as an image ({type(error).__name__}: {message})") from error
 
 
-# ------------------------------------------------------------------------------------------ many processes, shared by stages
+# --------------------------------------------------------------------------------- many threads and processes, for all stages
+
+
+def map_ahead(function: Callable[[Any], Any], items: Iterable, workers: int, ahead: int) -> Iterator:
+    """map(function, items) in order, computed by threads, no more than `ahead` results ahead of their use: memory stays bounded."""
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(workers) as threads:
+        try:
+            for item in items:
+                waiting.append(threads.submit(function, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # whoever iterates may stop early
+            for future in waiting:
+                future.cancel()
 
 
 def join_processes() -> tuple[int, int]:
@@ -369,13 +392,13 @@ def main(args: argparse.Namespace) -> None:
     mine = work[rank::world]
 
     counts, rejected = {"written": 0, "unchanged": 0}, []
-    with ThreadPoolExecutor(args.workers) as threads:  # Pillow decodes, resizes and encodes outside of Python's lock
-        outcomes = threads.map(lambda pair: prepare(*pair, args), mine)
-        for outcome in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
-            if outcome.status == "rejected":
-                rejected.append(outcome)
-            else:
-                counts[outcome.status] += 1
+    # Threads, since Pillow decodes, resizes and encodes outside of Python's lock
+    outcomes = map_ahead(lambda pair: prepare(*pair, args), mine, args.workers, ahead=16 * args.workers)
+    for outcome in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
+        if outcome.status == "rejected":
+            rejected.append(outcome)
+        else:
+            counts[outcome.status] += 1
 
     results = gather((counts, rejected))
     if rank == 0:

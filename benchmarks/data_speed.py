@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ from demo import draw_file  # noqa: E402
 from feature_extraction import FaceFinder, find_predictor  # noqa: E402
 from preprocess import list_images  # noqa: E402
 
-BATCH_SIZE, BATCHES = 32, 300  # of the loader
+BATCH_SIZE, SECONDS = 32, 2.0  # of the loader: samples a batch, and how long it is watched
 PART = 0.2  # of the images in the smaller run
 
 
@@ -66,25 +67,17 @@ def bare_extraction(job: list, target: str) -> None:
 
 
 def bare_loading(job: list, target: str) -> None:
-    """Prints samples/s. `target` is a feature file."""
+    """Prints samples/s of one process that reads chunk after chunk. `target` is a feature file, `job` the seed of the order."""
     with h5py.File(target) as file:
         columns = [file[name] for name in ("images", "region_masks", "landmarks")]
-        order = random_order(len(columns[0]), seed=job[0])
-        for row in order[:500]:
-            [column[row] for column in columns]
-        start = time.perf_counter()
-        for row in order:
-            [column[row] for column in columns]
-        print(len(order) / (time.perf_counter() - start))
 
+        def batches() -> Iterator[None]:
+            for rows in random_batches(len(columns[0]), *job):
+                for row in rows:
+                    [column[row] for column in columns]
+                yield
 
-def torch_loading(job: list, target: str) -> None:
-    """Prints samples/s of torch's DataLoader over the same samples, with job[0] worker processes."""
-    from torch.utils.data import DataLoader
-
-    dataset = FaceDataset([target])
-    loader = DataLoader(dataset, BATCH_SIZE, sampler=random_order(len(dataset)).tolist(), num_workers=job[0])
-    print(batches_per_second(iter(loader)) * BATCH_SIZE)
+        print(samples_per_second(batches()))
 
 
 def our_loading(job: list, target: str) -> None:
@@ -93,21 +86,33 @@ def our_loading(job: list, target: str) -> None:
 
     num_workers, with_transforms = job
     dataset = FaceDataset([target], transform=TrainTransform() if with_transforms else None)
-    order = random_order(len(dataset))
-    batches = [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
-    print(batches_per_second(load_batches(dataset, batches, num_workers)) * BATCH_SIZE)
+    print(samples_per_second(load_batches(dataset, random_batches(len(dataset)), num_workers)))
 
 
-def random_order(size: int, seed: int = 0) -> np.ndarray:
+def torch_loading(job: list, target: str) -> None:
+    """Prints samples/s of torch's DataLoader over the same samples, with job[0] worker processes."""
+    from torch.utils.data import DataLoader
+
+    dataset = FaceDataset([target])
+    print(samples_per_second(iter(DataLoader(dataset, batch_sampler=random_batches(len(dataset)), num_workers=job[0]))))
+
+
+def random_batches(size: int, seed: int = 0) -> Iterator[list[int]]:
+    """Without an end."""
     rng = np.random.default_rng(seed)
-    return np.concatenate([rng.permutation(size) for _ in range(BATCH_SIZE * BATCHES // size + 1)])[: BATCH_SIZE * BATCHES]
+    while True:
+        order = rng.permutation(size).tolist()
+        yield from (order[start : start + BATCH_SIZE] for start in range(0, size - BATCH_SIZE + 1, BATCH_SIZE))
 
 
-def batches_per_second(loader) -> float:
-    for _ in range(20):
-        next(loader)
-    start = time.perf_counter()
-    return sum(1 for _ in loader) / (time.perf_counter() - start)
+def samples_per_second(batches: Iterator) -> float:
+    for _ in range(50):
+        next(batches)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < SECONDS:
+        next(batches)
+        count += BATCH_SIZE
+    return count / (time.perf_counter() - start)
 
 
 BARE = {function.__name__: function for function in (bare_preprocess, bare_extraction, bare_loading, torch_loading, our_loading)}
@@ -116,14 +121,17 @@ BARE = {function.__name__: function for function in (bare_preprocess, bare_extra
 # ------------------------------------------------------------------------------------------------------------------- timing
 
 
-def run_together(commands: list[list[str]]) -> tuple[float, float, list[str]]:
-    """Runs programs side by side. Returns seconds, the largest resident set of any of their processes in MB, and what they said."""
+def run_together(commands: list[list[str]], watch: bool = True) -> tuple[float, float, list[str]]:
+    """Runs programs side by side. Returns seconds, the largest resident set of any of their processes in MB, and what they said.
+
+    To look at memory takes a little time; `watch` says whether to.
+    """
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     programs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) for command in commands]
     peak = 0
     while any(program.poll() is None for program in programs):
-        for program in programs:
+        for program in programs if watch else ():
             try:
                 family = [psutil.Process(program.pid)]
                 family += family[0].children(recursive=True)
@@ -238,7 +246,7 @@ def measure_loading(file: Path, rounds: int, scratch: Path) -> dict[str, float]:
     }  # fmt: skip
     rates = {name: [] for name in runs}
     for _, (name, commands) in tqdm(list(itertools.product(range(rounds), runs.items())), desc="loading", leave=False):
-        rates[name].append(sum(float(said) for said in run_together(commands)[2]))
+        rates[name].append(sum(float(said) for said in run_together(commands, watch=False)[2]))
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
