@@ -12,6 +12,7 @@ has PNGs is told by its format (arXiv 2403.17608).
 """
 
 import argparse
+import atexit
 import csv
 import errno
 import hashlib
@@ -157,6 +158,7 @@ def join_processes() -> tuple[int, int]:
     # The store outlives a restart, and holds the addresses of the processes that were there before.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(days=30))  # all wait for the slowest
+    atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
     return rank, world
 
 

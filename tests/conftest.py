@@ -85,8 +85,9 @@ def hostile_files(folder: Path) -> dict[str, str]:
     picture(100, 80, 8).convert("P").save(folder / "palette.png", transparency=0)
     picture(224, 224, 9).save(folder / "colour_key.png", transparency=(1, 2, 3))
     picture(100, 80, 10).convert("L").save(folder / "gray.jpg")
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    picture(100, 80, 11).save(folder / "icc.jpg", icc_profile=profile)
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[24:36] = bytes(12)  # the time at which it was made
+    picture(100, 80, 11).save(folder / "icc.jpg", icc_profile=bytes(profile))
     picture(50, 50, 12).save(folder / "animated.webp", save_all=True, append_images=[picture(50, 50, 13)])
     picture(224, 224, 14).save(folder / "interleaved.png")
     Image.fromarray(np.linspace(0, 65535, 224 * 224).reshape(224, 224).astype(np.uint16)).save(folder / "sixteen.png")
