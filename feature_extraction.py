@@ -315,7 +315,7 @@ def make_plan(args: argparse.Namespace, predictor_checksum: str) -> Plan:
         print(f"going on: {done} of {len(sources)} images are extracted already")
     need, free = (len(sources) + len(plan.missing)) * sample_bytes(args), shutil.disk_usage(existing_parent(args.output_dir)).free
     if need > free:
-        print(f"WARNING: {args.output_dir}: needs about {need / 1e9:.1f} GB while it is made, {free / 1e9:.1f} GB are free")
+        print(f"WARNING: {args.output_dir}: needs about {need / 1e9:.2f} GB while it is made, {free / 1e9:.2f} GB are free")
     return plan
 
 
