@@ -27,6 +27,7 @@ import h5py
 import numpy as np
 
 SCHEMA_VERSION = 2
+SPARE = 4 * 2**20  # bytes on the disk for what HDF5 writes of itself
 CLASSES = ("real", "fake")  # the label is the index
 SPLITS = ("train", "val", "test")
 FOUND_BY = ("frontal", "upsampled", "original", "padded", "mean")  # how a face was found, with growing effort; mean: not at all
@@ -69,7 +70,7 @@ MIRROR_LANDMARKS = np.array(
 )
 MIRROR_REGIONS = [1, 0, 2, 3, 4, 5, 6, 7]  # left and right eye change places
 
-MAX_OPEN_FILES = 64  # of a FaceDataset at a time; the system allows 1,024 a process, mostly
+MAX_OPEN_FILES = 64  # of a FaceDataset at a time, two handles each; the system allows 1,024 a process, mostly
 
 
 class FeatureFileError(ValueError):
@@ -181,9 +182,8 @@ def write_features(
     columns = {"images": ((img_size, img_size, 3), "u1", 1), "landmarks": ((68, 2), "f4", 64)}
     columns |= {"region_masks": ((len(REGIONS), grid_size, grid_size), "f4", 1), "labels": ((), "u1", 4096)}
     columns |= {"paths": ((), h5py.string_dtype(), 1024), "found_by": ((), found_by, 4096), "sha256": ((32,), "u1", 1024)}
-    needed = 0 if compress else count * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype, _ in columns.values())
-    if needed > (free := shutil.disk_usage(path.parent).free):
-        raise OSError(errno.ENOSPC, f"no space left on the disk, {needed} bytes needed and {free} free", str(path))
+    if not compress:
+        check_space(path, count * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype, _ in columns.values()))
     try:
         with h5py.File(partial, "w", libver="v110") as file:
             file.attrs.update({"schema_version": SCHEMA_VERSION, "regions": list(REGIONS), "mask_style": "polygon", **attributes})
@@ -203,7 +203,12 @@ def write_features(
                     file[name][:] = values
             offsets = {name: rows_offset(file[name]) for name in set(columns) - set(table)}
             if compress:
-                written = write_blocks(blocks, lambda name, start, rows: file[name].__setitem__(slice(start, start + len(rows)), rows))
+
+                def write_through_hdf5(name: str, start: int, rows: np.ndarray) -> None:
+                    check_space(path, np.asarray(rows).nbytes + SPARE)
+                    file[name][start : start + len(rows)] = rows
+
+                written = write_blocks(blocks, write_through_hdf5)
         if not compress:  # not through HDF5, which cannot let go of a file when the disk is full, and takes twice as long
             with open(partial, "rb+") as raw:
 
@@ -221,6 +226,12 @@ def write_features(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """HDF5 must not run into a full disk: it cannot let go of the file then, and may take the process down with it."""
+    if needed > (free := shutil.disk_usage(path.parent).free):
+        raise OSError(errno.ENOSPC, f"no space left on the disk, {needed} bytes needed and {free} free", str(path))
 
 
 def write_blocks(blocks: Iterable[dict[str, np.ndarray]], write: Callable[[str, int, np.ndarray], None]) -> int:
@@ -497,7 +508,10 @@ class FaceDataset:
 
     def read(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """A batch: the arrays of a sample, each with an axis B in front."""
-        indices = np.array(indices, dtype=np.int64)  # a copy: what is returned is the caller's
+        indices = np.array(indices)  # a copy: what is returned is the caller's
+        if len(indices) and (indices.dtype.kind not in "iu" or indices.min() < 0 or indices.max() >= len(self)):
+            raise IndexError(f"indices have to be whole numbers from 0 to {len(self) - 1}")
+        indices = indices.astype(np.int64, copy=False)
         count, grid_size = len(indices), self.grid_size or self._stored_grid
         images = np.empty((count, self.img_size, self.img_size, 3), np.uint8)
         landmarks = np.empty((count, 68, 2), np.float32)

@@ -17,6 +17,7 @@ The 68-point predictor was trained on iBUG 300-W, whose terms exclude commercial
 
 import argparse
 import bz2
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -59,12 +60,14 @@ from preprocess import (
     IMAGE_EXTENSIONS,
     REJECTED_SUFFIX,
     Rejected,
-    broadcast,
     default_workers,
     gather,
     join_processes,
     list_files,
     load_rgb,
+    lock,
+    map_ahead,
+    scatter,
     under_torchrun,
     why_not_listed,
 )  # fmt: skip
@@ -75,7 +78,8 @@ PREDICTOR_SHA256 = "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11
 
 SPLIT_FRACTIONS = (0.6, 0.2, 0.2)  # train, val, test; the authors'
 SHARD_SIZE = 64  # images between two points that a stopped run can go on from, fewer where memory is short
-SEARCH_SIDE = 480  # a larger image is searched on a copy with this longer side, so that the time for a face does not grow with it
+SEARCH_SIDE = 480  # longer side of the copy on which a large image is searched, so that the time for a face does not grow with it
+CHANGED = "was changed or away while it was to be read; run the same command again"
 SHARDS, STAGE = ".shards", ".complete"  # folders below output_dir while a run goes on: extracted images, finished feature files
 PADDING = 0.25  # of each side; brings a face that fills the frame back into the detector's reach
 
@@ -126,9 +130,9 @@ class FaceFinder:
     def __init__(self, predictor: Path):
         import dlib  # only where faces are found
 
-        self._detector = dlib.get_frontal_face_detector()
+        self.detector = dlib.get_frontal_face_detector()
         try:
-            self._predictor = dlib.shape_predictor(str(predictor))
+            self.predictor = dlib.shape_predictor(str(predictor))
         except RuntimeError as error:
             raise ValueError(f"{predictor}: not a dlib shape predictor ({error})") from error
 
@@ -137,11 +141,11 @@ class FaceFinder:
 
         With upsampling 0, faces from about 80 pixels on are found; each step doubles the picture and takes four times as long.
         """
-        return max(self._detector(picture, upsampling), key=lambda face: face.area(), default=None)
+        return max(self.detector(picture, upsampling), key=lambda face: face.area(), default=None)
 
     def predict(self, picture: np.ndarray, box: Any) -> np.ndarray:
         """The landmarks (68, 2) float32 of the face in the box, x and y in pixels of the picture (h, w, 3) uint8 RGB."""
-        return np.array([(point.x, point.y) for point in self._predictor(picture, box).parts()], np.float32)
+        return np.array([(point.x, point.y) for point in self.predictor(picture, box).parts()], np.float32)
 
 
 class Detection(NamedTuple):
@@ -210,6 +214,15 @@ class Plan(NamedTuple):
     missing: list[Source]  # to be extracted
 
 
+def state(path: Path) -> tuple[int, int]:
+    """Source.stat of a file, now."""
+    try:
+        stat = os.stat(path)
+        return (stat.st_size, stat.st_mtime_ns) if os.access(path, os.R_OK) else (-1, -1)
+    except OSError:
+        return -1, -1
+
+
 def find_sources(data_root: Path) -> tuple[list[Source], list[Path]]:
     """All images in the order of data sets, real first, and paths; and the files that are no images by their names.
 
@@ -227,12 +240,12 @@ def find_sources(data_root: Path) -> tuple[list[Source], list[Path]]:
         for folder in sorted(path for path in (data_root / kind).glob("*") if path.is_dir() and not path.name.startswith(".")):
             if folder.name.endswith(REJECTED_SUFFIX):
                 continue
+            if folder.name != os.fsencode(folder.name).decode("utf-8", "replace"):
+                raise FileNotFoundError(f"{folder}: its name is no text; rename it")
             images, rest = list_files(folder)
             if not images:
                 raise FileNotFoundError(f"{folder}: no images in it; add some or remove the folder")
-            for path in images:
-                stat = os.stat(path) if os.access(path, os.R_OK) else None
-                sources.append(Source(f"{kind}/{folder.name}", str(path.relative_to(data_root)), (stat.st_size, stat.st_mtime_ns) if stat else (-1, -1)))
+            sources += [Source(f"{kind}/{folder.name}", str(path.relative_to(data_root)), state(path)) for path in images]
             others += [path.relative_to(data_root) for path in rest]
     if not sources:
         raise FileNotFoundError(f"{data_root}: no data set in it; {layout}")
@@ -286,10 +299,7 @@ def make_plan(args: argparse.Namespace, predictor_checksum: str) -> Plan:
     sources, others = find_sources(args.data_root)
     settings = {"schema": SCHEMA_VERSION, "img_size": args.img_size, "patch_size": args.patch_size, "search": [SEARCH_SIDE, PADDING]}
     settings["predictor"] = predictor_checksum
-    digest = hashlib.sha256(json.dumps([settings, dealing(args), SPLIT_FRACTIONS]).encode())
-    for source in sources:
-        digest.update(json.dumps(source).encode())
-    plan = Plan(sources, others, settings, digest.hexdigest(), [])
+    plan = Plan(sources, others, settings, fingerprint_of(sources, settings, args), [])
     if publish(plan, args.output_dir):
         return plan
 
@@ -304,7 +314,7 @@ def make_plan(args: argparse.Namespace, predictor_checksum: str) -> Plan:
         with open_features(extracted.files[0]) as file:  # feature files come first
             earlier = json.loads(file.attrs["dealing"])
         changes = {
-            "added": sum(source.path not in held for source in sources),
+            "not in it yet": sum(source.path not in held for source in sources),
             "changed": sum(source.path in held for source in plan.missing),
             "removed": len(held - {source.path for source in sources}),
         }
@@ -313,10 +323,17 @@ def make_plan(args: argparse.Namespace, predictor_checksum: str) -> Plan:
         print(f"{args.output_dir}: {', '.join(changes) or 'some files are missing or of an earlier run'}; the splits are dealt anew")
     if done:
         print(f"going on: {done} of {len(sources)} images are extracted already")
-    need, free = (len(sources) + len(plan.missing)) * sample_bytes(args), shutil.disk_usage(existing_parent(args.output_dir)).free
+    need, free = (len(sources) + len(plan.missing)) * sample_bytes(args), shutil.disk_usage(args.output_dir).free
     if need > free:
         print(f"WARNING: {args.output_dir}: needs about {need / 1e9:.2f} GB while it is made, {free / 1e9:.2f} GB are free")
     return plan
+
+
+def fingerprint_of(sources: list[Source], settings: dict, args: argparse.Namespace) -> str:
+    digest = hashlib.sha256(json.dumps([settings, dealing(args), SPLIT_FRACTIONS]).encode())
+    for source in sources:
+        digest.update(json.dumps(source).encode())
+    return digest.hexdigest()
 
 
 def dealing(args: argparse.Namespace) -> dict:
@@ -326,10 +343,6 @@ def dealing(args: argparse.Namespace) -> dict:
 
 def sample_bytes(args: argparse.Namespace) -> int:
     return 3 * args.img_size**2 + 4 * len(REGIONS) * (args.img_size // args.patch_size) ** 2 + 1000
-
-
-def existing_parent(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 # --------------------------------------------------------------------------------------------------- step 1: images -> shards
@@ -357,7 +370,7 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
     """Writes one shard, a feature file whose samples without a face have NaN for landmarks.
 
     Returns:
-        {path: reason} of the files that are no images; they are not in the shard.
+        {path: reason} of the files that are no images, or changed meanwhile; they are not in the shard.
     """
     img_size, grid_size = settings["img_size"], settings["img_size"] // settings["patch_size"]
     images = np.empty((len(sources), img_size, img_size, 3), np.uint8)
@@ -366,7 +379,8 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
         try:
             images[len(used)], face = detect_face(load_rgb(data_root / source.path), _finder, img_size)
         except Rejected as reason:
-            skipped[source.path] = str(reason)
+            there = state(data_root / source.path) == source.stat
+            skipped[source.path] = str(reason) if there else CHANGED
             continue
         used.append(source)
         faces.append(face)
@@ -514,9 +528,9 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
     store = FaceDataset(files, mapped=False)
     sha256, found_by = store.column("sha256")[rows], store.column("found_by")[rows]
     data_sets, contents = [source.data_set for source in sources], [row.tobytes() for row in sha256]
-    parts = [source.path.split("/") for source in sources]
     # real/FFHQ/person/video/1.png: the person, whatever folders are below
-    groups = ["/".join(part[:3]) if args.group_by_folder and len(part) > 3 else None for part in parts]
+    in_folder = [args.group_by_folder and source.path.count("/") > 2 for source in sources]
+    groups = ["/".join(source.path.split("/")[:3]) if grouped else None for source, grouped in zip(sources, in_folder)]
     splits = deal_splits(data_sets, contents, groups, args.seed)
     report_duplicates(data_sets, contents)
 
@@ -531,14 +545,21 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
     common = {"settings": json.dumps(plan.settings), "dealing": json.dumps(dealing(args)), "fingerprint": plan.fingerprint}
     common |= {"seed": args.seed, "mean_landmarks": mean_landmarks}
 
+    def read_block(block: np.ndarray) -> dict[str, np.ndarray]:
+        samples = store.read(rows[block])
+        samples["landmarks"][~found[block]], samples["region_masks"][~found[block]] = mean_landmarks, mean_masks
+        images = samples["image"].transpose(0, 2, 3, 1)  # (B, 3, h, w) -> (B, h, w, 3)
+        for i, image in zip(block, images):
+            if hashlib.sha256(image).digest() != contents[i]:
+                file = files[int(np.searchsorted(store.ends, rows[i], side="right"))]
+                raise FeatureFileError(f"{file}: the image of {sources[i].path} is damaged in it; delete it and run the same command again")
+        return {"images": images, "landmarks": samples["landmarks"], "region_masks": samples["region_masks"]}
+
     def read_blocks(members: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-        for start in range(0, len(members), SHARD_SIZE):
-            block = members[start : start + SHARD_SIZE]
-            samples = store.read(rows[block])
-            samples["landmarks"][~found[block]], samples["region_masks"][~found[block]] = mean_landmarks, mean_masks
-            images = samples["image"].transpose(0, 2, 3, 1)  # (B, 3, h, w) -> (B, h, w, 3)
-            yield {"images": images, "landmarks": samples["landmarks"], "region_masks": samples["region_masks"]}
-            bar.update(len(block))
+        blocks = (members[start : start + SHARD_SIZE] for start in range(0, len(members), SHARD_SIZE))
+        for block in map_ahead(read_block, blocks, workers=2, ahead=2):
+            yield block
+            bar.update(len(block["images"]))
 
     in_data_set = np.array(data_sets)
     with tqdm(total=len(sources), desc="writing", unit="image") as bar:
@@ -618,6 +639,16 @@ def report(output_dir: Path, data_sets: Sequence[str]) -> None:
         print(f"{'all ' + kind:<28}{ways.total():>8}{'':>24}" + "".join(f"{ways[way]:>11}" for way in FOUND_BY) + f"{ways['mean'] / max(ways.total(), 1):>12.1%}")
 
 
+def listed_before(output_dir: Path) -> dict[str, str]:
+    """{path: reason} of the unusable images that an earlier run listed."""
+    listing = output_dir / "skipped.csv"
+    if not listing.exists():
+        return {}
+    with open(listing, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = [row for row in csv.DictReader(file) if row.keys() >= {"path", "reason"}]
+    return {row["path"]: row["reason"] for row in rows if row["reason"] != why_not_listed(Path(row["path"]))}
+
+
 def report_skipped(skipped: dict[str, str], others: list[Path], output_dir: Path) -> None:
     """Lists the files that were not used, with the reason, in skipped.csv."""
     listing = output_dir / "skipped.csv"
@@ -655,27 +686,37 @@ def main(args: argparse.Namespace) -> None:
     if args.workers < 1 or args.img_size < 1 or args.patch_size < 1 or args.img_size % args.patch_size:
         raise ValueError("--workers has to be at least 1, and --img_size a multiple of --patch_size")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from twice as many pixels on it is an error, and stays one
+    output, root = args.output_dir.resolve(), args.data_root.resolve()
+    if output == root or any(root / kind in (output, *output.parents) for kind in CLASSES):
+        raise ValueError(f"--output_dir {args.output_dir}: lies among the images; name a folder outside of them")
     rank, world = join_processes()
     predictor = find_predictor(args.predictor)
     predictor_checksum = hashlib.sha256(predictor.read_bytes()).hexdigest()
-    plan = make_plan(args, predictor_checksum) if rank == 0 else None
-    settings, missing = broadcast((plan.settings, plan.missing) if rank == 0 else None)
-    if settings["predictor"] != predictor_checksum:
-        raise ValueError(f"{predictor}: another predictor than that of rank 0; give all machines the same file")
-    results = gather(extract(missing[rank::world], settings, predictor, rank == 0, args))
-    if rank == 0:
-        finish(plan, {path: reason for skipped in results for path, reason in skipped.items()}, args)
-    gather(None)  # nobody leaves before all is done, lest a restart miss one
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with lock(args.output_dir) if rank == 0 else contextlib.nullcontext():
+        plan = make_plan(args, predictor_checksum) if rank == 0 else None
+        settings, missing = scatter([(plan.settings, plan.missing[r::world]) for r in range(world)] if rank == 0 else None)
+        if settings["predictor"] != predictor_checksum:
+            raise ValueError(f"{predictor}: another predictor than that of rank 0; give all machines the same file")
+        results = gather(extract(missing, settings, predictor, rank == 0, args))
+        if rank == 0:
+            finish(plan, {path: reason for skipped in results for path, reason in skipped.items()}, args)
+        gather(None)  # nobody leaves before all is done, lest a restart miss one
 
 
 def finish(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> None:
     """From extracted images to the feature files and the report of them."""
     if publish(plan, args.output_dir):
         print(f"{args.output_dir}: up to date")
+        report_skipped(listed_before(args.output_dir), plan.others, args.output_dir)
     else:
         report_skipped(skipped, plan.others, args.output_dir)
+        if CHANGED in skipped.values():  # the next run is to look at these again
+            sources = [source._replace(stat=(-1, -1)) if skipped.get(source.path) == CHANGED else source for source in plan.sources]
+            plan = plan._replace(sources=sources, fingerprint=fingerprint_of(sources, plan.settings, args))
         assemble(plan, skipped, args)
-        publish(plan, args.output_dir)
+        if not publish(plan, args.output_dir):
+            raise FeatureFileError(f"{args.output_dir}: another run has removed what this one wrote; run the same command again")
     for folder in (SHARDS, STAGE):
         shutil.rmtree(args.output_dir / folder, ignore_errors=True)
     data_sets = list(dict.fromkeys(source.data_set for source in plan.sources))

@@ -88,8 +88,7 @@ def load_batches(dataset: FaceDataset, batches: Iterable[Sequence[int]], num_wor
         tensors = {name: torch.from_numpy(values) for name, values in dataset.read(indices).items()}
         return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
 
-    # As many batches in the making as there are threads: with more of them, none stays in the processor's cache
-    return map_ahead(read, batches, num_workers, ahead=max(1, num_workers - 1)) if num_workers else map(read, batches)
+    return map_ahead(read, batches, num_workers, ahead=num_workers) if num_workers else map(read, batches)
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ has PNGs is told by its format (arXiv 2403.17608).
 
 import argparse
 import atexit
+import contextlib
 import csv
 import errno
 import hashlib
@@ -22,11 +23,12 @@ import shutil
 import stat
 import struct
 import sys
+import time
 import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,13 +38,18 @@ import psutil
 from PIL import Image
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 REJECTED_SUFFIX = "_rejected"
 # What Pillow raises on files that are not, or not all, there: its own errors are OSError, broken PNG chunks SyntaxError.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, Image.DecompressionBombError)
 # System errors that are about one file. Any other (a bad disk, a server that is away) may be gone tomorrow: it stops the run.
 ABOUT_THE_FILE = (None, errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
-WORKER_MEMORY = 600 * 2**20  # bytes that one worker of any stage takes: a very large image with its copies, and dlib's predictor
+WORKER_MEMORY = 600 * 2**20  # bytes for one worker of any stage: an image of 100 megapixels, and dlib's predictor
 
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
 UPRIGHT = {
@@ -110,11 +117,16 @@ def load_rgb(path: Path) -> Image.Image:
             file.load()
             image = turn_upright(file)
         if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            deep, rounded = np.asarray(image), np.empty(image.size[::-1], np.uint8)
+            for row in range(0, len(deep), 256):  # in bands: these numbers take eight bytes
+                rounded[row : row + 256] = (deep[row : row + 256].clip(0, 65535) / 257).round()
+            image = Image.fromarray(rounded)
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            picture, image = image, Image.new("RGBA", image.size, "white")
+            image.alpha_composite(picture.convert("RGBA"))
         return image if image.mode == "RGB" else image.convert("RGB")
+    except MemoryError as error:
+        raise Rejected("has more pixels than there is memory for") from error
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno not in ABOUT_THE_FILE:
             raise
@@ -128,19 +140,43 @@ def load_rgb(path: Path) -> Image.Image:
 
 
 def map_ahead(function: Callable[[Any], Any], items: Iterable, workers: int, ahead: int) -> Iterator:
-    """map(function, items) in order, computed by threads, no more than `ahead` results ahead of their use: memory stays bounded."""
-    waiting: deque[Future] = deque()
+    """map(function, items) in order, computed by threads, no more than `ahead` items ahead of their use: memory stays bounded."""
+    items = iter(items)
     with ThreadPoolExecutor(workers) as threads:
+        waiting = deque(threads.submit(function, item) for item in itertools.islice(items, ahead))
         try:
-            for item in items:
-                waiting.append(threads.submit(function, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                result = waiting.popleft().result()
+                waiting.extend(threads.submit(function, item) for item in itertools.islice(items, 1))
+                yield result
         finally:  # whoever iterates may stop early
             for future in waiting:
                 future.cancel()
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps a second run off a folder. The system gives the lock back when the process ends, however it does.
+
+    Raises:
+        ValueError: another run is at work on it.
+    """
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        for attempt in range(50) if fcntl else ():  # the workers of a run that was killed hold it for a moment
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if attempt == 49:
+                    raise ValueError(f"{folder}: another run is at work on it; wait for its end") from error
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def join_processes() -> tuple[int, int]:
@@ -166,15 +202,15 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def broadcast(item: Any) -> Any:
-    """What rank 0 called this with, in every process."""
+def scatter(parts: list | None) -> Any:
+    """Each process's part of what rank 0 called this with, in the order of ranks."""
     if not under_torchrun():
-        return item
+        return parts[0]
     import torch.distributed as dist
 
-    box = [item]
+    box = [None]
     try:
-        dist.broadcast_object_list(box, src=0)
+        dist.scatter_object_list(box, parts, src=0)
     except RuntimeError as error:
         sys.exit(f"another process of this run has ended ({str(error).splitlines()[0]}); run the same command again to go on")
     return box[0]
@@ -208,8 +244,11 @@ def is_prepared(path: Path, size: tuple[int, int]) -> bool:
     """Whether the header says that the file is what this script writes for a (width, height): then it is left as it is."""
     with open(path, "rb") as file:
         header = file.read(29)  # signature, then the IHDR chunk: width, height, bits, colour type, ..., interlace
-    if header[:8] != b"\x89PNG\r\n\x1a\n" or struct.unpack(">IIBB2xB", header[16:29]) != (*size, 8, 2, 0):
-        return False
+        if len(header) < 29 or header[:8] != b"\x89PNG\r\n\x1a\n" or struct.unpack(">IIBB2xB", header[16:29]) != (*size, 8, 2, 0):
+            return False
+        file.seek(-8, os.SEEK_END)
+        if file.read(4) != b"IEND":  # cut off
+            return False
     with Image.open(path) as image:
         return turn_upright(image) is image and not image.has_transparency_data and not getattr(image, "is_animated", False)
 
@@ -257,15 +296,16 @@ class Outcome(NamedTuple):
 def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
     """Makes one image; `target` lies beside the source (in place) or in the output folder."""
     size, in_place = (args.target_width, args.target_height), args.output_dir is None
-    if not in_place and target.exists() and target.stat().st_mtime_ns == source.stat().st_mtime_ns and is_prepared(target, size):
+    if not in_place and not args.look_again and target.exists() and target.stat().st_mtime_ns == source.stat().st_mtime_ns and is_prepared(target, size):
         return Outcome(source, "unchanged")
     try:
         image = load_rgb(source)  # in full, a prepared one too: its end may be missing
+        if image.height < args.min_height or image.width < args.min_width:
+            raise Rejected(f"{image.width}x{image.height} pixels, under the minimum of {args.min_width}x{args.min_height}")
     except Rejected as error:
+        if not in_place:
+            target.unlink(missing_ok=True)  # made when the file, or the minimum, was another
         return Outcome(source, "rejected", str(error))
-    if image.height < args.min_height or image.width < args.min_width:
-        reason = f"{image.width}x{image.height} pixels, under the minimum of {args.min_width}x{args.min_height}"
-        return Outcome(source, "rejected", reason)
 
     prepared = is_prepared(source, size)
     if not prepared:
@@ -290,6 +330,7 @@ def set_aside(rejected: list[Outcome], others: list[Path], directory: Path, fold
     Args:
         others: files that are no images by their names; listed, never moved.
     """
+    rejected = [outcome for outcome in rejected if os.path.lexists(outcome.source)]  # who has removed one meanwhile knows
     if not rejected and not others:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -297,7 +338,7 @@ def set_aside(rejected: list[Outcome], others: list[Path], directory: Path, fold
     reasons = {}
     if listing.exists() and move:  # what earlier runs moved is no longer in the directory
         with open(listing, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+            reasons = {row["path"]: row["reason"] for row in csv.DictReader(file) if row.keys() >= {"path", "reason"}}
     reasons |= {str(path.relative_to(directory)): why_not_listed(path) for path in others}
     reasons |= {str(outcome.source.relative_to(directory)): outcome.reason for outcome in rejected}
     partial = folder / f".rejected.csv.{os.getpid()}.partial"
@@ -318,13 +359,20 @@ def set_aside(rejected: list[Outcome], others: list[Path], directory: Path, fold
         shutil.move(outcome.source, place)
 
 
-def claim_output(output: Path, directory: Path) -> None:
-    """Notes in the output folder whose images it holds, lest those of another folder with the same names replace them."""
-    note = output / ".source"
-    if output.is_dir() and (note.read_text() != str(directory) if note.exists() else list_images(output)):
+def claim_output(output: Path, directory: Path, args: argparse.Namespace) -> None:
+    """Notes in the output folder whose images it holds, lest those of another folder with the same names replace them.
+
+    Sets args.look_again where these were made with another minimum size.
+    """
+    note, minimum = output / ".source", f"{args.min_width}x{args.min_height}".encode()
+    known = note.read_bytes().split(b"\0") if note.exists() else []
+    if output.is_dir() and (known[0] != os.fsencode(directory) if known and known[0] else list_images(output)):
         sys.exit(f"{output}: holds images that are not from {directory}; name another --output_dir")
+    args.look_again = len(known) == 2 and known[1] != minimum
     output.mkdir(parents=True, exist_ok=True)
-    note.write_text(str(directory))
+    partial = output / ".source.partial"
+    partial.write_bytes(b"\0".join((os.fsencode(directory), minimum)))
+    os.replace(partial, note)
 
 
 # ------------------------------------------------------------------------------------------------------------------ script
@@ -343,7 +391,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan_work(args: argparse.Namespace, directory: Path) -> tuple[list[tuple[Path, Path]], list[Path]]:
+def plan_work(args: argparse.Namespace, directory: Path, locks: contextlib.ExitStack) -> tuple[list[tuple[Path, Path]], list[Path]]:
     """Each image with the name of what is made of it, and the files that are no images by their names. Exits on a bad request."""
     if not directory.is_dir():
         sys.exit(f"{args.directory}: no such folder; --directory takes a folder of images")
@@ -360,9 +408,13 @@ def plan_work(args: argparse.Namespace, directory: Path) -> tuple[list[tuple[Pat
     if not images:
         sys.exit(f"{args.directory}: no images in it ({', '.join(IMAGE_EXTENSIONS)})")
     if args.output_dir is not None:
-        claim_output(output, directory)
+        claim_output(output, directory, args)
+    locks.enter_context(lock(output))
     names = plan_names(images, taken={path for folder in {image.parent for image in images} for path in folder.iterdir()})
-    return [(image, output / names[image].relative_to(directory)) for image in images], others
+    work = [(image, output / names[image].relative_to(directory)) for image in images]
+    if args.output_dir is not None and (orphans := sorted(set(list_images(output)) - {target for _, target in work})):
+        print(f"WARNING: {len(orphans)} images in {output} are of files that are no longer in {directory}; remove them: {orphans[0]} ...")
+    return work, others
 
 
 def report(results: list[tuple[dict, list[Outcome]]], others: list[Path], directory: Path, args: argparse.Namespace) -> None:
@@ -390,22 +442,22 @@ def main(args: argparse.Namespace) -> None:
         print(f"{args.directory}: set aside by an earlier run, left alone")
         return
     rank, world = join_processes()
-    work, others = broadcast(plan_work(args, directory) if rank == 0 else None)
-    mine = work[rank::world]
-
-    counts, rejected = {"written": 0, "unchanged": 0}, []
-    # Threads, since Pillow decodes, resizes and encodes outside of Python's lock
-    outcomes = map_ahead(lambda pair: prepare(*pair, args), mine, args.workers, ahead=16 * args.workers)
-    for outcome in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
-        if outcome.status == "rejected":
-            rejected.append(outcome)
-        else:
-            counts[outcome.status] += 1
-
-    results = gather((counts, rejected))
-    if rank == 0:
-        report(results, others, directory, args)
-    gather(None)  # nobody leaves before all is done, lest a restart miss one
+    args.look_again = False
+    with contextlib.ExitStack() as locks:
+        work, others = plan_work(args, directory, locks) if rank == 0 else (None, None)
+        mine, args.look_again = scatter([(work[r::world], args.look_again) for r in range(world)] if rank == 0 else None)
+        counts, rejected = {"written": 0, "unchanged": 0}, []
+        # Threads, since Pillow decodes, resizes and encodes outside of Python's lock
+        outcomes = map_ahead(lambda pair: prepare(*pair, args), mine, args.workers, ahead=16 * args.workers)
+        for outcome in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
+            if outcome.status == "rejected":
+                rejected.append(outcome)
+            else:
+                counts[outcome.status] += 1
+        results = gather((counts, rejected))
+        if rank == 0:
+            report(results, others, directory, args)
+        gather(None)  # nobody leaves before all is done, lest a restart miss one
 
 
 if __name__ == "__main__":
@@ -414,5 +466,7 @@ if __name__ == "__main__":
         main(get_args_parser().parse_args())
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to go on")
+    except ValueError as error:
+        sys.exit(f"{error}")
     except OSError as error:  # a full disk, a folder without write permission
         sys.exit(f"stopped: {error}; nothing is lost, run the same command again when it is mended")

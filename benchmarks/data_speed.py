@@ -6,12 +6,13 @@
 stage        ours                       beside it, as many bare processes as workers
 preprocess   preprocess.py              Pillow: decode, resize, encode as PNG
 extraction   feature_extraction.py      decode; dlib's detector, with the upsampling at which the face is found, known beforehand; predictor
-loading      inference.load_batches     h5py: the chunks of random samples, out of files that are open
+loading      inference.load_batches     h5py: file["images"][i] and so on of random samples, out of a file that is open
 
 Scripts are timed as a user runs them, on a part of the images and on all: images/s is the difference of images over the
 difference of seconds, for both sides alike, and what is left of the smaller run is the start-up. In each round each side
 runs once, one right after the other; the figures are medians of the rounds, the ratios those of the medians. Memory is the
-largest resident set of any one process of a run, its shared pages included.
+largest resident set of any one process of a run, its shared pages included. All files lie in a temporary folder below the
+current one.
 """
 
 import argparse
@@ -61,9 +62,9 @@ def bare_extraction(job: list, target: str) -> None:
     finder = FaceFinder(find_predictor(None))
     for path, upsampling in job:
         picture = np.asarray(Image.open(path).convert("RGB"))
-        faces = finder._detector(picture, upsampling)
+        faces = finder.detector(picture, upsampling)
         if faces:
-            finder._predictor(picture, faces[0])
+            finder.predictor(picture, faces[0])
 
 
 def bare_loading(job: list, target: str) -> None:

@@ -291,10 +291,10 @@ def test_what_has_changed_is_made_anew_and_that_alone(datasets, tmp_path):
     run("features")
     assert "up to date" in run("features")
     steps = {
-        "1 images added": (lambda: shutil.copy(tmp_path / "spare.png", spare), "120 of 121"),
+        "1 images not in it yet": (lambda: shutil.copy(tmp_path / "spare.png", spare), "120 of 121"),
         "1 images changed": (lambda: shutil.copy(root / "real/Consistent/001.png", root / "fake/OffAxisMouth/001.png"), "120 of 121"),
         "2 images removed": (lambda: [(root / f"fake/OffAxisMouth/00{i}.png").unlink() for i in (2, 3)], "119 of 119"),
-        "1 images added, 1 images removed": (lambda: (root / "real/Consistent/005.png").rename(root / "real/Consistent/new.png"), "118 of 119"),
+        "1 images not in it yet, 1 images removed": (lambda: (root / "real/Consistent/005.png").rename(root / "real/Consistent/new.png"), "118 of 119"),
     }
     for step, (change, going_on) in steps.items():
         change()

@@ -70,7 +70,7 @@ def test_output_dir_leaves_the_source_untouched_and_gives_the_same(tmp_path):
     assert rejections(tmp_path / "O_rejected").keys() == unusable.keys()
     run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
     results = contents(tmp_path / "O")
-    assert results.pop(".source") == str(tmp_path / "D").encode()
+    assert results.pop(".source") == str(tmp_path / "D").encode() + b"\0" + b"12x12"
     assert results == {name: data for name, data in contents(tmp_path / "E").items() if name not in NO_IMAGES_BY_NAME}
 
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "O").rglob("*.png")}
