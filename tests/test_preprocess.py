@@ -2,10 +2,12 @@
 
 import csv
 import errno
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, picture, run_script
 from PIL import Image
 
-from preprocess import Rejected, list_images, load_rgb, plan_names
+from preprocess import Rejected, list_images, load_rgb, map_ahead, plan_names
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -236,6 +238,46 @@ def test_a_disk_that_fails_is_no_reason_to_reject_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(OSError, match="Input/output error.*a.jpg"):
         load_rgb(tmp_path / "a.jpg")
+
+
+def test_threads_work_ahead_while_a_result_is_in_use_and_no_further():
+    started, lock_ = [], threading.Lock()
+
+    def work(item: int) -> int:
+        with lock_:
+            started.append(item)
+        return item
+
+    results = map_ahead(work, itertools.count(), workers=2, ahead=3)
+    for expected in range(5):
+        assert next(results) == expected
+        time.sleep(0.05)
+        assert len(started) == expected + 1 + 3
+    results.close()
+    assert list(map_ahead(work, range(3), 2, 5)) == [0, 1, 2] and list(map_ahead(work, [], 2, 5)) == []
+
+
+def test_an_image_too_large_for_memory_is_named(tmp_path, monkeypatch):
+    picture(20, 20).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "open", lambda path: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(Rejected, match="more pixels than there is memory for"):
+        load_rgb(tmp_path / "a.jpg")
+
+
+def test_what_changed_beside_the_files_is_noticed(tmp_path):
+    (tmp_path / "D").mkdir()
+    for i, side in enumerate((30, 300, 300)):
+        picture(side, side, i).save(tmp_path / f"D/{i}.jpg")
+    run_script("preprocess.py", "--directory", "D", "--output_dir", "O", cwd=tmp_path)
+    (tmp_path / "O/1.png").write_bytes((tmp_path / "O/1.png").read_bytes()[:-100])  # as a power cut may leave it
+    stat = (tmp_path / "D/1.jpg").stat()
+    os.utime(tmp_path / "O/1.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "1 written, 2 unchanged" in run_script("preprocess.py", "--directory", "D", "--output_dir", "O", cwd=tmp_path).stdout
+    done = run_script("preprocess.py", "--directory", "D", "--output_dir", "O", "--min_width", 100, cwd=tmp_path)
+    assert "2 written, 0 unchanged, 1 rejected" in done.stdout and not (tmp_path / "O/0.png").exists()
+    (tmp_path / "D/2.jpg").unlink()
+    done = run_script("preprocess.py", "--directory", "D", "--output_dir", "O", "--min_width", 100, cwd=tmp_path)
+    assert "no longer in" in done.stdout and "2.png" in done.stdout and "1 unchanged" in done.stdout
 
 
 def test_what_was_set_aside_is_left_alone(tmp_path):
