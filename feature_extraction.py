@@ -66,7 +66,6 @@ from preprocess import (
     list_files,
     load_rgb,
     lock,
-    map_ahead,
     scatter,
     under_torchrun,
     why_not_listed,
@@ -78,6 +77,7 @@ PREDICTOR_SHA256 = "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11
 
 SPLIT_FRACTIONS = (0.6, 0.2, 0.2)  # train, val, test; the authors'
 SHARD_SIZE = 64  # images between two points that a stopped run can go on from, fewer where memory is short
+BLOCK_SIZE = 16  # images at a time on their way from shards to feature files; larger blocks need more memory and are slower
 SEARCH_SIDE = 480  # longer side of the copy on which a large image is searched, so that the time for a face does not grow with it
 CHANGED = "was changed or away while it was to be read; run the same command again"
 SHARDS, STAGE = ".shards", ".complete"  # folders below output_dir while a run goes on: extracted images, finished feature files
@@ -545,21 +545,19 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
     common = {"settings": json.dumps(plan.settings), "dealing": json.dumps(dealing(args)), "fingerprint": plan.fingerprint}
     common |= {"seed": args.seed, "mean_landmarks": mean_landmarks}
 
-    def read_block(block: np.ndarray) -> dict[str, np.ndarray]:
-        samples = store.read(rows[block])
-        samples["landmarks"][~found[block]], samples["region_masks"][~found[block]] = mean_landmarks, mean_masks
-        images = samples["image"].transpose(0, 2, 3, 1)  # (B, 3, h, w) -> (B, h, w, 3)
-        for i, image in zip(block, images):
-            if hashlib.sha256(image).digest() != contents[i]:
-                file = files[int(np.searchsorted(store.ends, rows[i], side="right"))]
-                raise FeatureFileError(f"{file}: the image of {sources[i].path} is damaged in it; delete it and run the same command again")
-        return {"images": images, "landmarks": samples["landmarks"], "region_masks": samples["region_masks"]}
+    finished = sum(path.parent.name != SHARDS for path in files)  # they come first; what is in shards has just been written
 
     def read_blocks(members: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-        blocks = (members[start : start + SHARD_SIZE] for start in range(0, len(members), SHARD_SIZE))
-        for block in map_ahead(read_block, blocks, workers=2, ahead=2):
-            yield block
-            bar.update(len(block["images"]))
+        for start in range(0, len(members), BLOCK_SIZE):
+            block = members[start : start + BLOCK_SIZE]
+            samples = store.read(rows[block])
+            samples["landmarks"][~found[block]], samples["region_masks"][~found[block]] = mean_landmarks, mean_masks
+            images = samples["image"].transpose(0, 2, 3, 1)  # (B, 3, h, w) -> (B, h, w, 3)
+            for i, image, file in zip(block, images, np.searchsorted(store.ends, rows[block], side="right")):
+                if file < finished and hashlib.sha256(image).digest() != contents[i]:
+                    raise FeatureFileError(f"{files[file]}: the image of {sources[i].path} is damaged in it; delete it and run the same command again")
+            yield {"images": images, "landmarks": samples["landmarks"], "region_masks": samples["region_masks"]}
+            bar.update(len(block))
 
     in_data_set = np.array(data_sets)
     with tqdm(total=len(sources), desc="writing", unit="image") as bar:
