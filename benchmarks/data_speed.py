@@ -1,6 +1,6 @@
 """How fast the data path is beside bare loops that do nothing but what cannot be left out.
 
-    python benchmarks/data_speed.py                       draws its faces; about six minutes on two cores
+    python benchmarks/data_speed.py                       draws its faces; about eight minutes on two cores
     python benchmarks/data_speed.py --faces FOLDER        with images of your own, 1,000 or more
 
 stage        ours                       beside it, as many bare processes as workers
