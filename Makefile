@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 	$(RUN) feature_extraction.py --data_root $(DEMO)/datasets --output_dir $(DEMO)/features --img_size 112 --patch_size 28
 	OMP_NUM_THREADS=1 $(RUN) train.py --features $(DEMO)/features --output_dir $(DEMO)/output_model \
 		--datasets Consistent NoseLight OffAxisMouth --patch_size 28 --embed_dim 96 --depth 2 --dropout 0 \
-		--epochs 36 --batch_size 16 --accum_steps 1 --lr 1e-3 --lr_patience 10 --stop_patience 36 --num_workers 1
+		--epochs 64 --batch_size 16 --accum_steps 1 --lr 1e-3 --lr_patience 64 --stop_patience 64 --num_workers 1 --seed 1
 	$(RUN) inference.py --features $(DEMO)/features --checkpoint $(DEMO)/output_model/best_model.pth --output $(DEMO)/prediction_results.json
 
 test: $(VENV)/installed
