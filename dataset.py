@@ -460,7 +460,8 @@ class FaceDataset:
                 self.fingerprint = file.attrs.get("fingerprint")  # of the run that made the files
                 self._stored_style = file.attrs["mask_style"]
         self.labels = np.concatenate(labels) if labels else np.zeros(0, np.uint8)  # (N,) uint8
-        self.ends = np.cumsum(counts)  # of each file, in samples
+        self.ends = np.cumsum(counts, dtype=np.int64)  # of each file, in samples
+        self.starts = self.ends - np.array(counts, np.int64)
         if not len(self.labels):
             raise FeatureFileError(f"{', '.join(self.files) or 'no feature file'}: not one sample; add images and run feature_extraction.py again")
         if len(set(shapes.values())) != 1:
@@ -518,7 +519,7 @@ class FaceDataset:
         masks = np.empty((count, len(REGIONS), grid_size, grid_size), np.float32)
         stored_masks = (self.mask_style, grid_size) == (self._stored_style, self._stored_grid)
         numbers = np.searchsorted(self.ends, indices, side="right")
-        rows = indices - np.concatenate([[0], self.ends])[numbers]
+        rows = indices - self.starts[numbers]
         for number in np.unique(numbers).tolist():
             file, of_file = self._file(number), np.flatnonzero(numbers == number)
             file.read("images", rows[of_file], images, of_file)

@@ -18,7 +18,6 @@ The 68-point predictor was trained on iBUG 300-W, whose terms exclude commercial
 import argparse
 import bz2
 import contextlib
-import csv
 import hashlib
 import importlib.util
 import json
@@ -58,6 +57,7 @@ from dataset import (
 )
 from preprocess import (
     IMAGE_EXTENSIONS,
+    NO_IMAGE_BY_NAME,
     REJECTED_SUFFIX,
     Rejected,
     default_workers,
@@ -66,9 +66,10 @@ from preprocess import (
     list_files,
     load_rgb,
     lock,
+    read_reasons,
     scatter,
     under_torchrun,
-    why_not_listed,
+    write_reasons,
 )  # fmt: skip
 
 PREDICTOR_FILE = "shape_predictor_68_face_landmarks.dat"
@@ -80,6 +81,7 @@ SHARD_SIZE = 64  # images between two points that a stopped run can go on from, 
 BLOCK_SIZE = 16  # images at a time on their way from shards to feature files; larger blocks need more memory and are slower
 SEARCH_SIDE = 480  # longer side of the copy on which a large image is searched, so that the time for a face does not grow with it
 CHANGED = "was changed or away while it was to be read; run the same command again"
+SKIPPED = "skipped.csv"  # in output_dir: files that were not used, with the reason
 SHARDS, STAGE = ".shards", ".complete"  # folders below output_dir while a run goes on: extracted images, finished feature files
 PADDING = 0.25  # of each side; brings a face that fills the frame back into the detector's reach
 
@@ -211,6 +213,7 @@ class Plan(NamedTuple):
     others: list[Path]  # files that are no images by their names
     settings: dict  # all that an extracted image depends on, beside its file
     fingerprint: str  # of everything that the feature files depend on
+    published: bool  # the feature files are there
     missing: list[Source]  # to be extracted
 
 
@@ -268,8 +271,8 @@ def find_extracted(sources: list[Source], output_dir: Path, settings: dict) -> E
     """
     number = {source.path: i for i, source in enumerate(sources)}
     rows, files, end, held, unused = np.full(len(sources), -1), [], 0, set(), []
-    shards = sorted((output_dir / SHARDS).glob("*.h5"))
-    for path in (*sorted(output_dir.glob("*/*/*_features.h5")), *shards):
+    for path in (*sorted(output_dir.glob("*/*/*_features.h5")), *sorted((output_dir / SHARDS).glob("*.h5"))):
+        is_shard = path.parent.name == SHARDS
         try:
             with open_features(path) as file:
                 there, stats = file["paths"].asstr("utf-8", "surrogateescape")[:].tolist(), file.attrs["source_stats"].tolist()
@@ -279,11 +282,11 @@ def find_extracted(sources: list[Source], output_dir: Path, settings: dict) -> E
             continue
         if made_with != settings:
             differs = ", ".join(f"{name} {made_with.get(name)}" for name in settings if made_with.get(name) != settings[name])
-            if path in shards:
+            if is_shard:
                 unused.append(f"{path}: not used, it is of a stopped run with {differs}")
                 continue
             raise FeatureFileError(f"{path}: made with {differs}; name another --output_dir, or remove {output_dir} to make everything anew")
-        if path not in shards:
+        if not is_shard:
             held.update(there)
         for row, (name, stat) in enumerate(zip(there, stats)):
             i = number.get(name)
@@ -299,16 +302,16 @@ def make_plan(args: argparse.Namespace, predictor_checksum: str) -> Plan:
     sources, others = find_sources(args.data_root)
     settings = {"schema": SCHEMA_VERSION, "img_size": args.img_size, "patch_size": args.patch_size, "search": [SEARCH_SIDE, PADDING]}
     settings["predictor"] = predictor_checksum
-    plan = Plan(sources, others, settings, fingerprint_of(sources, settings, args), [])
+    plan = Plan(sources, others, settings, fingerprint_of(sources, settings, args), published=False, missing=[])
     if publish(plan, args.output_dir):
-        return plan
+        return plan._replace(published=True)
 
     extracted = find_extracted(sources, args.output_dir, settings)
     for line in extracted.unused[:3]:
         print(line)
     if len(extracted.unused) > 3:
         print(f"... {len(extracted.unused)} such files in all")
-    plan.missing.extend(source for source, row in zip(sources, extracted.rows) if row < 0)
+    plan = plan._replace(missing=[source for source, row in zip(sources, extracted.rows) if row < 0])
     done = len(sources) - len(plan.missing)
     if held := extracted.held:
         with open_features(extracted.files[0]) as file:  # feature files come first
@@ -505,7 +508,9 @@ def mean_over(files: list[Path], rows: np.ndarray) -> np.ndarray | None:
 
 
 def find_all_rows(plan: Plan, skipped: dict[str, str], output_dir: Path) -> tuple[list[Path], np.ndarray]:
-    """Files and rows of find_extracted, once every image is there that was not skipped: a network file system may show other machines' shards late.
+    """Files and rows of find_extracted, once every image is there that was not skipped.
+
+    A network file system may show other machines' shards late.
 
     Raises:
         FeatureFileError: some do not appear in two minutes.
@@ -524,7 +529,7 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
     files, rows = find_all_rows(plan, skipped, args.output_dir)
     sources, rows = [source for source, row in zip(plan.sources, rows) if row >= 0], rows[rows >= 0]
     if not sources:
-        raise FeatureFileError(f"{args.data_root}: none of the images can be used; the reasons are in {args.output_dir / 'skipped.csv'}")
+        raise FeatureFileError(f"{args.data_root}: none of the images can be used; the reasons are in {args.output_dir / SKIPPED}")
     store = FaceDataset(files, mapped=False)
     sha256, found_by = store.column("sha256")[rows], store.column("found_by")[rows]
     data_sets, contents = [source.data_set for source in sources], [row.tobytes() for row in sha256]
@@ -637,28 +642,14 @@ def report(output_dir: Path, data_sets: Sequence[str]) -> None:
         print(f"{'all ' + kind:<28}{ways.total():>8}{'':>24}" + "".join(f"{ways[way]:>11}" for way in FOUND_BY) + f"{ways['mean'] / max(ways.total(), 1):>12.1%}")
 
 
-def listed_before(output_dir: Path) -> dict[str, str]:
-    """{path: reason} of the unusable images that an earlier run listed."""
-    listing = output_dir / "skipped.csv"
-    if not listing.exists():
-        return {}
-    with open(listing, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = [row for row in csv.DictReader(file) if row.keys() >= {"path", "reason"}]
-    return {row["path"]: row["reason"] for row in rows if row["reason"] != why_not_listed(Path(row["path"]))}
-
-
 def report_skipped(skipped: dict[str, str], others: list[Path], output_dir: Path) -> None:
     """Lists the files that were not used, with the reason, in skipped.csv."""
-    listing = output_dir / "skipped.csv"
-    reasons = skipped | {str(path): why_not_listed(path) for path in others}
+    listing = output_dir / SKIPPED
+    reasons = skipped | {str(path): NO_IMAGE_BY_NAME for path in others}
     if not reasons:
         listing.unlink(missing_ok=True)
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    partial = listing.with_name(".skipped.csv.partial")
-    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([("path", "reason"), *sorted(reasons.items())])
-    os.replace(partial, listing)
+    write_reasons(listing, reasons)
     first = min(skipped or reasons)
     print(f"{len(reasons)} files are not used, listed in {listing}; for one, {first}: {reasons[first]}")
 
@@ -704,9 +695,10 @@ def main(args: argparse.Namespace) -> None:
 
 def finish(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> None:
     """From extracted images to the feature files and the report of them."""
-    if publish(plan, args.output_dir):
+    if plan.published:
         print(f"{args.output_dir}: up to date")
-        report_skipped(listed_before(args.output_dir), plan.others, args.output_dir)
+        before = {path: reason for path, reason in read_reasons(args.output_dir / SKIPPED).items() if reason != NO_IMAGE_BY_NAME}
+        report_skipped(before, plan.others, args.output_dir)
     else:
         report_skipped(skipped, plan.others, args.output_dir)
         if CHANGED in skipped.values():  # the next run is to look at these again

@@ -180,8 +180,7 @@ def draw_comparisons(dataset: FaceDataset, names: list[str], seed: int) -> dict[
     Args:
         names: the data set of each file of `dataset`, "real/FFHQ".
     """
-    starts = [0, *dataset.ends]
-    files = {name: np.arange(start, end) for name, start, end in zip(names, starts, dataset.ends)}
+    files = {name: np.arange(start, end) for name, start, end in zip(names, dataset.starts, dataset.ends)}
     contents = [row.tobytes() for row in dataset.column("sha256")]
 
     def shuffled(indices: np.ndarray) -> np.ndarray:

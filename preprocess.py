@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=8 preprocess.py --directory ...                         also over machines that share the folder
 
 Files that cannot be used go to a folder beside, datasets/fake/StyleGAN3_rejected, with rejected.csv telling why; files that
-are no images by their names are listed there too, and stay. A second run finds nothing to do; a run that was stopped goes on. PNG for all, because a class that keeps its JPEGs while another
-has PNGs is told by its format (arXiv 2403.17608).
+are no images by their names are listed there too, and stay. A second run finds nothing to do; a run that was stopped goes on.
+PNG for all, because a class that keeps its JPEGs while another has PNGs is told by its format (arXiv 2403.17608).
 """
 
 import argparse
@@ -44,6 +44,7 @@ except ImportError:  # Windows
     fcntl = None
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+NO_IMAGE_BY_NAME = f"left alone: its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"  # a reason
 REJECTED_SUFFIX = "_rejected"
 # What Pillow raises on files that are not, or not all, there: its own errors are OSError, broken PNG chunks SyntaxError.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -90,10 +91,6 @@ def list_files(directory: Path) -> tuple[list[Path], list[Path]]:
 
 def list_images(directory: Path) -> list[Path]:
     return list_files(directory)[0]
-
-
-def why_not_listed(path: Path) -> str:
-    return f"left alone: its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -209,10 +206,8 @@ def scatter(parts: list | None) -> Any:
     import torch.distributed as dist
 
     box = [None]
-    try:
+    with others_alive():
         dist.scatter_object_list(box, parts, src=0)
-    except RuntimeError as error:
-        sys.exit(f"another process of this run has ended ({str(error).splitlines()[0]}); run the same command again to go on")
     return box[0]
 
 
@@ -223,11 +218,18 @@ def gather(item: Any) -> list:
     import torch.distributed as dist
 
     items = [None] * dist.get_world_size()
-    try:
+    with others_alive():
         dist.all_gather_object(items, item)
+    return items
+
+
+@contextlib.contextmanager
+def others_alive() -> Iterator[None]:
+    """Ends this process with a message where another one has ended while they talk."""
+    try:
+        yield
     except RuntimeError as error:
         sys.exit(f"another process of this run has ended ({str(error).splitlines()[0]}); run the same command again to go on")
-    return items
 
 
 def default_workers() -> int:
@@ -324,6 +326,22 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
     return Outcome(source, "written")
 
 
+def read_reasons(listing: Path) -> dict[str, str]:
+    """{path: reason} of a list that write_reasons wrote; empty where there is none."""
+    if not listing.exists():
+        return {}
+    with open(listing, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return {row["path"]: row["reason"] for row in csv.DictReader(file) if row.keys() >= {"path", "reason"}}
+
+
+def write_reasons(listing: Path, reasons: dict[str, str]) -> None:
+    """Writes {path: reason} as a table, in the order of paths, under its name when it is complete."""
+    partial = listing.with_name(f".{listing.name}.{os.getpid()}.partial")
+    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("path", "reason"), *sorted(reasons.items())])
+    os.replace(partial, listing)
+
+
 def set_aside(rejected: list[Outcome], others: list[Path], directory: Path, folder: Path, move: bool, delete: bool) -> None:
     """Lists rejected files in folder/rejected.csv, together with those of earlier runs, and moves or deletes them if asked.
 
@@ -335,18 +353,10 @@ def set_aside(rejected: list[Outcome], others: list[Path], directory: Path, fold
         return
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "rejected.csv"
-    reasons = {}
-    if listing.exists() and move:  # what earlier runs moved is no longer in the directory
-        with open(listing, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            reasons = {row["path"]: row["reason"] for row in csv.DictReader(file) if row.keys() >= {"path", "reason"}}
-    reasons |= {str(path.relative_to(directory)): why_not_listed(path) for path in others}
+    reasons = read_reasons(listing) if move else {}  # what earlier runs moved is no longer in the directory
+    reasons |= {str(path.relative_to(directory)): NO_IMAGE_BY_NAME for path in others}
     reasons |= {str(outcome.source.relative_to(directory)): outcome.reason for outcome in rejected}
-    partial = folder / f".rejected.csv.{os.getpid()}.partial"
-    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "reason"])
-        writer.writerows(sorted(reasons.items()))
-    os.replace(partial, listing)  # before the files go: stopped in between, no file is without its reason
+    write_reasons(listing, reasons)  # before the files go: stopped in between, no file is without its reason
     for outcome in rejected if move else []:
         if delete:
             outcome.source.unlink()
