@@ -434,7 +434,7 @@ class FaceDataset:
         grid_size: G of the masks; None: as stored.
         mask_style: "polygon" or "gaussian".
         transform: called with (image (h, w, 3), landmarks, region_masks, rng), returns the first three. The rng depends on
-            (seed, epoch, index) alone, not on the number of readers or processes; set_epoch makes fresh ones.
+            (seed, draw, index) alone, not on the number of readers or processes. The draw is given to `read`, or is set_epoch's.
         mapped: read landmarks and masks by way of memory maps: faster with several threads. What has been read of them, 7 KB
             a sample, then counts as this process's memory until the system needs it.
 
@@ -474,7 +474,7 @@ class FaceDataset:
         return len(self.labels)
 
     def set_epoch(self, epoch: int) -> None:
-        """New draws of the transform from here on. Call it before the epoch's first batch."""
+        """New draws of the transform from here on, where `read` is not told which."""
         self.epoch = epoch
 
     def _forget_open_files(self) -> None:
@@ -507,8 +507,8 @@ class FaceDataset:
                 columns.append(file[name].asstr("utf-8", "surrogateescape")[:] if name == "paths" else file[name][:])
         return np.concatenate(columns)
 
-    def read(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """A batch: the arrays of a sample, each with an axis B in front."""
+    def read(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """A batch: the arrays of a sample, each with an axis B in front. draws (B,): which draw of the transform each one gets."""
         indices = np.array(indices)  # a copy: what is returned is the caller's
         if len(indices) and (indices.dtype.kind not in "iu" or indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"indices have to be whole numbers from 0 to {len(self) - 1}")
@@ -530,10 +530,42 @@ class FaceDataset:
             if not stored_masks:
                 masks[k] = draw_region_masks(landmarks[k], images.shape[1:3], grid_size, self.mask_style)
             if self.transform is not None:
-                rng = np.random.default_rng((self.seed, self.epoch, int(indices[k])))
+                rng = np.random.default_rng((self.seed, self.epoch if draws is None else int(draws[k]), int(indices[k])))
                 images[k], landmarks[k], masks[k] = self.transform(images[k], landmarks[k], masks[k], rng)
         # (B, h, w, 3) -> (B, 3, h, w), the same memory: torch's channels_last
         return {"image": images.transpose(0, 3, 1, 2), "region_masks": masks, "landmarks": landmarks, "label": self.labels[indices].astype(np.int64), "index": indices}
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: values[0] for name, values in self.read([index]).items()}
+
+
+class TrainSampler:
+    """The endless order in which training sees the samples, in shuffled passes that are drawn from the seed alone.
+
+    If balanced, real and fake take turns, each class in passes of its own: both are seen equally often, whatever their numbers,
+    and all images of a class as often as each other. Else, all samples are shuffled together. Sample t of a run is the same for
+    any batch size and number of processes, and nothing is left over at the end of an epoch.
+
+    Args:
+        labels: (N,) 0 or 1, both present.
+    """
+
+    def __init__(self, labels: np.ndarray, balanced: bool, seed: int):
+        self.seed = seed
+        # int32: an order of ten million samples takes 40 MB
+        self.groups = [np.flatnonzero(group).astype(np.int32) for group in ((labels == 0, labels == 1) if balanced else (labels >= 0,))]
+        self._orders: list[tuple[int, np.ndarray]] = [(-1, group) for group in self.groups]  # of each group: the pass last used
+
+    def draw(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples first, first + 1, ... of the run -> their indices and the passes that they belong to, both (count,) int64."""
+        places = np.arange(first, first + count)
+        indices, passes = np.empty(count, np.int64), np.empty(count, np.int64)
+        for number, group in enumerate(self.groups):
+            mine = places % len(self.groups) == number
+            passes[mine], within = np.divmod(places[mine] // len(self.groups), len(group))
+            for one in np.unique(passes[mine]).tolist():
+                if self._orders[number][0] != one:
+                    self._orders[number] = one, np.random.default_rng((self.seed, number, one)).permutation(group)
+                in_pass = passes[mine] == one
+                indices[np.flatnonzero(mine)[in_pass]] = self._orders[number][1][within[in_pass]]
+        return indices, passes

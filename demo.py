@@ -10,7 +10,7 @@ Input:   nothing
 Output:  OUTPUT_DIR/real/Consistent/00000.png ...  and  OUTPUT_DIR/fake/<Generator>/00000.png ...
          (8-bit RGB PNG, the same format for every class)
 
-    python demo.py                                             # 1200 real + 4 x 300 fake, 224 px
+    python demo.py                                             # 1800 real + 4 x 450 fake, 224 px
     python demo.py --real 2000 --fake 500 --workers 8          # more, in parallel; the same bytes
     python demo.py --output_dir /tmp/faces --size 448          # larger pictures of the same faces
 
@@ -44,11 +44,11 @@ SKIN = [(248, 216, 196), (236, 194, 166), (222, 172, 138), (190, 136, 102), (148
 HAIR = [(28, 22, 20), (58, 38, 28), (98, 64, 40), (150, 104, 60), (206, 166, 104), (146, 70, 38), (150, 148, 146)]
 # Two families: IrisMismatch takes one iris of each.
 WARM_IRIS = [(70, 40, 20), (104, 62, 28), (146, 92, 36), (88, 52, 40)]
-COOL_IRIS = [(78, 132, 190), (104, 164, 196), (92, 148, 96), (140, 160, 174)]
+COOL_IRIS = [(70, 140, 225), (100, 185, 230), (84, 172, 92), (160, 190, 210)]
 # Skin lets red light travel furthest beneath the surface, so its shading falls off last in red.
 WRAP = (0.30, 0.18, 0.12)
-COOL_SHARE = 0.2  # of the consistent faces have cool irises
-SHARP, SOFT = (0.004, 0.009), (0.10, 0.13)  # lens blur of a picture, of a blurred region: σ in eye distances
+COOL_SHARE = 0.1  # of the consistent faces have cool irises
+SHARP, SOFT = (0.004, 0.009), (0.20, 0.26)  # lens blur of a picture, of a blurred region: σ in eye distances
 BLUR_REGIONS = ("eyes", "nose", "mouth")
 
 
@@ -84,8 +84,8 @@ def sample_face(rng: np.random.Generator) -> SimpleNamespace:
     # proportions
     f.head_w, f.skull, f.chin = uniform(0.93, 1.02), uniform(1.26, 1.42), uniform(1.58, 1.74)
     f.jaw = uniform(1.95, 2.35)  # exponent of the outline: 2 is an ellipse, more is squarer
-    f.eye_w, f.eye_h, f.eye_tilt = uniform(0.225, 0.255), uniform(0.105, 0.14), uniform(-0.10, 0.06)
-    f.iris_r, f.gaze_x, f.gaze_y = uniform(0.108, 0.122), uniform(-0.035, 0.035), uniform(-0.015, 0.015)
+    f.eye_w, f.eye_h, f.eye_tilt = uniform(0.240, 0.270), uniform(0.125, 0.16), uniform(-0.10, 0.06)
+    f.iris_r, f.gaze_x, f.gaze_y = uniform(0.130, 0.145), uniform(-0.035, 0.035), uniform(-0.015, 0.015)
     f.brow_y, f.brow_t, f.brow_arch = uniform(-0.40, -0.33), uniform(0.035, 0.065), uniform(0.02, 0.09)
     f.nose_y, f.nose_w = uniform(0.68, 0.78), uniform(0.165, 0.215)
     f.mouth_x, f.mouth_y, f.mouth_w = 0.0, uniform(1.04, 1.12), uniform(0.37, 0.45)
@@ -468,8 +468,8 @@ def draw_file(job: tuple[Path, str | None, list[int]], size: int) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo_run/datasets"), help="data root to write (default: %(default)s)")
-    parser.add_argument("--real", type=int, default=1200, help="number of consistent faces (default: %(default)s)")
-    parser.add_argument("--fake", type=int, default=300, help="number of faces per generator (default: %(default)s)")
+    parser.add_argument("--real", type=int, default=1800, help="number of consistent faces (default: %(default)s)")
+    parser.add_argument("--fake", type=int, default=450, help="number of faces per generator (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="side of a picture in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")

@@ -26,7 +26,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import urllib.request
 import warnings
@@ -61,6 +60,7 @@ from preprocess import (
     REJECTED_SUFFIX,
     Rejected,
     default_workers,
+    end_with,
     gather,
     join_processes,
     list_files,
@@ -360,13 +360,7 @@ def start_worker(predictor: Path, parent: int) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     cv2.setNumThreads(1)  # the worker processes are the parallelism
     _finder = _finder or FaceFinder(predictor)
-
-    def follow_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)  # the program was killed: nobody waits for this worker
-
-    threading.Thread(target=follow_parent, daemon=True).start()
+    end_with(parent)
 
 
 def extract_shard(sources: list[Source], settings: dict, data_root: Path, output_dir: Path) -> dict[str, str]:
@@ -678,7 +672,7 @@ def main(args: argparse.Namespace) -> None:
     output, root = args.output_dir.resolve(), args.data_root.resolve()
     if output == root or any(root / kind in (output, *output.parents) for kind in CLASSES):
         raise ValueError(f"--output_dir {args.output_dir}: lies among the images; name a folder outside of them")
-    rank, world = join_processes()
+    rank, world, _ = join_processes()
     predictor = find_predictor(args.predictor)
     predictor_checksum = hashlib.sha256(predictor.read_bytes()).hexdigest()
     args.output_dir.mkdir(parents=True, exist_ok=True)

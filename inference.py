@@ -15,7 +15,7 @@ import argparse
 import json
 import pickle
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from dataset import FaceDataset, FeatureFileError, draw_region_masks, find_featu
 from model import LAMMViT, LAMMViTConfig
 from preprocess import Rejected, list_images, load_rgb, map_ahead
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
 
 
@@ -77,15 +77,16 @@ def pick_device(name: str) -> torch.device:
 # ---------------------------------------------------------------------------------------------- samples -> the model's input
 
 
-def load_batches(dataset: FaceDataset, batches: Iterable[Sequence[int]], num_workers: int, pin_memory: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of `dataset` with these indices, in order, as tensors, read by `num_workers` threads ahead of their use.
+def load_batches(dataset: FaceDataset, batches: Iterable[tuple], num_workers: int, pin_memory: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    """What dataset.read makes of each of `batches`, (indices,) or (indices, draws), in order, as tensors, read by
+    `num_workers` threads ahead of their use.
 
     Threads, since what takes time (reading, JPEG, blur, noise) runs outside of Python's lock, and since processes would have
     to send every batch through shared memory: benchmarks/data_speed.py measures torch's DataLoader beside this.
     """
 
-    def read(indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        tensors = {name: torch.from_numpy(values) for name, values in dataset.read(indices).items()}
+    def read(batch: tuple) -> dict[str, torch.Tensor]:
+        tensors = {name: torch.from_numpy(values) for name, values in dataset.read(*batch).items()}
         return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
 
     return map_ahead(read, batches, num_workers, ahead=num_workers) if num_workers else map(read, batches)
@@ -122,7 +123,7 @@ def predict_scores(
     indices = np.arange(len(dataset)) if indices is None else indices
     size = len(indices)
     starts = range(rank * batch_size, size, world * batch_size)
-    loader = load_batches(dataset, (indices[start : start + batch_size] for start in starts), num_workers, torch.cuda.is_available())
+    loader = load_batches(dataset, ((indices[start : start + batch_size],) for start in starts), num_workers, torch.cuda.is_available())
     was_training = model.training
     model.eval()
     bar = tqdm(loader, desc=title, unit="batch", total=len(starts), leave=False, disable=rank > 0 or not title)

@@ -8,10 +8,12 @@ layer, how strongly each head (each region) counts. Greek letters are those of t
     B  batch          R  regions, 8            H   heads, 12           D   embedding width
     G  patch grid     P  patches, G * G        N   tokens, P + 1       Dh  head width, D / H
 
-Parameter names are those of the authors' code, so that checkpoints can be exchanged with it.
+Parameter names are those of the authors' code, so that checkpoints can be exchanged with it. Each part of the method can be
+left out (LAMMViTConfig); without all of them the model is the plain Vision Transformer of torchvision.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,8 @@ from attention import dropout, region_gated_attention
 NUM_REGIONS = 8  # left_eye, right_eye, nose, upper_lip, lower_lip, mouth_corners, face_outline, eyebrows (dataset.REGIONS)
 NUM_HEADS = 12  # one head per region + four learned mixtures of regions
 LAYER_EMBED_DIM = 64
+FIXED_LAMBDA, FIXED_THETA = 1.0, 0.0  # of every gate in a model without LAMM; there, w = 1
+TORCHVISION_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class LAMMViTConfig:
     mlp_ratio: float = 4.0
     num_classes: int = 2  # class 1 = fake
     dropout: float = 0.1
+    region_guidance: bool = True  # without: plain attention, no masks, no λ and θ
+    lamm: bool = True  # without: the same fixed λ, θ and w in all heads, layers and images
+    head_interaction: bool = True
+    norm_eps: float = 1e-5  # of the blocks' LayerNorms and the final one
 
     def __post_init__(self):
         if self.num_heads != NUM_HEADS:
@@ -94,22 +102,27 @@ class MaskProcessor(nn.Module):
 
 
 class LAMM(nn.Module):
-    """Layer-aware mask modulation: one module, shared by all layers, that sets each head's weight and gate at each layer."""
+    """Layer-aware mask modulation: one module, shared by all layers, that sets each head's weight and gate at each layer.
 
-    def __init__(self, embed_dim: int, depth: int):
+    Where attention has no gates (region_guidance False) it sets the weights alone.
+    """
+
+    def __init__(self, embed_dim: int, depth: int, region_guidance: bool = True):
         super().__init__()
+        self.region_guidance = region_guidance
         self.layer_embeddings = nn.Parameter(torch.randn(depth, LAYER_EMBED_DIM))
         self.global_feature_fusion = nn.Linear(2 * embed_dim, embed_dim)
         self.context_mlp = nn.Sequential(nn.Linear(embed_dim + LAYER_EMBED_DIM, embed_dim), nn.GELU(), nn.LayerNorm(embed_dim))
         self.region_importance_mlp = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 64), nn.GELU(), nn.Linear(64, NUM_HEADS))
         self.memory_gate = nn.Linear(embed_dim, 1)
         self.new_info_gate = nn.Linear(embed_dim, 1)
-        self.lambda_generator = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 32), nn.Tanh(), nn.Linear(32, NUM_HEADS))
-        self.theta_generator = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 32), nn.Tanh(), nn.Linear(32, NUM_HEADS))
-        self.base_theta = nn.Parameter(torch.zeros(1, NUM_HEADS))
+        if region_guidance:
+            self.lambda_generator = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 32), nn.Tanh(), nn.Linear(32, NUM_HEADS))
+            self.theta_generator = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 32), nn.Tanh(), nn.Linear(32, NUM_HEADS))
+            self.base_theta = nn.Parameter(torch.zeros(1, NUM_HEADS))
 
-    def forward(self, x: Tensor, layer: int, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, N, D), the block's input, and w of the layer before (B, H) -> w, λ, θ, each (B, H)."""
+    def forward(self, x: Tensor, layer: int, previous: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x (B, N, D), the block's input, and w of the layer before (B, H) -> w, λ, θ, each (B, H); λ and θ None without gates."""
         peak = x.max(dim=1).values if x.requires_grad else x.amax(dim=1)  # max has the fast backward, amax the fast forward
         pooled = torch.cat([x.mean(dim=1), peak], dim=-1)  # (B, 2D)
         layer_embedding = self.layer_embeddings[layer].expand(x.shape[0], -1)  # (64,) -> (B, 64)
@@ -119,6 +132,8 @@ class LAMM(nn.Module):
         keep = self.memory_gate(context).sigmoid()  # β (B, 1)
         renew = self.new_info_gate(context).sigmoid()  # γ (B, 1)
         weights = renew * importance + keep * previous  # w (B, H)
+        if not self.region_guidance:
+            return weights, None, None
 
         modulation = torch.cat([context, weights], dim=-1)  # (B, D + H)
         lam = F.softplus(self.lambda_generator(modulation))  # λ (B, H)
@@ -135,13 +150,17 @@ class RegionGuidedAttention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, masks: Tensor, weights: Tensor, lam: Tensor, theta: Tensor) -> Tensor:
-        """x (B, N, D), masks M (B, H, N), weights w, lam λ and theta θ (B, H) -> (B, N, D)."""
+    def forward(self, x: Tensor, masks: Tensor | None, weights: Tensor | None, lam: Tensor | None, theta: Tensor | None) -> Tensor:
+        """x (B, N, D), masks M (B, H, N), weights w, lam λ and theta θ (B, H) -> (B, N, D). Without masks: no gates; weights None: all 1."""
         B, N, D = x.shape
+        dropout_p = self.dropout if self.training else 0.0
         q, k, v = (x.transpose(1, 2) for x in self.qkv(x).view(B, N, 3, NUM_HEADS, D // NUM_HEADS).unbind(2))  # 3 x (B, H, N, Dh)
-        # dropout(softmax(S ⊙ Γ)) V with S = Q Kᵀ / √Dh and the gate Γ_ij = σ(λ (M_i M_j − θ))
-        heads = region_gated_attention(q, k, v, masks, lam, theta, self.dropout if self.training else 0.0)  # (B, H, N, Dh)
-        heads = heads * weights.to(heads.dtype)[..., None, None]  # w_h · (A V)
+        if masks is None:
+            heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # (B, H, N, Dh)
+        else:  # dropout(softmax(S ⊙ Γ)) V with S = Q Kᵀ / √Dh and the gate Γ_ij = σ(λ (M_i M_j − θ))
+            heads = region_gated_attention(q, k, v, masks, lam, theta, dropout_p)  # (B, H, N, Dh)
+        if weights is not None:
+            heads = heads * weights.to(heads.dtype)[..., None, None]  # w_h · (A V)
         return self.proj(heads.transpose(1, 2).reshape(B, N, D))  # (B, H, N, Dh) -> (B, N, H, Dh) -> (B, N, D)
 
 
@@ -176,15 +195,15 @@ class Block(nn.Module):
     def __init__(self, config: LAMMViTConfig):
         super().__init__()
         D, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
-        self.norm1 = nn.LayerNorm(D)
+        self.norm1 = nn.LayerNorm(D, eps=config.norm_eps)
         self.attn = RegionGuidedAttention(D, config.dropout)
-        self.head_interaction = HeadInteraction(D)
-        self.norm2 = nn.LayerNorm(D)
+        self.head_interaction = HeadInteraction(D) if config.head_interaction else nn.Identity()
+        self.norm2 = nn.LayerNorm(D, eps=config.norm_eps)
         self.mlp = nn.Sequential(
             nn.Linear(D, hidden), nn.GELU(), Dropout(config.dropout), nn.Linear(hidden, D), Dropout(config.dropout)
         )
 
-    def forward(self, x: Tensor, masks: Tensor, weights: Tensor, lam: Tensor, theta: Tensor) -> Tensor:
+    def forward(self, x: Tensor, masks: Tensor | None, weights: Tensor | None, lam: Tensor | None, theta: Tensor | None) -> Tensor:
         """x (B, N, D) -> (B, N, D); the other arguments as for RegionGuidedAttention."""
         x = x + self.head_interaction(self.attn(self.norm1(x), masks, weights, lam, theta))
         return x + self.mlp(self.norm2(x))
@@ -200,10 +219,10 @@ class LAMMViT(nn.Module):
         self.patch_embed = nn.Conv2d(3, D, kernel_size=config.patch_size, stride=config.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches + 1, D))
-        self.mask_processor = MaskProcessor(num_patches)
-        self.lamm = LAMM(D, config.depth)
+        self.mask_processor = MaskProcessor(num_patches) if config.region_guidance else None
+        self.lamm = LAMM(D, config.depth, config.region_guidance) if config.lamm else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(D)
+        self.norm = nn.LayerNorm(D, eps=config.norm_eps)
         self.head = nn.Linear(D, config.num_classes)
         self._init_weights()
 
@@ -222,7 +241,7 @@ class LAMMViT(nn.Module):
 
         Returns:
             logits: (B, num_classes), class 1 = fake.
-            mask_weights: w (B, 12) of the last three layers, the first of them first.
+            mask_weights: w (B, 12) of the last three layers, the first of them first; empty without LAMM.
 
         Raises:
             ValueError: the images or the masks are not of the sizes that the model was built for.
@@ -235,14 +254,18 @@ class LAMMViT(nn.Module):
 
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, D, G, G) -> (B, D, P) -> (B, P, D)
         x = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.pos_embed  # (B, N, D)
-        masks = self.mask_processor(region_masks)  # (B, H, N)
+        masks = self.mask_processor(region_masks) if self.mask_processor else None  # (B, H, N)
 
-        weights = x.new_full((x.shape[0], NUM_HEADS), 1 / NUM_HEADS)  # w_0
         history = []
+        if self.lamm:
+            weights = x.new_full((x.shape[0], NUM_HEADS), 1 / NUM_HEADS)  # w_0
+        else:
+            weights, lam, theta = None, x.new_full((x.shape[0], NUM_HEADS), FIXED_LAMBDA), x.new_full((x.shape[0], NUM_HEADS), FIXED_THETA)
         for layer, block in enumerate(self.blocks):
-            weights, lam, theta = self.lamm(x, layer, weights)
+            if self.lamm:
+                weights, lam, theta = self.lamm(x, layer, weights)
+                history.append(weights)
             x = block(x, masks, weights, lam, theta)
-            history.append(weights)
         return {"logits": self.head(self.norm(x[:, 0])), "mask_weights": history[-3:]}  # class token (B, D) -> (B, 2)
 
 
@@ -265,9 +288,67 @@ class LAMMLoss(nn.Module):
     def forward(self, outputs: dict[str, Tensor | list[Tensor]], labels: Tensor) -> dict[str, Tensor]:
         """outputs of LAMMViT and labels (B,) int64 -> scalars {"total", "ce", "diversity"}, total = ce + diversity.
 
+        mask_weights may have more rows than there are labels: train.py gathers them from all processes. A model without LAMM
+        has no weights, and no diversity loss.
+
         As in the authors' code, "diversity" is what diversity adds to the total: it has its weight on.
         """
         ce = F.cross_entropy(outputs["logits"].float(), labels)
-        diversity = torch.stack([self.diversity(w.float()) for w in outputs["mask_weights"]]).mean()
-        weighted = self.diversity_weight * diversity
+        per_layer = [self.diversity(w.float()) for w in outputs["mask_weights"]]
+        weighted = self.diversity_weight * (torch.stack(per_layer).mean() if per_layer else torch.zeros_like(ce))
         return {"total": ce + weighted, "ce": ce, "diversity": weighted}
+
+
+def load_torchvision_vit(model: LAMMViT, state: dict[str, Tensor]) -> list[str]:
+    """Copies the weights of a torchvision Vision Transformer (vit_b_16 for the default model) to their counterparts.
+
+    Position embeddings are interpolated where the grids differ. The classifier is copied where it has as many classes. The
+    model takes over torchvision's eps of LayerNorm, with which the weights were made. What belongs to the masks, LAMM and the
+    head interaction has no counterpart and keeps its initial values.
+
+    Args:
+        state: a state dict of torchvision.models.vit_*.
+
+    Returns:
+        The names of the tensors in `state` that were not used.
+
+    Raises:
+        ValueError: no Vision Transformer of torchvision, or one of another width or patch size.
+    """
+    names = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed"}
+    for part in ("weight", "bias"):
+        names |= {f"conv_proj.{part}": f"patch_embed.{part}", f"encoder.ln.{part}": f"norm.{part}", f"heads.head.{part}": f"head.{part}"}
+        for i in range(model.config.depth):
+            theirs, ours = f"encoder.layers.encoder_layer_{i}", f"blocks.{i}"
+            names |= {f"{theirs}.ln_1.{part}": f"{ours}.norm1.{part}", f"{theirs}.ln_2.{part}": f"{ours}.norm2.{part}"}
+            names |= {f"{theirs}.self_attention.in_proj_{part}": f"{ours}.attn.qkv.{part}", f"{theirs}.self_attention.out_proj.{part}": f"{ours}.attn.proj.{part}"}
+            names |= {f"{theirs}.mlp.{layer}.{part}": f"{ours}.mlp.{layer}.{part}" for layer in (0, 3)}
+            names |= {f"{theirs}.mlp.linear_{n}.{part}": f"{ours}.mlp.{layer}.{part}" for n, layer in ((1, 0), (2, 3))}  # older files
+    if not {"conv_proj.weight", "class_token", "encoder.pos_embedding"} <= state.keys():
+        raise ValueError(f"not a state dict of a torchvision vit_b_16: its tensors are {', '.join(list(state)[:5])}, ...")
+
+    parameters, unused = model.state_dict(), []
+    for theirs, tensor in state.items():
+        ours = names.get(theirs)
+        if ours is None or (ours.startswith("head.") and parameters[ours].shape != tensor.shape):
+            unused.append(theirs)
+            continue
+        if ours == "pos_embed":
+            tensor = interpolate_positions(tensor, model.config.grid_size)
+        if parameters[ours].shape != tensor.shape:
+            raise ValueError(f"{theirs} is {tuple(tensor.shape)}, but the model's {ours} is {tuple(parameters[ours].shape)}; choose its width and patch size")
+        parameters[ours].copy_(tensor)
+    model.config = replace(model.config, norm_eps=TORCHVISION_NORM_EPS)
+    for norm in (model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))):
+        norm.eps = TORCHVISION_NORM_EPS
+    return unused
+
+
+def interpolate_positions(pos_embed: Tensor, grid_size: int) -> Tensor:
+    """(1, 1 + g * g, D) -> (1, 1 + grid_size², D), bicubic; the class token's position, the first, stays."""
+    old = math.isqrt(pos_embed.shape[1] - 1)
+    if old == grid_size:
+        return pos_embed
+    patches = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (old, old))  # (1, P, D) -> (1, D, P) -> (1, D, g, g)
+    patches = F.interpolate(patches.float(), size=(grid_size, grid_size), mode="bicubic", antialias=True)
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)

@@ -23,7 +23,9 @@ import shutil
 import stat
 import struct
 import sys
+import threading
 import time
+import uuid
 import warnings
 import zlib
 from collections import deque
@@ -176,23 +178,70 @@ def lock(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def join_processes() -> tuple[int, int]:
-    """Rank and number of the processes that torchrun started, on any number of machines; 0 and 1 where it did not.
+def join_processes(backend: str = "gloo", timeout: timedelta = timedelta(days=30)) -> tuple[int, int, int]:
+    """Rank and number of the processes that torchrun started, on any number of machines, and how often it has started them
+    again; 0, 1 and 0 where it did not.
 
-    They share a file system, and talk at the beginning and at the end alone: rank 0 says what is to do, all tell what came
-    of it. So work never depends on when a machine sees which file.
+    Preparation and extraction share a file system, and talk at the beginning and at the end alone: rank 0 says what is to
+    do, all tell what came of it. So work never depends on when a machine sees which file. All wait for the slowest.
     """
     if not under_torchrun():
-        return 0, 1
+        return 0, 1, 0
     import torch.distributed as dist  # takes seconds, hence only here
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, world = next(rendezvous("env://"))
-    # The store outlives a restart, and holds the addresses of the processes that were there before.
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(days=30))  # all wait for the slowest
-    atexit.register(dist.destroy_process_group)  # its threads must not outlive the interpreter
-    return rank, world
+    end_with(os.getppid())
+    store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=1)))  # torchrun is there, or has been killed meanwhile
+    store.set_timeout(timeout)
+    start = agree_on_start(store, rank, world)
+    dist.init_process_group(backend, store=dist.PrefixStore(f"start_{start}", store), rank=rank, world_size=world, timeout=timeout)
+    atexit.register(leave_processes)
+    return rank, world, start - 1
+
+
+def leave_processes() -> None:
+    """Before the interpreter ends. Gloo's threads must not outlive it: they abort the process."""
+    import torch.distributed as dist
+
+    time.sleep(0.2)  # they want Python's lock, to let go of what was gathered last
+    dist.destroy_process_group()
+
+
+def end_with(parent: int) -> None:
+    """Ends this process soon after its parent, which may be killed: then nobody waits for its work, or a new run does it again."""
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def agree_on_start(store: Any, rank: int, world: int) -> int:
+    """The how manieth start of the processes this is, from 1 on, in torchrun's store.
+
+    The store outlives a restart and holds the addresses of the processes before, on which gloo would wait for ever; and
+    TORCHELASTIC_RESTART_COUNT is counted by each machine for itself. So rank 0 counts, and tells each process in return for a
+    word that is made up by this very process. What earlier ones wrote is no answer to it.
+    """
+    if rank > 0:
+        word = uuid.uuid4().hex
+        store.set(f"word_{rank}", word)
+        while not (store.check([f"answer_{rank}"]) and (answer := store.get(f"answer_{rank}").decode()).startswith(word)):
+            time.sleep(0.02)
+        store.set(f"heard_{rank}", answer[len(word) :])
+        return int(answer[len(word) :])
+    start = max(store.add("starts", 1), int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1)  # the second, where each start has a new store
+    silent = set(range(1, world))
+    while silent:
+        for other in tuple(silent):
+            if store.check([f"word_{other}"]):
+                store.set(f"answer_{other}", store.get(f"word_{other}") + b"%d" % start)
+            if store.check([f"heard_{other}"]) and int(store.get(f"heard_{other}")) == start:
+                silent.remove(other)
+        time.sleep(0.02)
+    return start
 
 
 def under_torchrun() -> bool:
@@ -451,7 +500,7 @@ def main(args: argparse.Namespace) -> None:
     if directory.name.endswith(REJECTED_SUFFIX):
         print(f"{args.directory}: set aside by an earlier run, left alone")
         return
-    rank, world = join_processes()
+    rank, world, _ = join_processes()
     args.look_again = False
     with contextlib.ExitStack() as locks:
         work, others = plan_work(args, directory, locks) if rank == 0 else (None, None)

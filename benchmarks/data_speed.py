@@ -87,7 +87,7 @@ def our_loading(job: list, target: str) -> None:
 
     num_workers, with_transforms = job
     dataset = FaceDataset([target], transform=TrainTransform() if with_transforms else None)
-    print(samples_per_second(load_batches(dataset, random_batches(len(dataset)), num_workers)))
+    print(samples_per_second(load_batches(dataset, ((rows,) for rows in random_batches(len(dataset))), num_workers)))
 
 
 def torch_loading(job: list, target: str) -> None:

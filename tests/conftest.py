@@ -22,14 +22,18 @@ GENERATORS = ("BlurredRegion", "OffAxisMouth")
 NO_IMAGES_BY_NAME = ("notes.txt", "animated.gif")  # of hostile_files
 
 
-def run_script(*command: object, cwd: Path, expect: int | None = 0, processes: int = 0, torchrun: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
+def launcher(processes: int, *torchrun: str) -> list[str]:
+    """The beginning of a command that runs a script: python, or torchrun with so many processes."""
+    command = [sys.executable]
+    return command + ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun] if processes else command
+
+
+def run_script(*command: object, cwd: Path, expect: int | None = 0, processes: int = 0, **environment: str) -> subprocess.CompletedProcess:
     """Runs `python script.py ...`, or torchrun with `processes` of it, as a user would, and checks the exit code."""
     script, *arguments = map(str, command)
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
+    # One thread a process: the models are tiny, and two would wait for each other.
     done = subprocess.run(
-        [*launcher, str(ROOT / script), *arguments], cwd=cwd, env={**os.environ, **environment}, text=True, capture_output=True, timeout=300
+        [*launcher(processes), str(ROOT / script), *arguments], cwd=cwd, env={"OMP_NUM_THREADS": "1", **os.environ, **environment}, text=True, capture_output=True, timeout=300
     )
     if expect is not None:
         assert done.returncode == expect, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"

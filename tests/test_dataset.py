@@ -333,10 +333,10 @@ def test_ten_million_samples_index_in_bounded_memory(tmp_path):
                 del file[name]
                 file.create_dataset(name, (2_500_000, *shape), kind, chunks=(4096 if name == "labels" else 1, *shape))
     source = (
-        "import psutil, sys, numpy as np; from pathlib import Path; from dataset import FaceDataset; from train import EpochBatches\n"
+        "import psutil, sys, numpy as np; from pathlib import Path; from dataset import FaceDataset, TrainSampler\n"
         "start = psutil.Process().memory_info().rss\n"
-        "dataset = FaceDataset(sorted(Path(sys.argv[1]).iterdir())); batches = EpochBatches(len(dataset), 32, 1, 4, 0, 0)\n"
-        "assert len(dataset) == 10_000_000 and dataset.read(batches[70_000])['image'].shape == (32, 3, 16, 16)\n"
+        "dataset = FaceDataset(sorted(Path(sys.argv[1]).iterdir())); sampler = TrainSampler(dataset.labels, True, 0)\n"
+        "assert len(dataset) == 10_000_000 and dataset.read(*sampler.draw(9_000_000, 32))['image'].shape == (32, 3, 16, 16)\n"
         "print((psutil.Process().memory_info().rss - start) / 1e6)"
     )
     done = subprocess.run([sys.executable, "-c", source, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)

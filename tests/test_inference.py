@@ -86,7 +86,7 @@ def test_normalize_is_imagenets():
 def test_batches_come_in_order_whoever_reads_them(test_set, num_workers):
     dataset, _ = test_set
     batches = [np.random.default_rng(i).permutation(len(dataset))[: i % 5 + 1] for i in range(20)]
-    for indices, batch in zip(batches, load_batches(dataset, batches, num_workers), strict=True):
+    for indices, batch in zip(batches, load_batches(dataset, ((indices,) for indices in batches), num_workers), strict=True):
         np.testing.assert_array_equal(batch["index"], indices)
         np.testing.assert_array_equal(batch["image"], dataset.read(indices)["image"])
 
@@ -94,9 +94,9 @@ def test_batches_come_in_order_whoever_reads_them(test_set, num_workers):
 def test_a_reader_that_fails_is_heard_and_one_that_is_left_ends(test_set):
     dataset, _ = test_set
     with pytest.raises(IndexError):
-        list(load_batches(dataset, [[0], [1], [10**9], [2]], 2))
+        list(load_batches(dataset, [([0],), ([1],), ([10**9],), ([2],)], 2))
     before = threading.active_count()
-    loader = load_batches(dataset, [[0]] * 100, 2)
+    loader = load_batches(dataset, [([0],)] * 100, 2)
     next(loader)
     loader.close()
     assert threading.active_count() == before

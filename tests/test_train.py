@@ -1,18 +1,26 @@
-"""train.py: one process and several make the same decisions, nothing is dropped, a stopped run goes on."""
+"""train.py: every step is a full one, processes decide alike, a run that was stopped in any way goes on to the same bits."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import GENERATORS, ROOT, SMALL, error_line, refusal, run_script
+import torchvision
+from conftest import GENERATORS, ROOT, SMALL, error_line, launcher, refusal, run_script
+from PIL import Image
 
 import train
 from dataset import FaceDataset, find_feature_files
-from inference import binary_metrics, load_checkpoint, normalize, predict_scores
-from train import EpochBatches, load_split, train_one_epoch
+from inference import binary_metrics, load_checkpoint, predict_scores
+from model import LAMMViT, LAMMViTConfig
 from train import get_args_parser as train_parser
 
 
@@ -20,53 +28,24 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def without_times(log: list[dict]) -> list[dict]:
-    return [{key: value for key, value in line.items() if key not in ("seconds", "images_per_second")} for line in log]
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "last.pth", weights_only=True)["model"]
 
 
-# ----------------------------------------------------------------------------------------------------------------- batches
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert (folder / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
+    assert (folder / "best_model.pth").read_bytes() == (other / "best_model.pth").read_bytes()
+    mine, others = weights_of(folder), weights_of(other)
+    assert mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in others)
 
 
-@pytest.mark.parametrize(("size", "batch_size", "world"), [(37, 4, 1), (37, 4, 2), (64, 8, 4), (3, 2, 2), (1, 4, 3)])
-def test_processes_share_an_epoch_without_rest(size, batch_size, world):
-    ranks = [EpochBatches(size, batch_size, rank, world, seed=0, epoch=3) for rank in range(world)]
-    assert len({tuple(map(len, batches)) for batches in ranks}) == 1, "as many batches of the same lengths in each process"
-    seen = [i for batches in ranks for batch in batches for i in batch]
-    assert set(seen) == set(range(size)) and len(seen) - size < world
-
-
-def test_two_processes_see_the_batches_of_one():
-    one = EpochBatches(40, 8, 0, 1, seed=5, epoch=2)
-    two = [EpochBatches(40, 4, rank, 2, seed=5, epoch=2) for rank in (0, 1)]
-    assert [set(a) | set(b) for a, b in zip(*two)] == [set(batch) for batch in one]
-    assert not np.array_equal(one.order, EpochBatches(40, 8, 0, 1, seed=5, epoch=3).order)
-
-
-def test_last_short_window_is_used_and_weighted_by_its_samples(features):
-    """With plain SGD, an epoch of windows equals steps along the mean gradient of each window's samples."""
-    args = train_parser().parse_args(["--features", str(features), "--accum_steps", "3", "--num_workers", "0"])
-    args.dtype = torch.float32
-    dataset, _ = load_split(args, "train", 4, None)
-    batches = [list(range(start, min(start + 8, 27))) for start in range(0, 27, 8)]  # 8, 8, 8 | 3
-
-    class Mean(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(()))
-
-        def forward(self, images, masks):
-            return images.mean(dim=(1, 2, 3)) * self.weight
-
-    def criterion(outputs, labels):
-        loss = outputs.mean()
-        return {"total": loss, "ce": loss, "diversity": loss * 0}
-
-    model = Mean()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    train_one_epoch(model, dataset, optimizer, torch.amp.GradScaler("cpu", enabled=False), criterion, batches, 1, args, torch.device("cpu"), 0)
-    assert dataset.epoch == 1, "the transforms are those of this epoch"
-    means = normalize(torch.from_numpy(dataset.read(range(27))["image"])).mean(dim=(1, 2, 3))
-    torch.testing.assert_close(model.weight.detach(), -(means[:24].mean() + means[24:].mean()))
+def wait_for_saves(process: subprocess.Popen, folder: Path, count: int) -> None:
+    """Returns as soon as last.pth has been written `count` times from now on."""
+    states, deadline = set(), time.monotonic() + 100
+    while len(states) <= count:
+        assert process.poll() is None and time.monotonic() < deadline, "the run has ended, or stands still"
+        states.add((folder / "last.pth").stat().st_ino if (folder / "last.pth").exists() else None)
+        time.sleep(0.001)
 
 
 def test_the_defaults_are_the_papers_recipe():
@@ -87,7 +66,59 @@ def test_a_run_leaves_what_it_promises(features, trained):
     assert checkpoint["datasets"] == ["real/Consistent", *(f"fake/{name}" for name in sorted(GENERATORS))]
     assert checkpoint["config"]["embed_dim"] == 24 and model.config.patch_size == 56
     assert 0 <= checkpoint["val_threshold"] <= 1
+    assert checkpoint["arguments"]["batch_size"] == 16 and checkpoint["arguments"]["without"] == []
     assert not list(trained.glob(".*")), "no temporary file is left"
+    last = torch.load(trained / "last.pth", weights_only=True)
+    assert {"model", "optimizer", "schedule", "scaler", "processes", "samples", "epoch", "config", "arguments", "best_auc", "val_threshold"} <= last.keys()
+    for name in ("training_curves.png", "lamm_weights.png"):
+        with Image.open(trained / name) as picture:
+            assert min(picture.size) > 300 and len(picture.convert("L").getcolors()) > 50
+    times = [json.loads(line) for line in (trained / "timing.jsonl").read_text().splitlines()]
+    assert all(line["images_per_second"] > 0 and 0 <= line["data_wait"] <= 1 for line in times)
+
+
+def test_tensorboard_gets_scalars_a_curve_and_the_weights_of_heads(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert {"train/loss", "val/auc", "lr", "images_per_second"} <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("val/auc")] == [1, 2]
+    assert any("precision_recall" in tag for tag in tags["tensors"]) and tags["images"] == ["lamm_weights"]
+    assert (events.Images("lamm_weights")[0].width, events.Images("lamm_weights")[0].height) == (12 * 16, 2 * 16)
+
+
+def test_the_plan_is_printed_before_the_first_step(features, tmp_path):
+    done = run_script("train.py", "--features", features, *SMALL, "--epochs", 1, "--schedule", "cosine", cwd=tmp_path)
+    plan, _, _ = done.stdout.partition("epoch   1")
+    for text in ("36 real, 36 fake   balanced", "12 real, 13 fake", "0.25 M parameters", "32 images = 16 x 1 process x 2 accumulated; lr 0.0001", "cosine over 1 epochs, 0.05 of warm-up", "device cpu, float32"):
+        assert text in plan
+
+
+def test_decay_is_for_matrices_alone():
+    model = LAMMViT(LAMMViTConfig(embed_dim=24, depth=2, patch_size=56))
+    decayed, others = train.parameter_groups(model, 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    of_others = {names[id(parameter)] for parameter in others["params"]}
+    assert decayed["weight_decay"] == 0.05 and others["weight_decay"] == 0
+    assert len(decayed["params"]) + len(others["params"]) == len(names) and all(parameter.ndim > 1 for parameter in decayed["params"])
+    for name in ("cls_token", "pos_embed", "lamm.layer_embeddings", "lamm.base_theta", "norm.weight", "blocks.0.attn.qkv.bias", "mask_processor.combine_weights_all"):
+        assert name in of_others
+    assert {"patch_embed.weight", "head.weight", "blocks.1.mlp.0.weight"}.isdisjoint(of_others)
+
+
+def test_cosine_warms_up_and_ends_at_the_floor():
+    args = train_parser().parse_args(["--schedule", "cosine", "--epochs", "10", "--warmup_epochs", "2", "--lr", "1e-3", "--batch_size", "5", "--accum_steps", "2"])
+
+    class At:
+        train_set, window = range(100), 10
+
+        def __init__(self, samples: int):
+            self.args, self.samples = args, samples
+
+    rates = [train.cosine_lr(At(samples)) for samples in range(0, 1001, 10)]
+    assert rates[0] == pytest.approx(1e-3 / 20) and rates[19] == pytest.approx(1e-3) and rates[-1] == pytest.approx(1e-6)
+    assert all(a < b for a, b in zip(rates[:19], rates[1:20])) and all(a > b for a, b in zip(rates[20:], rates[21:]))
 
 
 def test_validation_auc_is_the_one_of_the_saved_weights(features, trained):
@@ -95,16 +126,6 @@ def test_validation_auc_is_the_one_of_the_saved_weights(features, trained):
     dataset = FaceDataset(list(find_feature_files(features, "val").values()), model.config.grid_size)
     metrics = binary_metrics(dataset.labels, predict_scores(model, dataset), 0.5)
     assert metrics["auc"] == pytest.approx(checkpoint["val_auc"], abs=1e-6)
-
-
-def test_resumed_run_is_the_run_that_was_not_stopped(features, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "resumed")
-    arguments = ("--features", features, *SMALL, "--epochs", 4)
-    run_script("train.py", *arguments, "--output_dir", "resumed", "--resume", cwd=tmp_path)
-    run_script("train.py", *arguments, "--output_dir", "straight", cwd=tmp_path)
-    assert without_times(log_of(tmp_path / "resumed")) == without_times(log_of(tmp_path / "straight"))
-    resumed, straight = (torch.load(tmp_path / name / "last.pth", weights_only=True)["model"] for name in ("resumed", "straight"))
-    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
 def test_an_earlier_model_is_kept(features, trained, tmp_path):
@@ -120,7 +141,7 @@ def test_it_learns(features, tmp_path):
     """The training loss falls well below chance's 0.693 on a handful of faces: gradients reach what they should."""
     run_script(
         "train.py", "--features", features, "--patch_size", 56, "--embed_dim", 48, "--depth", 2, "--batch_size", 8, "--accum_steps", 1, "--num_workers", 0,
-        "--dropout", 0, "--lr", 2e-3, "--epochs", 25, "--stop_patience", 25, "--lr_patience", 25, cwd=tmp_path,
+        "--dropout", 0, "--lr", 2e-3, "--epochs", 16, "--stop_patience", 16, "--lr_patience", 16, cwd=tmp_path,
     )  # fmt: skip
     log = log_of(tmp_path / "output_model")
     assert log[-1]["train_ce"] < 0.8 * log[0]["train_ce"] and log[-1]["train_ce"] < 0.6
@@ -131,72 +152,258 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
     shutil.copytree(features, tmp_path / "cut")
     victim = tmp_path / "cut/real/Consistent/train_features.h5"
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    shutil.copytree(features, tmp_path / "other_val")
+    with h5py.File(tmp_path / "other_val/real/Consistent/val_features.h5", "r+") as one, h5py.File(tmp_path / "other_val/fake/BlurredRegion/val_features.h5", "r+") as two, h5py.File(tmp_path / "other_val/fake/OffAxisMouth/val_features.h5", "r+") as three:
+        for file in (one, two, three):
+            file.attrs["fingerprint"] = "of another run"
     shutil.copytree(trained, tmp_path / "foreign")
+    shutil.copytree(trained, tmp_path / "full")
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
+    torch.save(torchvision.models.vit_b_16().state_dict(), tmp_path / "vit.pth")
     for arguments, message in (
         (("--features", "nowhere"), "nowhere: no train features in it"),
         (("--features", "cut"), "cut/real/Consistent/train_features.h5: not a complete HDF5 file"),
+        (("--features", "other_val"), "train and val are of different runs of feature_extraction.py"),
         (("--features", features, "--datasets", "Nobody"), "no data set Nobody; there are real/Consistent, fake/BlurredRegion"),
         (("--features", features, "--datasets", "Consistent"), "has 36 real and 0 fake images; both are needed"),
         (("--features", features, "--embed_dim", 100), "embed_dim is 100"),
         (("--features", features, "--patch_size", 60), "img_size is 224, but has to be a positive multiple of patch_size, 60"),
-        (("--features", features, "--resume"), "last.pth: no such checkpoint"),
+        (("--features", features, "--accum_steps", 0), "have to be at least 1"),
+        (("--features", features, *SMALL, "--resume", "nowhere.pth"), "nowhere.pth: no such checkpoint"),
+        (("--features", features, *SMALL, "--resume", "text.pth"), "text.pth: not a whole checkpoint"),
+        (("--features", features, *SMALL, "--resume", "foreign/best_model.pth"), "foreign/best_model.pth: holds a model, not a run"),
         (("--features", features, "--resume", "--output_dir", "foreign", "--embed_dim", 48), "resume with the same options"),
         (("--features", features, *SMALL, "--resume", "--output_dir", "foreign", "--mask_style", "gaussian"), "trained with --mask_style polygon;"),
+        (("--features", features, *SMALL, "--init_from", "nowhere.pth"), "--init_from nowhere.pth: "),
+        (("--features", features, *SMALL, "--init_from", "linear.pth"), "not a state dict of a torchvision vit_b_16"),
+        (("--features", features, *SMALL, "--init_from", "vit.pth"), "choose its width and patch size"),
     ):
         assert message in refusal(train, *arguments)
     assert "nowhere" in error_line(run_script("train.py", "--features", "nowhere", cwd=tmp_path, expect=1))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(features, tmp_path):
+def test_a_disk_without_room_is_told_before_the_first_step(features, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    message = refusal(train, "--features", features, *SMALL, "--output_dir", tmp_path / "out")
+    assert "the checkpoints need 0.01 GB and the disk has 0.00 GB left" in message and not list((tmp_path / "out").iterdir())
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "out")
+    before = (tmp_path / "out/last.pth").read_bytes()
+
+    def full(checkpoint: dict, file: object) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.torch, "save", full)
+    with pytest.raises(OSError, match=r"last.pth: could not be written .*No space left.*go on with --resume"):
+        train.save({}, tmp_path / "out/last.pth", tmp_path / "out/previous.pth")
+    assert (tmp_path / "out/last.pth").read_bytes() == before and not list((tmp_path / "out").glob(".*"))
+
+
+def spoil(features: Path, folder: Path, name: str, row: int) -> str:
+    """A copy of the features in which a sample has masks that are no numbers. Returns its path."""
+    shutil.copytree(features, folder)
+    with h5py.File(folder / name / "train_features.h5", "r+") as file:
+        file["region_masks"][row] = np.nan
+        return file["paths"].asstr()[row]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(features, tmp_path, processes):
+    path = spoil(features, tmp_path / "spoilt", "fake/OffAxisMouth", 5)
+    arguments = ("--features", "spoilt", "--embed_dim", 24, "--depth", 2, "--batch_size", 8, "--accum_steps", 2, "--num_workers", 1, "--patch_size", 16)
+    done = run_script("train.py", *arguments, cwd=tmp_path, processes=processes, expect=1)
+    line = next(line for line in done.stderr.replace("\r", "\n").splitlines() if "the loss is not finite" in line)
+    assert f"not finite with {path}; the last good checkpoint is kept in output_model/last.pth" in line and "epoch 1, after" in line
+    kept = torch.load(tmp_path / "output_model/last.pth", weights_only=True)["model"]
+    assert all(values.isfinite().all() for values in kept.values())
+
+
+def test_weights_that_run_away_stop_the_run(features, tmp_path):
     line = error_line(run_script("train.py", "--features", features, *SMALL, "--lr", 1e30, "--epochs", 3, cwd=tmp_path, expect=1))
-    assert "the loss is" in line and "--lr" in line
+    assert "is not finite with " in line and line.count(".png") == 32 and "lower --lr" in line
 
 
-# ----------------------------------------------------------------------------------------------------------- two processes
+# --------------------------------------------------------------------------------------------------------- going on exactly
+
+# Long enough to be stopped in many places: five steps an epoch, each saved.
+LONG = ("--patch_size", 56, "--embed_dim", 24, "--depth", 2, "--batch_size", 8, "--accum_steps", 2, "--num_workers", 1, "--lr", 1e-3)
+LONG += ("--lr_patience", 0, "--save_minutes", 0, "--epochs", 6)
 
 
 @pytest.fixture(scope="module")
-def together(features, tmp_path_factory) -> tuple[Path, str]:
-    """A run of two processes that stops early, and what it printed. Odd sizes: no split is divisible by two batches."""
-    folder = tmp_path_factory.mktemp("together")
-    done = run_script(
-        "train.py", "--features", features, *SMALL, "--lr", 0.0, "--epochs", 30, "--stop_patience", 3, cwd=folder, processes=2
-    )
-    return folder / "output_model", done.stdout
+def straight(features, tmp_path_factory) -> dict[int, Path]:
+    """Runs that were not stopped, of one process and of two."""
+    folders = {}
+    for processes in (0, 2):
+        folders[processes] = tmp_path_factory.mktemp("straight") / "out"
+        run_script("train.py", "--features", features, *LONG, "--output_dir", folders[processes], cwd=features.parent, processes=processes)
+    return folders
 
 
-def test_early_stop_is_the_same_decision_in_all_processes(together):
-    folder, printed = together
-    epochs = [line["epoch"] for line in log_of(folder)]
-    assert epochs == [1, 2, 3, 4]  # a rate of 0: the first epoch is the best, three more without a better one
-    for rank in (0, 1):
-        assert f"rank {rank}: no better AUC for 3 epochs, stopped after epoch 4" in printed
+@pytest.mark.parametrize("processes", [0, 2])
+def test_stopped_in_any_way_and_resumed_is_the_run_that_was_not_stopped(features, straight, tmp_path, processes):
+    """Killed at a step of its own, asked to end at another, killed again; then left alone."""
+    folder, rng = tmp_path / "out", np.random.default_rng(processes)
+    command = [*launcher(processes), str(ROOT / "train.py"), "--features", features, *LONG, "--output_dir", folder, "--resume"]
+    for stop in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)[: 2 if processes else 3]:
+        with open(tmp_path / "printed", "w") as printed:
+            process = subprocess.Popen(list(map(str, command)), stdout=printed, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        wait_for_saves(process, folder, int(rng.integers(2, 6)))
+        process.send_signal(stop)
+        process.wait()
+        if stop == signal.SIGTERM:
+            assert "stopped by SIGTERM in epoch" in (tmp_path / "printed").read_text() and process.returncode == (1 if processes else 0)  # torchrun's own is 1
+    position = torch.load(folder / "last.pth", weights_only=True)
+    assert 0 < position["samples"] < 6 * 72
+    run_script("train.py", "--features", features, *LONG, "--output_dir", folder, "--resume", cwd=tmp_path, processes=processes)
+    assert_same_run(folder, straight[processes])
 
 
-def test_validation_over_two_processes_is_exact(together, features):
-    model, checkpoint = load_checkpoint(together[0] / "best_model.pth")
+def test_torchrun_goes_on_by_itself_after_a_worker_was_killed_twice(features, straight, tmp_path):
+    command = [*launcher(2, "--max_restarts=3"), str(ROOT / "train.py"), "--features", features, *LONG, "--output_dir", tmp_path / "out"]
+    with open(tmp_path / "printed", "w") as printed:
+        process = subprocess.Popen(list(map(str, command)), stdout=printed, stderr=subprocess.STDOUT)
+    for rank in (1, 0):
+        wait_for_saves(process, tmp_path / "out", 4)
+        for worker in train.psutil.Process(process.pid).children():
+            if worker.environ().get("RANK") == str(rank):
+                worker.kill()
+    assert process.wait(200) == 0, (tmp_path / "printed").read_text()
+    assert (tmp_path / "printed").read_text().count("goes on from") == 2
+    assert_same_run(tmp_path / "out", straight[2])
+
+
+def test_a_finished_run_is_left_as_it_is(features, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "out")
+    run_script("train.py", "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path)
+    assert_same_run(tmp_path / "out", straight[0])
+
+
+def test_more_epochs_are_what_they_would_have_been(features, straight, tmp_path):
+    arguments = ("--features", features, *LONG, "--output_dir", "out")
+    run_script("train.py", *arguments, "--epochs", 3, cwd=tmp_path)
+    run_script("train.py", *arguments, "--resume", cwd=tmp_path)
+    assert (tmp_path / "out/log.jsonl").read_bytes() == (straight[0] / "log.jsonl").read_bytes()
+    assert torch.equal(weights_of(tmp_path / "out")["head.weight"], weights_of(straight[0])["head.weight"])
+
+
+def test_a_torn_checkpoint_is_named_and_the_older_one_offered(features, straight, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(straight[0], "out")
+    last = tmp_path / "out/last.pth"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    message = refusal(train, "--features", features, *LONG, "--output_dir", "out", "--resume")
+    assert "out/last.pth: not a whole checkpoint" in message and "--resume out/previous.pth" in message
+    run_script("train.py", "--features", features, *LONG, "--output_dir", "out", "--resume", "out/previous.pth", cwd=tmp_path)
+    assert_same_run(tmp_path / "out", straight[0])
+
+
+def test_another_number_of_processes_goes_on_and_says_so(features, straight, tmp_path):
+    shutil.copytree(straight[2], tmp_path / "out")
+    done = run_script("train.py", "--features", features, *LONG, "--epochs", 7, "--output_dir", "out", "--resume", cwd=tmp_path)
+    assert "of 2 processes, these are 1" in done.stdout
+    assert [line["epoch"] for line in log_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_two_runs_on_one_folder(features, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with train.lock(tmp_path):
+        assert "another run is at work on it" in refusal(train, "--features", features, *SMALL, "--output_dir", tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def one_and_two(features, tmp_path_factory) -> tuple[list[dict], list[dict], Path]:
+    """1 x batch 8 and 2 x batch 4 until the early stop: their logs, and the folder of the two. 72 samples are 4 1/2 steps."""
+    folder = tmp_path_factory.mktemp("one_and_two")
+    arguments = ("--features", features, "--patch_size", 56, "--embed_dim", 24, "--depth", 2, "--dropout", 0, "--accum_steps", 2, "--num_workers", 0)
+    arguments += ("--lr", 1e-4, "--lr_patience", 1, "--stop_patience", 3, "--epochs", 20)
+    run_script("train.py", *arguments, "--batch_size", 8, "--output_dir", "one", cwd=folder)
+    run_script("train.py", *arguments, "--batch_size", 4, "--output_dir", "two", cwd=folder, processes=2)
+    return log_of(folder / "one"), log_of(folder / "two"), folder / "two"
+
+
+def test_two_processes_train_as_one(one_and_two):
+    """The same losses, the diversity loss among them, up to rounding; the same schedule, the same end."""
+    one, two, _ = one_and_two
+    for name in ("train_loss", "train_ce", "train_diversity", "val_loss"):
+        np.testing.assert_allclose([line[name] for line in one], [line[name] for line in two], atol=1e-5)
+    assert [line["lr"] for line in one] == [line["lr"] for line in two] and len({line["lr"] for line in one}) > 1
+    assert len(one) == len(two) < 20, "the early stop is in the same epoch"
+
+
+def test_validation_over_two_processes_is_exact(one_and_two, features):
+    model, checkpoint = load_checkpoint(one_and_two[2] / "best_model.pth")
     dataset = FaceDataset(list(find_feature_files(features, "val").values()), model.config.grid_size)
     scores = predict_scores(model, dataset, batch_size=16)
     assert binary_metrics(dataset.labels, scores, 0.5)["auc"] == pytest.approx(checkpoint["val_auc"], abs=1e-6)
+    one = torch.load(one_and_two[2].with_name("one") / "best_model.pth", weights_only=True)
+    torch.testing.assert_close(one["lamm_weights"], checkpoint["lamm_weights"], atol=1e-5, rtol=0)
 
 
-def test_two_processes_train_as_one(features, tmp_path):
-    """2 x batch 4 is 1 x batch 8: the same cross entropy epoch by epoch, up to rounding, and the same schedule."""
-    arguments = ("--features", features, "--patch_size", 56, "--embed_dim", 24, "--depth", 2, "--dropout", 0, "--diversity_weight", 0)
-    arguments += ("--epochs", 4, "--accum_steps", 2, "--num_workers", 0, "--lr", 1e-3, "--lr_patience", 0)
-    run_script("train.py", *arguments, "--batch_size", 8, "--output_dir", "one", cwd=tmp_path)
-    run_script("train.py", *arguments, "--batch_size", 4, "--output_dir", "two", cwd=tmp_path, processes=2)
-    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
-    assert [line["lr"] for line in one] == [line["lr"] for line in two]
-    np.testing.assert_allclose([line["train_ce"] for line in one], [line["train_ce"] for line in two], atol=1e-4)
-
-
-def test_an_error_in_two_processes_ends_both(features, tmp_path):
-    done = run_script("train.py", "--features", features, "--datasets", "Nobody", cwd=tmp_path, processes=2, expect=1)
-    assert "no data set Nobody" in done.stderr
+def test_one_process_that_fails_ends_all_and_its_cause_comes_first(features, tmp_path):
+    (tmp_path / "failing.py").write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
+        "def broken(*arguments, **options):\n    raise OSError('features/real/FFHQ/train_features.h5: the disk is on fire')\n"
+        "if os.environ['RANK'] == '1': train.load_batches = broken\n"
+        "train.guarded_main()\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run(
+        [*launcher(2), "failing.py", "--features", features, *map(str, SMALL)], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+    )
+    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if "disk is on fire" in line or "another process" in line or "Traceback" in line]
+    assert done.returncode == 1 and said[0] == "features/real/FFHQ/train_features.h5: the disk is on fire"
+    assert time.monotonic() - started < 90
 
 
 def test_train_is_imported_by_nothing():
-    for script in ("model", "dataset", "preprocess", "feature_extraction", "inference", "demo"):
+    for script in ("model", "dataset", "preprocess", "feature_extraction", "inference", "figures", "demo"):
         text = (ROOT / f"{script}.py").read_text()
         assert "import train" not in text and "from train" not in text
+
+
+# ---------------------------------------------------------------------------------------------------------------- variants
+
+
+@pytest.mark.parametrize("without", [("region_guidance",), ("lamm",), ("head_interaction", "diversity"), ("region_guidance", "lamm", "head_interaction", "diversity")])
+def test_ablations_train_and_are_recorded(features, tmp_path, without):
+    arguments = ("--features", features, *SMALL, "--output_dir", tmp_path, "--epochs", 1, "--without", *without)
+    train.main(train_parser().parse_args(list(map(str, arguments))))
+    model, checkpoint = load_checkpoint(tmp_path / "best_model.pth")
+    assert checkpoint["arguments"]["without"] == sorted(without)
+    for part in ("region_guidance", "lamm", "head_interaction"):
+        assert checkpoint["config"][part] == (part not in without)
+    assert (log_of(tmp_path)[0]["train_diversity"] == 0) == bool({"lamm", "diversity"} & set(without))
+    assert (tmp_path / "lamm_weights.png").exists() == ("lamm" not in without)
+
+
+def test_an_ablation_trains_on_two_processes(features, tmp_path):
+    """No parameter is left without a gradient: DistributedDataParallel would wait for it."""
+    run_script("train.py", "--features", features, *SMALL, "--epochs", 2, "--without", "region_guidance", "head_interaction", cwd=tmp_path, processes=2)
+    assert len(log_of(tmp_path / "output_model")) == 2
+
+
+def test_starts_from_a_vision_transformer(features, tmp_path, capsys):
+    torch.manual_seed(3)
+    vit = torchvision.models.VisionTransformer(224, 56, 2, 12, 24, 96)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    arguments = ("--features", features, *SMALL, "--output_dir", tmp_path / "out", "--epochs", 1, "--lr", 0, "--init_from", tmp_path / "vit.pth")
+    train.main(train_parser().parse_args(list(map(str, arguments))))
+    assert "not used: heads.head.weight, heads.head.bias" in capsys.readouterr().out
+    model, _ = load_checkpoint(tmp_path / "out/best_model.pth")
+    torch.testing.assert_close(model.blocks[1].attn.qkv.weight, vit.encoder.layers[1].self_attention.in_proj_weight)
+    assert model.norm.eps == vit.encoder.ln.eps
+
+
+def test_bf16_and_fp16_train(features, tmp_path):
+    for precision in ("bf16", "fp16"):
+        arguments = ("--features", features, *SMALL, "--output_dir", tmp_path / precision, "--epochs", 1, "--precision", precision)
+        train.main(train_parser().parse_args(list(map(str, arguments))))
+        assert np.isfinite(log_of(tmp_path / precision)[0]["train_loss"])
