@@ -23,6 +23,7 @@ from dataset import (
     REGIONS,
     FaceDataset,
     FeatureFileError,
+    TrainSampler,
     TrainTransform,
     draw_region_masks,
     find_feature_files,
@@ -335,7 +336,7 @@ def test_ten_million_samples_index_in_bounded_memory(tmp_path):
     source = (
         "import psutil, sys, numpy as np; from pathlib import Path; from dataset import FaceDataset, TrainSampler\n"
         "start = psutil.Process().memory_info().rss\n"
-        "dataset = FaceDataset(sorted(Path(sys.argv[1]).iterdir())); sampler = TrainSampler(dataset.labels, True, 0)\n"
+        "dataset = FaceDataset(sorted(Path(sys.argv[1]).iterdir())); sampler = TrainSampler(dataset.labels, False, 0)\n"
         "assert len(dataset) == 10_000_000 and dataset.read(*sampler.draw(9_000_000, 32))['image'].shape == (32, 3, 16, 16)\n"
         "print((psutil.Process().memory_info().rss - start) / 1e6)"
     )
@@ -369,6 +370,54 @@ def test_files_of_different_sizes_and_no_sample_at_all(tmp_path):
         FaceDataset([tmp_path / "a.h5", tmp_path / "b.h5"], 2)
     with pytest.raises(FeatureFileError, match="not one sample"):
         FaceDataset([tmp_path / "empty.h5"], 2)
+
+
+# ----------------------------------------------------------------------------------------------------------- training order
+
+
+def test_real_and_fake_take_turns_and_all_of_a_class_are_seen_as_often():
+    labels = np.array([0] * 7 + [1] * 20)
+    indices, passes = TrainSampler(labels, True, seed=3).draw(0, 400)
+    assert (labels[indices] == np.arange(400) % 2).all()
+    for label in (0, 1):
+        counts = np.bincount(indices[labels[indices] == label], minlength=27)[labels == label]
+        assert counts.max() - counts.min() <= 1
+        for number in range(200 // (labels == label).sum()):  # whole passes: each sample once
+            assert sorted(indices[(labels[indices] == label) & (passes == number)]) == np.flatnonzero(labels == label).tolist()
+    assert len(set(zip(indices.tolist(), passes.tolist()))) == 400, "no sample is drawn twice with the same transforms"
+    assert indices[:40].tolist() != indices[40:80].tolist()
+
+
+def test_natural_order_is_passes_over_all():
+    labels = np.array([0] * 7 + [1] * 20)
+    indices, passes = TrainSampler(labels, False, seed=3).draw(0, 270)
+    for number in range(10):
+        assert sorted(indices[passes == number]) == list(range(27))
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_order_does_not_depend_on_how_it_is_asked_for(balanced):
+    labels = np.random.default_rng(0).integers(0, 2, 50)
+    whole = np.stack(TrainSampler(labels, balanced, 7).draw(0, 240))
+    for size in (1, 8, 48):
+        sampler = TrainSampler(labels, balanced, 7)
+        np.testing.assert_array_equal(np.concatenate([sampler.draw(start, size) for start in range(0, 240, size)], axis=1), whole)
+    sampler = TrainSampler(labels, balanced, 7)
+    for start in (200, 8, 96):  # back and forth
+        np.testing.assert_array_equal(sampler.draw(start, 16), whole[:, start : start + 16])
+    assert not np.array_equal(whole, TrainSampler(labels, balanced, 8).draw(0, 240))
+
+
+def test_transforms_of_a_pass_are_its_own(tmp_path):
+    write_file(tmp_path / "a.h5", 40)
+    dataset = FaceDataset([tmp_path / "a.h5"], 2, transform=TrainTransform(), seed=1)
+    first, second = (dataset.read(range(40), [draw] * 40)["image"] for draw in (0, 1))
+    assert not np.array_equal(first, second)
+    mixed = dataset.read(range(40), [0, 1] * 20)["image"]
+    np.testing.assert_array_equal(mixed[::2], first[::2])
+    np.testing.assert_array_equal(mixed[1::2], second[1::2])
+    dataset.set_epoch(1)
+    np.testing.assert_array_equal(dataset.read(range(40))["image"], second)
 
 
 # -------------------------------------------------------------------------------------------------------------- transforms

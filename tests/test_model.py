@@ -1,12 +1,14 @@
 """model.py: agreement with the authors' code, the configuration's limits, every parameter learns."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 
-from model import LAMM, LAMMLoss, LAMMViT, LAMMViTConfig, MaskProcessor, region_gated_attention
+from model import LAMM, LAMMLoss, LAMMViT, LAMMViTConfig, MaskProcessor, interpolate_positions, load_torchvision_vit, region_gated_attention
 
 GOLDEN = Path(__file__).parent / "data" / "parity_small.npz"
 SMALL = LAMMViTConfig(img_size=64, patch_size=16, embed_dim=48, depth=4, mlp_ratio=2.0)
@@ -264,3 +266,93 @@ def test_masks_change_the_answer():
         changed = masks.clone()
         changed[:, region] += 1
         assert not torch.allclose(model(images, masks)["logits"], model(images, changed)["logits"], atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- without parts, plain ViT
+
+NOTHING = {"region_guidance": False, "lamm": False, "head_interaction": False}
+
+
+@pytest.mark.parametrize("without", [("region_guidance",), ("lamm",), ("head_interaction",), ("region_guidance", "head_interaction"), tuple(NOTHING)])
+def test_without_a_part_every_parameter_that_is_left_gets_a_gradient(without):
+    model = LAMMViT(replace(SMALL, **{part: False for part in without}))
+    images, masks, labels = sample(SMALL)
+    LAMMLoss()(model(images, masks), labels)["total"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    names = {name.split(".")[0] for name in model.state_dict()}
+    assert ("mask_processor" in names) == ("region_guidance" not in without) and ("lamm" in names) == ("lamm" not in without)
+
+
+def test_what_each_part_is_responsible_for():
+    images, masks, labels = sample(SMALL)
+    other = masks.flip(0)
+
+    def logits(masks: torch.Tensor, **parts: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        return LAMMViT(replace(SMALL, **parts)).eval()(images, masks)["logits"]
+
+    assert not torch.equal(logits(masks, lamm=False), logits(other, lamm=False)), "masks count without LAMM"
+    assert torch.equal(logits(masks, region_guidance=False), logits(other, region_guidance=False)), "and not without guidance"
+    outputs = LAMMViT(replace(SMALL, lamm=False))(images, masks)
+    assert outputs["mask_weights"] == [] and LAMMLoss()(outputs, labels)["diversity"] == 0
+    model = LAMMViT(replace(SMALL, lamm=False)).eval()
+    with torch.no_grad():  # the fixed gate: λ = 1, θ = 0, w = 1
+        x = torch.randn(2, SMALL.grid_size**2 + 1, 48)
+        gate = model.mask_processor(masks[:2])
+        q, k, v = (part.transpose(1, 2) for part in model.blocks[0].attn.qkv(x).view(2, -1, 3, 12, 4).unbind(2))
+        scores = q @ k.transpose(-1, -2) / 2 * (gate[..., :, None] * gate[..., None, :]).sigmoid()
+        expected = model.blocks[0].attn.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
+        torch.testing.assert_close(model.blocks[0].attn(x, gate, None, torch.ones(2, 12), torch.zeros(2, 12)), expected)
+
+
+def random_vit(**size) -> torch.nn.Module:
+    torch.manual_seed(1)
+    vit = torchvision.models.VisionTransformer(**size).eval()
+    torch.nn.init.normal_(vit.heads.head.weight)  # torchvision's are 0
+    torch.nn.init.normal_(vit.class_token)
+    return vit
+
+
+def test_without_all_parts_it_is_torchvisions_vit_b_16():
+    vit = random_vit(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072, num_classes=2)
+    model = LAMMViT(LAMMViTConfig(**NOTHING)).eval()
+    assert load_torchvision_vit(model, vit.state_dict()) == []
+    images, masks, _ = sample(model.config, size=2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images, masks)["logits"], vit(images), atol=1e-4, rtol=0)
+    assert sum(map(torch.numel, model.parameters())) == sum(map(torch.numel, vit.parameters())) and model.config.norm_eps == 1e-6
+
+
+def test_what_has_a_counterpart_is_mapped_and_the_rest_told():
+    vit = random_vit(image_size=64, patch_size=16, num_layers=3, num_heads=4, hidden_dim=48, mlp_dim=96, num_classes=10)
+    state = vit.state_dict()
+    old_names = {name.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): values for name, values in state.items()}
+    for weights in (state, old_names):
+        model = LAMMViT(replace(SMALL, depth=2))
+        lamm = {name: values.clone() for name, values in model.lamm.state_dict().items()}
+        unused = load_torchvision_vit(model, weights)
+        assert {name.split(".")[2] for name in unused if "layer" in name} == {"encoder_layer_2"} and "heads.head.weight" in unused
+        mapped = model.state_dict()
+        for ours, theirs in (("patch_embed.weight", "conv_proj.weight"), ("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"), ("norm.bias", "encoder.ln.bias"),
+                             ("blocks.1.attn.proj.weight", "encoder.layers.encoder_layer_1.self_attention.out_proj.weight"), ("blocks.0.mlp.3.bias", "encoder.layers.encoder_layer_0.mlp.3.bias")):  # fmt: skip
+            assert torch.equal(mapped[ours], state[theirs]), ours
+        assert all(torch.equal(values, lamm[name]) for name, values in model.lamm.state_dict().items())
+    with pytest.raises(ValueError, match="choose its width and patch size"):
+        load_torchvision_vit(LAMMViT(replace(SMALL, embed_dim=96)), state)
+    with pytest.raises(ValueError, match="not a state dict of a torchvision vit_b_16"):
+        load_torchvision_vit(model, {"fc.weight": torch.zeros(2, 2)})
+
+
+def test_positions_are_interpolated_to_another_grid():
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    field = torch.stack([rows, columns], dim=-1).view(1, 64, 2)
+    positions = torch.cat([torch.full((1, 1, 2), -5.0), field], dim=1)
+    assert interpolate_positions(positions, 8) is positions
+    for grid in (4, 16):
+        scaled = interpolate_positions(positions, grid)
+        assert scaled.shape == (1, grid * grid + 1, 2) and (scaled[0, 0] == -5).all()
+        expected = (torch.arange(grid) + 0.5) * 8 / grid - 0.5  # centres of the new patches in the old grid
+        inner = slice(grid // 4, -grid // 4)  # a border bends
+        torch.testing.assert_close(scaled[0, 1:].view(grid, grid, 2)[inner, inner, 0], expected[inner, None].expand(-1, grid // 2), atol=0.06, rtol=0)
+        torch.testing.assert_close(scaled[0, 1:].view(grid, grid, 2)[inner, inner, 1], expected[None, inner].expand(grid // 2, -1), atol=0.06, rtol=0)

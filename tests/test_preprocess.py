@@ -9,15 +9,17 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, picture, run_script
 from PIL import Image
 
-from preprocess import Rejected, list_images, load_rgb, map_ahead, plan_names
+from preprocess import Rejected, agree_on_start, list_images, load_rgb, map_ahead, plan_names
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -226,6 +228,20 @@ def test_torchrun_restarts_a_worker_that_is_killed(tmp_path):
     assert process.wait(timeout=120) == 0
     visible = {name: data for name, data in contents(tmp_path / "D").items() if not name.startswith(".")}
     assert visible == contents(tmp_path / "E")
+
+
+def test_processes_agree_on_how_often_they_were_started(monkeypatch):
+    """Through torchrun's store, which keeps what the processes before them wrote. Machines count restarts for themselves."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch.distributed.HashStore()
+    for start in (1, 2, 3):
+        late = [0, 1, 2] if start != 2 else [2, 1, 0]  # whoever comes first
+        with ThreadPoolExecutor(3) as threads:
+            answers = []
+            for rank in late:
+                answers.append(threads.submit(agree_on_start, store, rank, 3))
+                time.sleep(0.1)
+            assert [answer.result(timeout=20) for answer in answers] == [start] * 3
 
 
 def test_a_disk_that_fails_is_no_reason_to_reject_a_file(tmp_path, monkeypatch):
