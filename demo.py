@@ -10,7 +10,7 @@ Input:   nothing
 Output:  OUTPUT_DIR/real/Consistent/00000.png ...  and  OUTPUT_DIR/fake/<Generator>/00000.png ...
          (8-bit RGB PNG, the same format for every class)
 
-    python demo.py                                             # 1800 real + 4 x 450 fake, 224 px
+    python demo.py                                             # 1200 real + 4 x 300 fake, 224 px
     python demo.py --real 2000 --fake 500 --workers 8          # more, in parallel; the same bytes
     python demo.py --output_dir /tmp/faces --size 448          # larger pictures of the same faces
 
@@ -468,8 +468,8 @@ def draw_file(job: tuple[Path, str | None, list[int]], size: int) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo_run/datasets"), help="data root to write (default: %(default)s)")
-    parser.add_argument("--real", type=int, default=1800, help="number of consistent faces (default: %(default)s)")
-    parser.add_argument("--fake", type=int, default=450, help="number of faces per generator (default: %(default)s)")
+    parser.add_argument("--real", type=int, default=1200, help="number of consistent faces (default: %(default)s)")
+    parser.add_argument("--fake", type=int, default=300, help="number of faces per generator (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="side of a picture in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")

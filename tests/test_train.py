@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -273,6 +274,22 @@ def test_torchrun_goes_on_by_itself_after_a_worker_was_killed_twice(features, st
                 worker.kill()
     assert process.wait(200) == 0, (tmp_path / "printed").read_text()
     assert (tmp_path / "printed").read_text().count("goes on from") == 2
+    assert_same_run(tmp_path / "out", straight[2])
+
+
+def test_two_machines_go_on_when_one_of_them_loses_its_process(features, straight, tmp_path):
+    """Two agents of torchrun. They count restarts for themselves, the one that has lost nothing counts none."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=two"]
+    command += [str(ROOT / "train.py"), "--features", features, *LONG, "--output_dir", tmp_path / "out"]
+    with open(tmp_path / "printed", "w") as printed:
+        agents = [subprocess.Popen(list(map(str, command)), stdout=printed, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    wait_for_saves(agents[0], tmp_path / "out", 5)
+    train.psutil.Process(agents[1].pid).children()[0].kill()
+    assert [agent.wait(200) for agent in agents] == [0, 0], (tmp_path / "printed").read_text()
+    assert (tmp_path / "printed").read_text().count("goes on from") == 1
     assert_same_run(tmp_path / "out", straight[2])
 
 
