@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 	$(RUN) feature_extraction.py --data_root $(DEMO)/datasets --output_dir $(DEMO)/features --img_size 112 --patch_size 28
 	OMP_NUM_THREADS=1 $(RUN) train.py --features $(DEMO)/features --output_dir $(DEMO)/output_model \
 		--patch_size 28 --embed_dim 96 --depth 2 --dropout 0 --without diversity --epochs 32 --stop_patience 32 \
-		--batch_size 32 --accum_steps 1 --lr 3e-4 --schedule cosine --warmup_epochs 2 --num_workers 1
+		--batch_size 32 --accum_steps 1 --lr 3e-4 --schedule cosine --warmup_epochs 2 --num_workers 1 --seed 1
 	$(RUN) inference.py --features $(DEMO)/features --checkpoint $(DEMO)/output_model/best_model.pth --output $(DEMO)/prediction_results.json
 
 test: $(VENV)/installed

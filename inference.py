@@ -15,6 +15,7 @@ import argparse
 import json
 import pickle
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -49,8 +50,13 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such checkpoint; run train.py first, or name one")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch looks at no checksum
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:  # torch's words are about how to load it all the same
+        raise CheckpointError(f"{path}: not a checkpoint of train.py: it holds more than tensors and settings; run train.py again") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"{path}: not a whole checkpoint ({cause}); take another one or run train.py again") from error
     if not isinstance(checkpoint, dict) or not {"version", "config", "model", "mask_style", "val_threshold"} <= checkpoint.keys():
@@ -68,7 +74,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
 
 def pick_device(name: str) -> torch.device:
     """"auto" -> the GPU where there is one, else the CPU."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: no such device; cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine has no GPU that torch can use; leave the option away to use the CPU")
     return device

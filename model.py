@@ -324,8 +324,11 @@ def load_torchvision_vit(model: LAMMViT, state: dict[str, Tensor]) -> list[str]:
             names |= {f"{theirs}.self_attention.in_proj_{part}": f"{ours}.attn.qkv.{part}", f"{theirs}.self_attention.out_proj.{part}": f"{ours}.attn.proj.{part}"}
             names |= {f"{theirs}.mlp.{layer}.{part}": f"{ours}.mlp.{layer}.{part}" for layer in (0, 3)}
             names |= {f"{theirs}.mlp.linear_{n}.{part}": f"{ours}.mlp.{layer}.{part}" for n, layer in ((1, 0), (2, 3))}  # older files
-    if not {"conv_proj.weight", "class_token", "encoder.pos_embedding"} <= state.keys():
-        raise ValueError(f"not a state dict of a torchvision vit_b_16: its tensors are {', '.join(list(state)[:5])}, ...")
+    if not isinstance(state, dict) or not {"conv_proj.weight", "class_token", "encoder.pos_embedding"} <= state.keys():
+        what = f"its entries are {', '.join(map(str, list(state)[:5])) or 'none'}" if isinstance(state, dict) else f"it is a {type(state).__name__}"
+        raise ValueError(f"not a state dict of a torchvision vit_b_16: {what}")
+    if missing := sorted({ours for ours in names.values() if not ours.startswith("head.")} - {names.get(theirs) for theirs in state}):
+        raise ValueError(f"has nothing for {missing[0]} and {len(missing) - 1} more; choose a --depth of no more than its layers")
 
     parameters, unused = model.state_dict(), []
     for theirs, tensor in state.items():

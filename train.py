@@ -69,6 +69,7 @@ MAY_CHANGE = ("features", "epochs", "stop_patience", "device", "num_workers", "s
 BEST, LAST, PREVIOUS, LOG, TIMES = "best_model.pth", "last.pth", "previous.pth", "log.jsonl", "timing.jsonl"
 CURVES, WEIGHTS, BOARD = "training_curves.png", "lamm_weights.png", "tensorboard"
 FILES = (BEST, LAST, PREVIOUS, LOG, TIMES, CURVES, WEIGHTS, BOARD)  # of a run, in --output_dir
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")  # what gloo and nccl say of one
 SHOWN_PATHS = 32  # of the samples of a step that went wrong
 
 
@@ -112,6 +113,11 @@ class Run:
     def window(self) -> int:
         """Samples in a step of the optimizer."""
         return self.args.batch_size * self.world * self.args.accum_steps
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples in an epoch: as many as there are training images, but a step at the least."""
+        return max(len(self.train_set), self.window)
 
     def path(self, name: str) -> Path:
         return self.args.output_dir / name
@@ -226,12 +232,15 @@ def init_from(model: LAMMViT, source: str, rank: int) -> None:
             state = weights.get_state_dict(progress=False, check_hash=True)
         else:
             state = torch.load(source, map_location="cpu", weights_only=True)
-        unused = load_torchvision_vit(model, state)
     except OSError as error:
         hint = "; download it where there is a network, and name the file" if source == "imagenet" else ""
         raise ValueError(f"--init_from {source}: {error}{hint}") from error
     except Exception as error:  # whatever torch.load makes of a foreign file
-        raise ValueError(f"--init_from {source}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--init_from {source}: not a file of torch.save with tensors alone ({type(error).__name__}); save model.state_dict()") from error
+    try:
+        unused = load_torchvision_vit(model, state)
+    except ValueError as error:
+        raise ValueError(f"--init_from {source}: {error}") from error
     if rank == 0:
         print(f"init   {len(state) - len(unused)} tensors of {source}; not used: {', '.join(unused) or 'none'}")
 
@@ -254,11 +263,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 def cosine_lr(run: Run) -> float:
     """Learning rate of the step to come: a linear warm-up, then half a cosine down to MIN_LR at the end of --epochs."""
-    warmup, end = run.args.warmup_epochs * len(run.train_set), run.args.epochs * len(run.train_set)
+    warmup, end, floor = run.args.warmup_epochs * run.epoch_size, run.args.epochs * run.epoch_size, min(MIN_LR, run.args.lr)
     if run.samples < warmup:
         return run.args.lr * min(1, (run.samples + run.window) / warmup)
     done = min(1, (run.samples - warmup) / max(1, end - warmup))
-    return MIN_LR + (run.args.lr - MIN_LR) * 0.5 * (1 + math.cos(math.pi * done))
+    return floor + (run.args.lr - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def backward(run: Run, batch: dict[str, torch.Tensor], is_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -290,23 +299,55 @@ def rehearse(run: Run) -> None:
         torch.cuda.set_rng_state(states[1])
 
 
+def one_step(run: Run, loader: Iterator[dict[str, torch.Tensor]], bar: tqdm, is_due: bool) -> tuple[float, bool, bool]:
+    """A step of the optimizer, over --accum_steps batches of each process.
+
+    Returns:
+        The seconds that it waited for data; whether any process was asked to end; whether a checkpoint is due (is_due is rank 0's).
+    """
+    waited, seen, values, logits = 0.0, [], [], []
+    for part in range(run.args.accum_steps):
+        asked = time.perf_counter()
+        batch = next(loader)
+        waited += time.perf_counter() - asked
+        of_batch, of_logits = backward(run, batch, is_last=part == run.args.accum_steps - 1)
+        seen.append(batch["index"])
+        values.append(of_batch)
+        logits.append(of_logits)
+        bar.update()
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip_grad or math.inf)
+    values = torch.stack(values)  # (accum_steps, 3)
+    *finite, finite_norm = torch.cat([values.isfinite().all(dim=1), norm.isfinite()[None]]).tolist()  # the step's only wait for a GPU
+    # Of a gradient alone that is not finite, a scaler makes nothing: it leaves the step out and goes lower, unless it is low already.
+    is_bad = not all(finite) or not (finite_norm or run.scaler.is_enabled() and run.scaler.get_scale() >= 1)
+    is_bad, is_stopped, is_due = agree(is_bad, bool(run.stop), is_due)
+    if is_bad:
+        raise FloatingPointError(describe_failure(run, seen, logits, finite))
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.samples += run.window
+    count = run.args.batch_size * run.args.accum_steps
+    run.sums += torch.cat([values.sum(dim=0).cpu() * run.args.batch_size, torch.tensor([count])])
+    return waited, is_stopped, is_due
+
+
 def train_one_epoch(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     """Trains to the end of the run's epoch. Returns the mean losses per sample of the epoch, over all processes, and the timing.
+
+    Epoch e ends with the first step at which e times epoch_size samples were seen; the next one goes on in the sampler's order.
+    So every step is a full one.
 
     Raises:
         Stopped: somebody asked for it. The run can go on from last.pth.
         FloatingPointError: a loss or gradient that is not finite. The weights are those before it.
-
-    An epoch ends with the first step of the optimizer at which as many samples were seen as epochs times the training set
-    has; the next one goes on in the sampler's order. So every step is a full one.
     """
     args, rank = run.args, run.rank
-    steps = math.ceil((run.epoch * len(run.train_set) - run.samples) / run.window)
-    steps = max(steps, 0 if run.sums[3] else 1)  # none, where a run was stopped before its validation
-    joint = args.batch_size * run.world
-    batches = (run.sampler.draw(first + rank * args.batch_size, args.batch_size) for first in range(run.samples, run.samples + steps * run.window, joint))
+    steps = max(0, math.ceil((run.epoch * run.epoch_size - run.samples) / run.window))  # 0 where a run was stopped in its validation
+    firsts = range(run.samples + rank * args.batch_size, run.samples + steps * run.window, args.batch_size * run.world)
+    batches = (run.sampler.draw(first, args.batch_size) for first in firsts)
     loader = load_batches(run.train_set, batches, args.num_workers, pin_memory=run.device.type == "cuda")
-    parameters = list(run.model.parameters())
     run.trained.train()
     started, waited, saved = time.perf_counter(), 0.0, time.monotonic()
     with tqdm(desc=f"epoch {run.epoch}", total=steps * args.accum_steps, unit="batch", leave=False, disable=rank > 0) as bar:
@@ -314,32 +355,10 @@ def train_one_epoch(run: Run) -> tuple[dict[str, float], dict[str, float]]:
             if args.schedule == "cosine":
                 for group in run.optimizer.param_groups:
                     group["lr"] = cosine_lr(run)
-            seen, values, logits = [], [], []
-            for part in range(args.accum_steps):
-                asked = time.perf_counter()
-                batch = next(loader)
-                waited += time.perf_counter() - asked
-                of_batch, of_logits = backward(run, batch, is_last=part == args.accum_steps - 1)
-                seen.append(batch["index"])
-                values.append(of_batch)
-                logits.append(of_logits)
-                bar.update()
-            run.scaler.unscale_(run.optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
-            values = torch.stack(values)  # (accum_steps, 3)
-            *finite, finite_norm = torch.cat([values.isfinite().all(dim=1), norm.isfinite()[None]]).tolist()  # the step's only wait for a GPU
-            is_bad = not all(finite) or not (finite_norm or run.scaler.is_enabled())  # a scaler skips such steps, and goes lower
             is_due = rank == 0 and time.monotonic() - saved >= 60 * args.save_minutes
-            is_bad, is_stopped, is_due = agree(is_bad, bool(run.stop), is_due)
-            if is_bad:
-                raise FloatingPointError(describe_failure(run, seen, logits, finite))
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-            run.optimizer.zero_grad(set_to_none=True)
-            run.samples += run.window
-            run.sums += torch.cat([values.sum(dim=0).cpu() * args.batch_size, torch.tensor([args.batch_size * args.accum_steps])])
-            per_second = (step + 1) * run.window / (time.perf_counter() - started)
-            lr = run.optimizer.param_groups[0]["lr"]
+            seconds, is_stopped, is_due = one_step(run, loader, bar, is_due)
+            waited += seconds
+            lr, per_second = run.optimizer.param_groups[0]["lr"], (step + 1) * run.window / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {run.sums[0] / run.sums[3]:.4f}, lr {lr:.1e}, {per_second:.0f} images/s, {memory_gb(run.device):.1f} GB")
             if is_stopped or is_due:
                 save_state(run)
@@ -350,7 +369,7 @@ def train_one_epoch(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     sums = run.sums.to(run.device)
     if run.world > 1:
         dist.all_reduce(sums)
-    total, ce, diversity = (sums[:3] / sums[3]).tolist()
+    total, ce, diversity = (sums[:3] / sums[3].clamp(min=1)).tolist()
     timing = {"seconds": seconds, "images_per_second": steps * run.window / seconds, "data_wait": waited / seconds, "memory_gb": memory_gb(run.device)}
     return {"train_loss": total, "train_ce": ce, "train_diversity": diversity}, timing
 
@@ -374,7 +393,7 @@ def describe_failure(run: Run, seen: list[torch.Tensor], logits: list[torch.Tens
     what = "the loss" if len(levels[0]) or len(levels[1]) else "the gradient"
     return (
         f"epoch {run.epoch}, after {run.samples} samples: {what} is not finite with {listed(run.train_set, suspects.unique())}; the last good checkpoint"
-        f" is kept in {run.path(LAST)}; look at these images, lower --lr, or train with --precision fp32"
+        f" is kept in {run.path(LAST)}, the one before it in {PREVIOUS}; look at these images, or start anew with a lower --lr or --precision fp32"
     )
 
 
@@ -418,6 +437,7 @@ def describe(run: Run) -> dict:
     return {
         "version": CHECKPOINT_VERSION, "config": dataclasses.asdict(run.model.config), "model": run.model.state_dict(), "mask_style": run.args.mask_style,
         "datasets": run.datasets, "features": run.train_set.fingerprint, "arguments": arguments, "val_threshold": run.val_threshold,
+        "sizes": [len(run.train_set), len(run.val_set)], "window": run.window, "dtype": str(run.dtype).removeprefix("torch."),
         "epoch": run.epoch, "samples": run.samples, "best_auc": run.best_auc,
     }  # fmt: skip
 
@@ -430,7 +450,7 @@ def save_state(run: Run) -> None:
     processes = gather(own)
     if run.rank == 0:
         parts = {"optimizer": run.optimizer.state_dict(), "schedule": run.plateau.state_dict(), "scaler": run.scaler.state_dict()}
-        parts |= {"processes": processes, "epochs_since_best": run.epochs_since_best, "log": run.log}
+        parts |= {"processes": processes, "epochs_since_best": run.epochs_since_best, "log": run.log, "launch": os.environ.get("TORCHELASTIC_RUN_ID")}
         save(describe(run) | parts, run.path(LAST), run.path(PREVIOUS))
 
 
@@ -457,11 +477,11 @@ def save(checkpoint: dict, path: Path, previous: Path | None = None) -> None:
         raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]}); the one before is still there. Make room, then go on with --resume") from error
 
 
-def load_state(run: Run, path: Path) -> None:
-    """Puts the run where the checkpoint's stood.
+def load_state(run: Run, path: Path, is_restart: bool) -> None:
+    """Puts the run where the checkpoint's stood. After a restart by torchrun, it has to be of the same start of torchrun.
 
     Raises:
-        CheckpointError: damaged, foreign, or of a run with other options or features.
+        CheckpointError: damaged, foreign, without its best model; OtherRun: of a run with other options or features.
     """
     try:
         resumed, checkpoint = load_checkpoint(path)
@@ -472,14 +492,18 @@ def load_state(run: Run, path: Path) -> None:
         if found is None:
             raise
         raise CheckpointError(f"{error}\n{older} is whole, from epoch {found['epoch']}: to go on from it, --resume {older}") from error
-    if "optimizer" not in checkpoint:
+    if not {"optimizer", "schedule", "scaler", "processes", "log", "launch", "sizes", "window", "dtype"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: holds a model, not a run; {LAST} and {PREVIOUS} are what --resume goes on from")
+    if is_restart and checkpoint["launch"] != os.environ["TORCHELASTIC_RUN_ID"]:
+        raise OtherRun(f"{path}: of an earlier start of torchrun")
     now = describe(run)
-    fixed = [name for name in now["arguments"] if name not in MAY_CHANGE or (name == "epochs" and run.args.schedule == "cosine")]
-    changed = [name for name in fixed if checkpoint["arguments"].get(name) != now["arguments"][name]]
-    if changed or checkpoint["config"] != now["config"] or checkpoint["features"] != now["features"]:
-        what = ", ".join(f"--{name} {checkpoint['arguments'].get(name)}" for name in changed) or "other features"
-        raise OtherRun(f"{path}: trained with {what}; resume with the same options and features")
+    may_change = {*MAY_CHANGE, *(("batch_size", "accum_steps") if checkpoint["window"] == now["window"] else ())} - ({"epochs"} if run.args.schedule == "cosine" else set())
+    changed = [f"--{name} {checkpoint['arguments'].get(name)}" for name in now["arguments"] if name not in may_change and checkpoint["arguments"].get(name) != now["arguments"][name]]
+    changed += [f"{what} {checkpoint[what]}" for what in ("datasets", "sizes", "dtype", "config") if checkpoint[what] != now[what] and not changed]
+    if changed or checkpoint["features"] != now["features"]:
+        raise OtherRun(f"{path}: trained with {', '.join(changed) or 'other features'}; resume with the same options and features")
+    if checkpoint["log"] and not run.path(BEST).exists():
+        raise CheckpointError(f"{run.path(BEST)}: is gone, and it is the best of this run; put it back, or start anew without --resume")
     run.model.load_state_dict(resumed.state_dict())
     for part, name in ((run.optimizer, "optimizer"), (run.plateau, "schedule"), (run.scaler, "scaler")):
         part.load_state_dict(checkpoint[name])
@@ -499,29 +523,43 @@ def load_state(run: Run, path: Path) -> None:
 
 
 def begin(run: Run, restarts: int) -> None:
-    """Puts the run at its beginning; or where it stopped, with --resume, or if torchrun has started it again."""
+    """Puts the run at its beginning; or where it stopped, with --resume, or if torchrun has started it again.
+
+    All processes read the checkpoint; rank 0 says which, since machines may see a file at different moments.
+    """
     asked = run.args.resume is not None
-    path = Path(run.args.resume) if run.args.resume else run.path(LAST)
-    if run.args.resume and not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint to go on from")
-    if path.exists() and (asked or restarts):
-        try:
-            load_state(run, path)
-        except OtherRun:
-            if asked:
-                raise
-            # torchrun's restart found the checkpoint of an earlier run: this one did not come to its first
-        else:
-            if run.rank == 0:
-                print(f"goes on from {path}: epoch {run.epoch}, {run.samples} samples seen")
-                write_log(run)
-            return
+    gone_on = False
+    if asked or restarts:
+        path = gather(checkpoint_to_go_on_from(run) if run.rank == 0 else None)[0]
+        with contextlib.suppress(OtherRun) if not asked else contextlib.nullcontext():
+            if path:
+                load_state(run, path, is_restart=not asked)
+                gone_on = True
+        if len(set(gather((gone_on, run.epoch, run.samples)))) > 1:
+            raise CheckpointError(f"{path}: not the same on all machines; they have to share {run.args.output_dir}")
+    if gone_on:
+        if run.rank == 0:
+            print(f"goes on from {path}: epoch {run.epoch}, {run.samples} samples seen")
+            write_log(run)
+        return
     if run.args.init_from:
         init_from(run.model, run.args.init_from, run.rank)
     if run.rank == 0:
         keep_earlier(run.args.output_dir)
     torch.manual_seed((run.args.seed << 16) + run.rank)  # dropout
     save_state(run)
+
+
+def checkpoint_to_go_on_from(run: Run) -> Path | None:
+    """The one named; else the last, or the one before where there is no last one; None: none at all."""
+    if not run.args.resume:
+        return next((path for path in (run.path(LAST), run.path(PREVIOUS)) if path.exists()), None)
+    path = Path(run.args.resume)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint to go on from")
+    if path.resolve().parent != run.args.output_dir.resolve():
+        raise CheckpointError(f"{path}: of a run in another folder; go on with --output_dir {path.parent}")
+    return path
 
 
 def keep_earlier(output_dir: Path) -> None:
@@ -535,11 +573,11 @@ def keep_earlier(output_dir: Path) -> None:
         print(f"the model of an earlier run is kept in {earlier}")
 
 
-def check_disk(run: Run) -> None:
+def check_disk(run: Run, goes_on: bool) -> None:
     """Raises OSError where the disk has no room for the run's checkpoints."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in run.model.parameters())
     needed = weights + 3 * 3 * weights  # the best, and the last twice and in writing, with AdamW's two moments
-    there = sum(path.stat().st_size for name in (BEST, LAST, PREVIOUS) if (path := run.path(name)).exists()) if run.args.resume is not None else 0
+    there = sum(path.stat().st_size for name in (BEST, LAST, PREVIOUS) if (path := run.path(name)).exists()) if goes_on else 0
     free = shutil.disk_usage(run.args.output_dir).free
     if needed - there > free:
         raise OSError(errno.ENOSPC, f"the checkpoints need {(needed - there) / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; make room or choose another --output_dir", str(run.args.output_dir))
@@ -621,6 +659,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--epochs, --batch_size, --accum_steps and --stop_patience have to be at least 1")
     if min(args.lr, args.weight_decay, args.clip_grad, args.diversity_weight, args.lr_patience, args.num_workers, args.save_minutes, args.warmup_epochs or 0) < 0:
         raise ValueError("--lr, --weight_decay, --clip_grad, --diversity_weight, --lr_patience, --num_workers, --save_minutes and --warmup_epochs cannot be negative")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed}: has to be from 0 to {2**32 - 1}")
+    if args.warmup_epochs is not None and (args.schedule != "cosine" or args.warmup_epochs > args.epochs):
+        raise ValueError("--warmup_epochs goes with --schedule cosine, and is no more than --epochs")
     if args.schedule == "cosine" and args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 20
     if "diversity" in args.without:
@@ -645,7 +687,7 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
 def print_plan(run: Run) -> None:
     args, config = run.args, run.model.config
     for split, dataset in (("train", run.train_set), ("val", run.val_set)):
-        note = f"   {args.sampling}{', as many of both in a step' if args.sampling == 'balanced' else ''}" if split == "train" else ""
+        note = f"   {args.sampling}{', as many of both in a step' if args.sampling == 'balanced' and run.window % 2 == 0 else ''}" if split == "train" else ""
         print(f"{split:<7}{(dataset.labels == 0).sum()} real, {(dataset.labels == 1).sum()} fake{note}")
     print(f"data   {', '.join(run.datasets)}")
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
@@ -659,11 +701,12 @@ def print_plan(run: Run) -> None:
 def train(run: Run) -> None:
     """Epoch after epoch, each with its validation, until the last one or until the AUC stands still."""
     args = run.args
-    board = SummaryWriter(run.path(BOARD), purge_step=run.epoch) if SummaryWriter and run.rank == 0 else None
+    is_finished = run.epoch > args.epochs or run.epochs_since_best >= args.stop_patience
+    board = SummaryWriter(run.path(BOARD), purge_step=run.epoch) if SummaryWriter and run.rank == 0 and not is_finished else None
     while run.epoch <= args.epochs and run.epochs_since_best < args.stop_patience:
         losses, timing = train_one_epoch(run)
-        if agree(bool(run.stop))[0]:  # validation may take longer than Slurm waits
-            save_state(run)
+        save_state(run)  # validation may take longer than Slurm waits
+        if agree(bool(run.stop))[0]:
             raise Stopped
         metrics, scores, weights = validate(run)
         line = {"epoch": run.epoch, "samples": run.samples, "lr": run.optimizer.param_groups[0]["lr"], **losses, **metrics}
@@ -700,10 +743,13 @@ def main(args: argparse.Namespace) -> None:
     device = pick_process_device(args.device)
     rank, world, restarts = join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(minutes=30))
     run = build_run(args, rank, world, device)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {args.output_dir}: {error.strerror}") from error
     with lock(args.output_dir) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            check_disk(run)
+            check_disk(run, goes_on=args.resume is not None or restarts > 0)
             print_plan(run)
         begin(run, restarts)
         if args.compile:
@@ -729,7 +775,7 @@ def guarded_main() -> None:
     except torch.OutOfMemoryError as error:
         sys.exit(f"{str(error).splitlines()[0]}; lower --batch_size, and raise --accum_steps as much")
     except RuntimeError as error:
-        if not dist.is_initialized() or not any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+        if not dist.is_initialized() or not any(words in str(error) for words in LOST):
             raise
         sys.exit(f"another process of this run has ended ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:

@@ -11,7 +11,6 @@ same command goes on.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -36,12 +35,17 @@ VARIANTS = {
 }
 
 
+OURS = ("--without", "--seed", "--resume", "--datasets")  # options of train.py
+
+
 def run(command: list[str]) -> None:
-    """Runs a script of this repository. Raises ValueError with what it said where it fails."""
+    """Runs a script of this repository. Raises ValueError with what it said where it fails, or was stopped."""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if line.strip()]
         raise ValueError(f"{' '.join(command)}\nended with: {said[-1] if said else done.returncode}")
+    if "stopped by SIG" in done.stdout:  # train.py has saved where it was, and ended well
+        raise ValueError("stopped; the same command goes on")
 
 
 def train_and_test(folder: Path, without: tuple[str, ...], seed: int, trained_on: list[str], args: argparse.Namespace, options: list[str]) -> dict:
@@ -61,14 +65,14 @@ def row(name: str, runs: list[dict], seen: list[str], held_out: list[str], param
     cells = [name, f"{parameters / 1e6:.2f}"]
     for generators in (seen, held_out):
         for metric, scale in (("auc", 100), ("ap", 100), ("accuracy", 1)) if generators else ():
-            values = [scale * np.mean([one[generator][metric] for generator in generators]) for one in runs]
+            values = [scale * np.mean([one[generator][metric] for generator in generators if generator in one]) for one in runs]
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.1f}{spread}")
     return f"| {' | '.join(cells)} |"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--features", type=Path, default=Path("features"), help="folder of feature_extraction.py (default: features)")
     parser.add_argument("--output_dir", type=Path, default=Path("ablation"), help="(default: ablation)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant, with the seeds 0, 1, ... (default: 3)")
@@ -77,8 +81,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace, options: list[str]) -> None:
+    if taken := [option for option in options if option.split("=")[0] in OURS]:
+        raise ValueError(f"{', '.join(taken)}: this script sets it; --seeds says how many")
+    if args.seeds < 1:
+        raise ValueError("--seeds has to be at least 1")
     names = [name.split("/") for name in find_feature_files(args.features, "train")]
     generators = [name for kind, name in names if kind == "fake"]
+    if ambiguous := set(generators) & {name for kind, name in names if kind == "real"}:
+        raise ValueError(f"{', '.join(ambiguous)}: a real and a fake data set; give them different names")
     if unknown := set(args.held_out) - set(generators):
         raise ValueError(f"--held_out {', '.join(sorted(unknown))}: no such generator; there are {', '.join(generators)}")
     seen = [name for name in generators if name not in args.held_out]
@@ -88,7 +98,6 @@ def main(args: argparse.Namespace, options: list[str]) -> None:
     if settings.exists() and json.loads(settings.read_text()) != now:
         raise ValueError(f"{args.output_dir}: holds an ablation with other options ({settings}); give another --output_dir")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps(now, indent=2) + "\n")
 
     # seed by seed, so that a table of what is there is a fair one at any time
     jobs = [(seed, name, args.output_dir / name.split(" (")[0].replace(" ", "_") / f"seed_{seed}") for seed in range(args.seeds) for name in VARIANTS]
@@ -98,6 +107,7 @@ def main(args: argparse.Namespace, options: list[str]) -> None:
         bar.set_postfix_str(f"{name}, seed {seed}")
         runs[name].append(train_and_test(folder, VARIANTS[name], seed, trained_on, args, options))
         folders[name] = folder
+        settings.write_text(json.dumps(now, indent=2) + "\n")  # these options have worked
 
     heads = ["model", "M parameters"] + [f"{metric}, {which}" for which, group in (("generators seen", seen), ("held out", args.held_out)) if group for metric in ("AUC %", "AP %", "ACC %")]
     lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]
@@ -111,7 +121,6 @@ def main(args: argparse.Namespace, options: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     try:
         main(*get_args_parser().parse_known_args())
     except (ValueError, OSError) as error:

@@ -339,7 +339,7 @@ def test_what_has_a_counterpart_is_mapped_and_the_rest_told():
             assert torch.equal(mapped[ours], state[theirs]), ours
         assert all(torch.equal(values, lamm[name]) for name, values in model.lamm.state_dict().items())
     with pytest.raises(ValueError, match="choose its width and patch size"):
-        load_torchvision_vit(LAMMViT(replace(SMALL, embed_dim=96)), state)
+        load_torchvision_vit(LAMMViT(replace(SMALL, embed_dim=96, depth=2)), state)
     with pytest.raises(ValueError, match="not a state dict of a torchvision vit_b_16"):
         load_torchvision_vit(model, {"fc.weight": torch.zeros(2, 2)})
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image
 
 import train
 from dataset import FaceDataset, find_feature_files
-from inference import binary_metrics, load_checkpoint, predict_scores
+from inference import CheckpointError, binary_metrics, load_checkpoint, predict_scores
 from model import LAMMViT, LAMMViTConfig
 from train import get_args_parser as train_parser
 
@@ -111,7 +112,7 @@ def test_cosine_warms_up_and_ends_at_the_floor():
     args = train_parser().parse_args(["--schedule", "cosine", "--epochs", "10", "--warmup_epochs", "2", "--lr", "1e-3", "--batch_size", "5", "--accum_steps", "2"])
 
     class At:
-        train_set, window = range(100), 10
+        epoch_size, window = 100, 10
 
         def __init__(self, samples: int):
             self.args, self.samples = args, samples
@@ -157,7 +158,13 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
         for file in (one, two, three):
             file.attrs["fingerprint"] = "of another run"
     shutil.copytree(trained, tmp_path / "foreign")
-    shutil.copytree(trained, tmp_path / "full")
+    shutil.copytree(trained, tmp_path / "without_best")
+    (tmp_path / "without_best/best_model.pth").unlink()
+    shutil.copytree(features, tmp_path / "fewer")
+    shutil.rmtree(tmp_path / "fewer/fake/OffAxisMouth")
+    torch.save(torchvision.models.VisionTransformer(224, 56, 1, 12, 24, 96).state_dict(), tmp_path / "one_layer.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
+    (tmp_path / "empty.pth").touch()
     (tmp_path / "text.pth").write_text("no checkpoint")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
     torch.save(torchvision.models.vit_b_16().state_dict(), tmp_path / "vit.pth")
@@ -170,14 +177,24 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
         (("--features", features, "--embed_dim", 100), "embed_dim is 100"),
         (("--features", features, "--patch_size", 60), "img_size is 224, but has to be a positive multiple of patch_size, 60"),
         (("--features", features, "--accum_steps", 0), "have to be at least 1"),
+        (("--features", features, "--seed", -1), "--seed -1: has to be from 0"),
+        (("--features", features, "--warmup_epochs", 2), "goes with --schedule cosine"),
+        (("--features", features, "--device", "gpu"), "--device gpu: no such device"),
+        (("--features", features, *SMALL, "--output_dir", "text.pth"), "--output_dir text.pth: File exists"),
         (("--features", features, *SMALL, "--resume", "nowhere.pth"), "nowhere.pth: no such checkpoint"),
-        (("--features", features, *SMALL, "--resume", "text.pth"), "text.pth: not a whole checkpoint"),
-        (("--features", features, *SMALL, "--resume", "foreign/best_model.pth"), "foreign/best_model.pth: holds a model, not a run"),
+        (("--features", features, *SMALL, "--resume", "text.pth", "--output_dir", "."), "text.pth: not a whole checkpoint"),
+        (("--features", features, *SMALL, "--resume", "foreign/last.pth"), "of a run in another folder; go on with --output_dir foreign"),
+        (("--features", features, *SMALL, "--resume", "foreign/best_model.pth", "--output_dir", "foreign"), "foreign/best_model.pth: holds a model, not a run"),
+        (("--features", "fewer", *SMALL, "--resume", "--output_dir", "foreign"), "trained with datasets ["),
+        (("--features", features, *SMALL, "--resume", "--output_dir", "without_best"), "without_best/best_model.pth: is gone"),
         (("--features", features, "--resume", "--output_dir", "foreign", "--embed_dim", 48), "resume with the same options"),
         (("--features", features, *SMALL, "--resume", "--output_dir", "foreign", "--mask_style", "gaussian"), "trained with --mask_style polygon;"),
         (("--features", features, *SMALL, "--init_from", "nowhere.pth"), "--init_from nowhere.pth: "),
         (("--features", features, *SMALL, "--init_from", "linear.pth"), "not a state dict of a torchvision vit_b_16"),
         (("--features", features, *SMALL, "--init_from", "vit.pth"), "choose its width and patch size"),
+        (("--features", features, *SMALL, "--init_from", "one_layer.pth"), "has nothing for blocks.1."),
+        (("--features", features, *SMALL, "--init_from", "whole.pth"), "whole.pth: not a file of torch.save with tensors alone"),
+        (("--features", features, *SMALL, "--init_from", "empty.pth"), "empty.pth: not a file of torch.save"),
     ):
         assert message in refusal(train, *arguments)
     assert "nowhere" in error_line(run_script("train.py", "--features", "nowhere", cwd=tmp_path, expect=1))
@@ -217,7 +234,7 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(fea
     arguments = ("--features", "spoilt", "--embed_dim", 24, "--depth", 2, "--batch_size", 8, "--accum_steps", 2, "--num_workers", 1, "--patch_size", 16)
     done = run_script("train.py", *arguments, cwd=tmp_path, processes=processes, expect=1)
     line = next(line for line in done.stderr.replace("\r", "\n").splitlines() if "the loss is not finite" in line)
-    assert f"not finite with {path}; the last good checkpoint is kept in output_model/last.pth" in line and "epoch 1, after" in line
+    assert f"not finite with {path}; the last good checkpoint is kept in output_model/last.pth, " in line and "epoch 1, after" in line
     kept = torch.load(tmp_path / "output_model/last.pth", weights_only=True)["model"]
     assert all(values.isfinite().all() for values in kept.values())
 
@@ -231,7 +248,7 @@ def test_weights_that_run_away_stop_the_run(features, tmp_path):
 
 # Long enough to be stopped in many places: five steps an epoch, each saved.
 LONG = ("--patch_size", 56, "--embed_dim", 24, "--depth", 2, "--batch_size", 8, "--accum_steps", 2, "--num_workers", 1, "--lr", 1e-3)
-LONG += ("--lr_patience", 0, "--save_minutes", 0, "--epochs", 6)
+LONG += ("--lr_patience", 0, "--save_minutes", 0, "--epochs", 4)
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +275,7 @@ def test_stopped_in_any_way_and_resumed_is_the_run_that_was_not_stopped(features
         if stop == signal.SIGTERM:
             assert "stopped by SIGTERM in epoch" in (tmp_path / "printed").read_text() and process.returncode == (1 if processes else 0)  # torchrun's own is 1
     position = torch.load(folder / "last.pth", weights_only=True)
-    assert 0 < position["samples"] < 6 * 72
+    assert 0 < position["samples"] <= 4 * 72 + 8
     run_script("train.py", "--features", features, *LONG, "--output_dir", folder, "--resume", cwd=tmp_path, processes=processes)
     assert_same_run(folder, straight[processes])
 
@@ -293,6 +310,22 @@ def test_two_machines_go_on_when_one_of_them_loses_its_process(features, straigh
     assert_same_run(tmp_path / "out", straight[2])
 
 
+def test_a_run_that_lost_its_last_checkpoint_goes_on_from_the_one_before(features, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "out")
+    (tmp_path / "out/last.pth").unlink()
+    done = run_script("train.py", "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path)
+    assert "goes on from out/previous.pth" in done.stdout
+    assert_same_run(tmp_path / "out", straight[0])
+
+
+def test_damage_inside_a_checkpoint_is_seen(trained, tmp_path):
+    data = bytearray((trained / "last.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "last.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match="last.pth: not a whole checkpoint .* is damaged"):
+        load_checkpoint(tmp_path / "last.pth")
+
+
 def test_a_finished_run_is_left_as_it_is(features, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "out")
     run_script("train.py", "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path)
@@ -301,7 +334,7 @@ def test_a_finished_run_is_left_as_it_is(features, straight, tmp_path):
 
 def test_more_epochs_are_what_they_would_have_been(features, straight, tmp_path):
     arguments = ("--features", features, *LONG, "--output_dir", "out")
-    run_script("train.py", *arguments, "--epochs", 3, cwd=tmp_path)
+    run_script("train.py", *arguments, "--epochs", 2, cwd=tmp_path)
     run_script("train.py", *arguments, "--resume", cwd=tmp_path)
     assert (tmp_path / "out/log.jsonl").read_bytes() == (straight[0] / "log.jsonl").read_bytes()
     assert torch.equal(weights_of(tmp_path / "out")["head.weight"], weights_of(straight[0])["head.weight"])
@@ -319,10 +352,14 @@ def test_a_torn_checkpoint_is_named_and_the_older_one_offered(features, straight
 
 
 def test_another_number_of_processes_goes_on_and_says_so(features, straight, tmp_path):
-    shutil.copytree(straight[2], tmp_path / "out")
-    done = run_script("train.py", "--features", features, *LONG, "--epochs", 7, "--output_dir", "out", "--resume", cwd=tmp_path)
-    assert "of 2 processes, these are 1" in done.stdout
-    assert [line["epoch"] for line in log_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6, 7]
+    """Also where only the validation of an epoch is left to do: previous.pth is from before the last one."""
+    shutil.copytree(straight[0], tmp_path / "out")
+    (tmp_path / "out/last.pth").unlink()
+    done = run_script("train.py", "--features", features, *LONG, "--epochs", 5, "--output_dir", "out", "--resume", cwd=tmp_path, processes=2)
+    assert "of 1 processes, these are 2" in done.stdout
+    log = log_of(tmp_path / "out")
+    assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5]
+    assert log[3]["train_ce"] == pytest.approx(log_of(straight[0])[3]["train_ce"])
 
 
 def test_two_runs_on_one_folder(features, tmp_path, monkeypatch):
