@@ -629,7 +629,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument("--mlp_ratio", type=float, default=4.0, help="width of the MLP over embed_dim (default: 4)")
     model.add_argument("--dropout", type=float, default=0.1, help="in attention and MLP (default: 0.1)")
     model.add_argument("--mask_style", default="polygon", choices=MASK_STYLES, help="filled areas or a Gaussian fall-off (default: polygon)")
-    model.add_argument("--without", nargs="+", default=[], choices=(*PARTS, "diversity"), metavar="PART", help=f"ablations: leave out {', '.join(PARTS)}, diversity (the loss), or several; all of them: a plain ViT")
+    model.add_argument("--without", nargs="+", default=[], choices=(*PARTS, "diversity"), metavar="PART", help=f"ablations: leave out {', '.join(PARTS)}, diversity (the loss), or several; all of them: a plain ViT (default: nothing)")
     model.add_argument("--init_from", metavar="FILE", help="start from the state dict of a torchvision vit_b_16; imagenet: its weights, downloaded")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=int, default=100, help="at most (default: 100)")

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():  # before attention.py is imported: its kernel
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
-GENERATORS = ("BlurredRegion", "OffAxisMouth")
+GENERATORS = ("IrisMismatch", "OffAxisMouth")
 NO_IMAGES_BY_NAME = ("notes.txt", "animated.gif")  # of hostile_files
 
 

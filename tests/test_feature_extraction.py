@@ -100,7 +100,7 @@ def test_search_does_not_give_up_at_once(finder):
     eyes, chin = landmarks[36:48, 1].mean(), landmarks[8, 1]
     assert 80 < eyes < 110 and 160 < chin < 220  # the rows of the face, which fills the picture's height
     assert abs(landmarks[27:36, 0].mean() - (600 + 200) * 224 / 1600) < 3  # and yet in the stored image's frame
-    tight = [Image.fromarray(render(sample_face(np.random.default_rng(seed)), 448)).crop((132, 142, 316, 326)) for seed in range(6)]
+    tight = [Image.fromarray(render(sample_face(np.random.default_rng(seed)), 448)).crop((132, 142, 316, 326)) for seed in range(20)]
     padded = [landmarks for _, landmarks, found_by in (find_face(crop.resize((224, 224)), finder, 224) for crop in tight) if found_by == "padded"]
     assert padded  # faces that fill the frame
     for landmarks in padded:
