@@ -1,5 +1,6 @@
 """train.py: every step is a full one, processes decide alike, a run that was stopped in any way goes on to the same bits."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -42,10 +43,18 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 def wait_for_saves(process: subprocess.Popen, folder: Path, count: int) -> None:
     """Returns as soon as last.pth has been written `count` times from now on."""
-    states, deadline = set(), time.monotonic() + 100
-    while len(states) <= count:
+
+    def state() -> int:  # not the inode: its number is given again to a later file
+        with contextlib.suppress(FileNotFoundError):
+            return (folder / "last.pth").stat().st_mtime_ns
+        return before
+
+    before, deadline = 0, time.monotonic() + 100
+    before = state()
+    seen = {before}
+    while len(seen) <= count:
         assert process.poll() is None and time.monotonic() < deadline, "the run has ended, or stands still"
-        states.add((folder / "last.pth").stat().st_ino if (folder / "last.pth").exists() else None)
+        seen.add(state())
         time.sleep(0.001)
 
 
