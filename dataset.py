@@ -26,7 +26,7 @@ import cv2
 import h5py
 import numpy as np
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SPARE = 4 * 2**20  # bytes on the disk for what HDF5 writes of itself
 CLASSES = ("real", "fake")  # the label is the index
 SPLITS = ("train", "val", "test")
@@ -145,9 +145,14 @@ def _draw_gaussians(landmarks: np.ndarray, eye_distance: float, image_size: tupl
     return masks
 
 
+def face_size(landmarks: np.ndarray) -> np.ndarray:
+    """Width and height of a face, (2,): the spread (standard deviation) of its landmarks (68, 2) in x and y, in their unit."""
+    return landmarks.std(axis=0)
+
+
 # --------------------------------------------------------------------------------------------------------- feature files
 
-PER_SAMPLE = ("images", "landmarks", "region_masks", "labels", "paths", "found_by", "sha256")
+PER_SAMPLE = ("images", "landmarks", "region_masks", "labels", "paths", "originals", "found_by", "sha256")
 
 
 def write_features(
@@ -161,12 +166,13 @@ def write_features(
         region_masks  float32 (N, 8, G, G)               polygon style; the gaussian style is drawn from landmarks when read
         labels        uint8 (N,)                         0 real, 1 fake
         paths         str (N,)                           of the source image, below the data root
+        originals     str (N,)                           format and size of the source before preprocess.py, "JPEG 1024x768"
         found_by      enum (N,)                          index into FOUND_BY
         sha256        uint8 (N, 32)                      of the stored image
 
     Args:
         attributes: of the file, beside schema_version, regions and mask_style.
-        table: labels, paths, found_by and sha256, whole.
+        table: labels, paths, originals, found_by and sha256, whole.
         blocks: images, landmarks and region_masks, some samples at a time.
         compress: images in gzip, which any HDF5 library reads.
 
@@ -181,7 +187,7 @@ def write_features(
     found_by = h5py.enum_dtype({name: code for code, name in enumerate(FOUND_BY)}, basetype="u1")
     columns = {"images": ((img_size, img_size, 3), "u1", 1), "landmarks": ((68, 2), "f4", 64)}
     columns |= {"region_masks": ((len(REGIONS), grid_size, grid_size), "f4", 1), "labels": ((), "u1", 4096)}
-    columns |= {"paths": ((), h5py.string_dtype(), 1024), "found_by": ((), found_by, 4096), "sha256": ((32,), "u1", 1024)}
+    columns |= {"paths": ((), h5py.string_dtype(), 1024), "originals": ((), h5py.string_dtype(), 1024), "found_by": ((), found_by, 4096), "sha256": ((32,), "u1", 1024)}
     if not compress:
         check_space(path, count * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype, _ in columns.values()))
     try:
@@ -194,7 +200,7 @@ def write_features(
                     options.set_deflate(1)  # higher levels take longer and save no more than half a percent of a photograph
                 else:  # all chunks at once, hence one after another in the order of samples
                     options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-                if name != "paths":
+                if name not in ("paths", "originals"):
                     options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
                 space, kind = h5py.h5s.create_simple((count, *shape)), h5py.h5t.py_create(np.dtype(dtype), logical=True)
                 h5py.h5d.create(file.id, name.encode(), kind, space, options)
@@ -337,6 +343,47 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(image, (0, 0), sigma)  # the kernel reaches to ±3 sigma
 
 
+def rescale(image: np.ndarray, factor: float) -> np.ndarray:
+    """Shrinks (h, w, 3) uint8 to this part of its sides and brings it back to its size."""
+    h, w = image.shape[:2]
+    small = cv2.resize(image, (max(1, round(w * factor)), max(1, round(h * factor))), interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC)
+
+
+CORRUPTIONS = {"jpeg": jpeg_compression, "blur": gaussian_blur, "noise": gaussian_noise, "resize": rescale}
+
+
+class TestTransform:
+    """Corruptions one after another, each of a given strength, in every image alike.
+
+    What is random of them (noise) depends on the image's content alone: not on the file's name, the order or the readers.
+
+    Args:
+        corruptions: (name of CORRUPTIONS, level): JPEG quality, blur in pixels, noise in units of the full scale, resize factor.
+        find_again: called with the corrupted image (h, w, 3), returns (landmarks, region_masks); None: those of the clean
+            image are kept.
+    """
+
+    __test__ = False  # no test of pytest's
+
+    def __init__(self, corruptions: Sequence[tuple[str, float]], find_again: Callable | None = None):
+        cv2.setNumThreads(1)  # FaceDataset's readers are the parallelism
+        self.corruptions, self.find_again = tuple(corruptions), find_again
+
+    def __call__(
+        self, image: np.ndarray, landmarks: np.ndarray, region_masks: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """image (h, w, 3) uint8 RGB, landmarks (68, 2), region_masks (8, G, G) -> the same."""
+        for name, level in self.corruptions:
+            if name == "noise":
+                image = gaussian_noise(image, level, np.random.default_rng(zlib.crc32(image.tobytes())))
+            else:
+                image = CORRUPTIONS[name](image, level)
+        if self.find_again:
+            landmarks, region_masks = self.find_again(image)
+        return image, landmarks, region_masks
+
+
 class TrainTransform:
     """The paper's corruptions, each with probability 0.1, and a mirror with probability 0.5.
 
@@ -458,6 +505,7 @@ class FaceDataset:
                 layout = {name: (rows_offset(column) if hasattr(os, "preadv") else None, column.shape) for name, column in columns.items()}
                 self._layouts.append((layout, file_state(path)))
                 self.fingerprint = file.attrs.get("fingerprint")  # of the run that made the files
+                self.mean_landmarks = file.attrs.get("mean_landmarks")  # (68, 2), what images without a face got
                 self._stored_style = file.attrs["mask_style"]
         self.labels = np.concatenate(labels) if labels else np.zeros(0, np.uint8)  # (N,) uint8
         self.ends = np.cumsum(counts, dtype=np.int64)  # of each file, in samples
@@ -500,11 +548,11 @@ class FaceDataset:
             return self._open[number]
 
     def column(self, name: str) -> np.ndarray:
-        """One of the small per-sample datasets (labels, paths, found_by, sha256) over all files, in the order of samples."""
+        """One of the small per-sample datasets (labels, paths, originals, found_by, sha256) over all files, in the order of samples."""
         columns = []
         for path in self.files:
             with open_features(path) as file:
-                columns.append(file[name].asstr("utf-8", "surrogateescape")[:] if name == "paths" else file[name][:])
+                columns.append(file[name].asstr("utf-8", "surrogateescape")[:] if name in ("paths", "originals") else file[name][:])
         return np.concatenate(columns)
 
     def read(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> dict[str, np.ndarray]:

@@ -57,6 +57,7 @@ from dataset import (
 from preprocess import (
     IMAGE_EXTENSIONS,
     NO_IMAGE_BY_NAME,
+    ORIGINAL,
     REJECTED_SUFFIX,
     Rejected,
     default_workers,
@@ -371,15 +372,17 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
     """
     img_size, grid_size = settings["img_size"], settings["img_size"] // settings["patch_size"]
     images = np.empty((len(sources), img_size, img_size, 3), np.uint8)
-    used, faces, skipped = [], [], {}
+    used, originals, faces, skipped = [], [], [], {}
     for source in sources:
         try:
-            images[len(used)], face = detect_face(load_rgb(data_root / source.path), _finder, img_size)
+            image = load_rgb(data_root / source.path)
+            images[len(used)], face = detect_face(image, _finder, img_size)
         except Rejected as reason:
             there = state(data_root / source.path) == source.stat
             skipped[source.path] = str(reason) if there else CHANGED
             continue
         used.append(source)
+        originals.append(image.info[ORIGINAL])
         faces.append(face)
     if not used:
         return skipped
@@ -391,6 +394,7 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
     table = {
         "labels": [CLASSES.index(source.data_set.split("/")[0]) for source in used],
         "paths": [source.path.encode("utf-8", "surrogateescape") for source in used],
+        "originals": originals,
         "found_by": [FOUND_BY.index("mean" if face is None else face.found_by) for face in faces],
         "sha256": [np.frombuffer(hashlib.sha256(image).digest(), np.uint8) for image in images],
     }
@@ -525,7 +529,7 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
     if not sources:
         raise FeatureFileError(f"{args.data_root}: none of the images can be used; the reasons are in {args.output_dir / SKIPPED}")
     store = FaceDataset(files, mapped=False)
-    sha256, found_by = store.column("sha256")[rows], store.column("found_by")[rows]
+    sha256, found_by, originals = (store.column(name)[rows] for name in ("sha256", "found_by", "originals"))
     data_sets, contents = [source.data_set for source in sources], [row.tobytes() for row in sha256]
     # real/FFHQ/person/video/1.png: the person, whatever folders are below
     in_folder = [args.group_by_folder and source.path.count("/") > 2 for source in sources]
@@ -569,6 +573,7 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
             attributes["source_stats"] = np.array([sources[i].stat for i in members], np.int64).reshape(-1, 2)
             table = {"labels": store.labels[rows[members]], "found_by": found_by[members], "sha256": sha256[members]}
             table["paths"] = [sources[i].path.encode("utf-8", "surrogateescape") for i in members]
+            table["originals"] = originals[members]
             write_features(path, args.img_size, grid_size, attributes, table, read_blocks(members), args.compress)
 
 

@@ -1,37 +1,69 @@
 """Tests a trained model against each generator, or scores loose images.
 
-    output_model/best_model.pth + features/  ->  a table, prediction_results.json
-    output_model/best_model.pth + images     ->  one line an image
+    output_model/best_model.pth + features/  ->  a table; prediction_results.json, .csv (scores), .md, .tex
+    output_model/best_model.pth + images     ->  a row for each face, CSV
 
     python inference.py                                      every generator in ./features, its test split
     python inference.py --datasets FFHQ StyleGAN3            these alone
+    python inference.py --robustness --report report         also under JPEG, blur, noise and resize; one HTML file
+    torchrun --nproc_per_node=4 inference.py                 the same numbers, sooner
     python inference.py --images photo.jpg folder/           loose images: probability of a fake, verdict, how the face was found
+    python inference.py --images photo.jpg --explain why     and a picture of what the model looked at
 
 Each generator's fakes stand against as many real images, drawn by seed from the pool of all real data sets. The model is
-rebuilt from the checkpoint alone. train.py uses predict_scores and the metrics for its validation.
+rebuilt from the checkpoint alone. train.py uses predict_scores for its validation.
+
+With --images the exit code is 0 if every file got a score, 3 if some did not, 1 if nothing could be done.
 """
 
 import argparse
+import csv
+import hashlib
+import importlib.metadata
+import itertools
 import json
+import math
+import os
 import pickle
+import queue
+import re
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from PIL import Image
+from sklearn.metrics import roc_curve
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dataset import FaceDataset, FeatureFileError, draw_region_masks, find_feature_files
+from dataset import FaceDataset, FeatureFileError, TestTransform, draw_region_masks, find_feature_files
+from metrics import METRIC_RANGE, binary_metrics, bootstrap_replicates, interval
 from model import LAMMViT, LAMMViTConfig
-from preprocess import Rejected, list_images, load_rgb, map_ahead
+from preprocess import default_workers, gather, join_processes, map_ahead, under_torchrun
 
-CHECKPOINT_VERSION = 2
+if TYPE_CHECKING:
+    from report import Mistake
+
+CHECKPOINT_VERSION = 3
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
+METRICS = tuple(METRIC_RANGE)
+HEADS = ("ACC %", "at val. threshold", "real ACC %", "fake ACC %", "AP", "AUC", "EER")  # of METRICS
+SUMMARIES = ("Mean", "Std", "Worst", "Run", "Robustness")  # keys of the results beside the generators
+ALIGNED_QUALITY = 96  # of the protocols fakes_jpeg96 and all_jpeg96 (arXiv 2403.17608)
+# The grid of the field; level 0 of blur and noise and 1 of resize are the clean images.
+ROBUSTNESS = {"jpeg": (100, 90, 80, 70, 60, 50, 40, 30), "blur": (1, 2, 3, 4, 5), "noise": (0.05, 0.1, 0.15, 0.2, 0.25), "resize": (0.75, 0.5, 0.25)}
+SHOWN_MISTAKES = 12  # of each class, in the report
+EXIT_UNSCORED = 3
 
 
 class CheckpointError(ValueError):
@@ -59,7 +91,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"{path}: not a whole checkpoint ({cause}); take another one or run train.py again") from error
-    if not isinstance(checkpoint, dict) or not {"version", "config", "model", "mask_style", "val_threshold"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"version", "config", "model", "mask_style", "val_threshold", "framing"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: not a checkpoint of train.py: it does not say what model it is; run train.py again")
     if checkpoint["version"] != CHECKPOINT_VERSION:
         raise CheckpointError(f"{path}: checkpoint version {checkpoint['version']}, this program reads {CHECKPOINT_VERSION}; run train.py again")
@@ -80,6 +112,17 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: no such device; cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine has no GPU that torch can use; leave the option away to use the CPU")
+    return device
+
+
+def pick_process_device(name: str) -> torch.device:
+    """The device of this process: under torchrun, a GPU of its own."""
+    device = pick_device(name)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started {device.index + 1} processes or more, but there are {torch.cuda.device_count()} GPUs; lower --nproc_per_node, or give --device cpu")
+        torch.cuda.set_device(device)
     return device
 
 
@@ -106,7 +149,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), IMAGE_MEAN, IMAGE_STD)
 
 
-# ------------------------------------------------------------------------------------------------------- scores and metrics
+# ------------------------------------------------------------------------------------------------------------------ scores
 
 
 def fake_probability(model: LAMMViT, images: torch.Tensor, region_masks: torch.Tensor) -> np.ndarray:
@@ -149,39 +192,42 @@ def predict_scores(
     return scores
 
 
-def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
-    """Metrics of one real-against-fake comparison. labels (N,) 1 = fake, both classes present; scores (N,) in [0, 1].
-
-    accuracy is in percent at 0.5, and so are real_accuracy and fake_accuracy, its two halves; accuracy_val_threshold is at
-    the threshold that was chosen on validation. ap and auc are in 0-1.
-    """
-    predicted = scores >= 0.5
-    return {
-        "accuracy": 100 * float(np.mean(predicted == labels)),
-        "accuracy_val_threshold": 100 * float(np.mean((scores >= threshold) == labels)),
-        "real_accuracy": 100 * float(np.mean(~predicted[labels == 0])),
-        "fake_accuracy": 100 * float(np.mean(predicted[labels == 1])),
-        "ap": float(average_precision_score(labels, scores)),
-        "auc": float(roc_auc_score(labels, scores)),
-        "n_real": int(np.sum(labels == 0)),
-        "n_fake": int(np.sum(labels == 1)),
-    }
-
-
-def choose_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The threshold of the best balanced accuracy, in the middle between the two scores that it separates.
-
-    For validation scores only: chosen on test, it would make the test's accuracy too good.
-    """
-    false_positive, true_positive, thresholds = roc_curve(labels, scores, drop_intermediate=False)
-    best = thresholds[np.argmax(true_positive - false_positive)]
-    below = scores[scores < best]
-    if not np.isfinite(best):  # no threshold is better than calling everything real
-        return float(np.nextafter(scores.max(), 2))
-    return float((best + below.max()) / 2) if len(below) else float(best)
-
-
 # ------------------------------------------------------------------------------------------------------- against generators
+
+
+@dataclass
+class TestSet:
+    """The samples of a split, and which of them stand against each other."""
+
+    __test__ = False  # no test of pytest's
+
+    dataset: FaceDataset
+    files: dict[str, Path]  # {data set, "real/FFHQ": its file}
+    comparisons: dict[str, np.ndarray]  # {generator: indices of its fakes and of as many real samples}
+
+    @property
+    def needed(self) -> np.ndarray:
+        """Indices of all samples that are compared."""
+        return np.unique(np.concatenate(list(self.comparisons.values())))
+
+    def labels_and_scores(self, scores: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return {generator: (self.dataset.labels[chosen], scores[chosen]) for generator, chosen in self.comparisons.items()}
+
+
+def load_test_set(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> TestSet:
+    files = find_feature_files(args.features, args.split, args.datasets)
+    dataset = FaceDataset(list(files.values()), model.config.grid_size, checkpoint["mask_style"])
+    if dataset.img_size != model.config.img_size:
+        raise FeatureFileError(
+            f"{args.features}: images of {dataset.img_size} px, but {args.checkpoint} takes {model.config.img_size} px; "
+            f"run feature_extraction.py --img_size {model.config.img_size}"
+        )
+    if set(dataset.labels) != {0, 1}:
+        raise FeatureFileError(f"{args.features}: the {args.split} split of {', '.join(files)} holds one class only; both are needed")
+    comparisons = draw_comparisons(dataset, list(files), args.seed)
+    if taken := [name for name in SUMMARIES if name in comparisons]:
+        raise FeatureFileError(f"{args.features}/fake/{taken[0]}: this name is taken by a row of the table; give the data set another")
+    return TestSet(dataset, files, comparisons)
 
 
 def draw_comparisons(dataset: FaceDataset, names: list[str], seed: int) -> dict[str, np.ndarray]:
@@ -201,86 +247,241 @@ def draw_comparisons(dataset: FaceDataset, names: list[str], seed: int) -> dict[
     comparisons = {}
     for name, indices in files.items():
         kind, generator = name.split("/")
-        if kind == "fake" and not len(indices):
-            print(f"{name}: no image in this split, left out")
-        elif kind == "fake":
+        if kind == "fake" and len(indices):
             count = min(len(real), len(indices))
             comparisons[generator] = np.sort(np.concatenate([real[:count], shuffled(indices)[:count]]))
     return comparisons
 
 
-def evaluate(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The metrics of each generator, and their mean under "Mean"."""
-    files = find_feature_files(args.features, args.split, args.datasets)
-    dataset = FaceDataset(list(files.values()), model.config.grid_size, checkpoint["mask_style"])
-    if dataset.img_size != model.config.img_size:
-        raise FeatureFileError(
-            f"{args.features}: images of {dataset.img_size} px, but {args.checkpoint} takes {model.config.img_size} px; "
-            f"run feature_extraction.py --img_size {model.config.img_size}"
-        )
-    if set(dataset.labels) != {0, 1}:
-        raise FeatureFileError(f"{args.features}: the {args.split} split of {', '.join(files)} holds one class only; both are needed")
-    comparisons = draw_comparisons(dataset, list(files), args.seed)
-    if "Mean" in comparisons:
-        raise FeatureFileError(f"{args.features}/fake/Mean: this name is taken by the mean over generators; give the data set another")
+def score(model: LAMMViT, test_set: TestSet, args: argparse.Namespace, corruptions: tuple = (), find_again: Callable | None = None, title: str = "scoring") -> np.ndarray:
+    """The probability of a fake, (N,), NaN where a sample is not compared. By --protocol, fakes or all go through a JPEG first."""
+    dataset, scores = test_set.dataset, np.full(len(test_set.dataset), np.nan)
+    first = {label: (("jpeg", ALIGNED_QUALITY),) if args.protocol == "all_jpeg96" or (args.protocol, label) == ("fakes_jpeg96", 1) else () for label in (0, 1)}
+    needed = test_set.needed
+    groups = [needed] if first[0] == first[1] else [needed[dataset.labels[needed] == label] for label in (0, 1)]
+    for group in groups:
+        steps = (*first[int(dataset.labels[group[0]])], *corruptions)
+        dataset.transform = TestTransform(steps, find_again) if steps else None
+        scores[group] = predict_scores(model, dataset, args.batch_size, args.num_workers, title, group)
+    dataset.transform = None
+    return scores
 
-    needed = np.unique(np.concatenate(list(comparisons.values())))
-    scores = np.full(len(dataset), np.nan)
-    scores[needed] = predict_scores(model, dataset, args.batch_size, args.num_workers, "scoring", needed)
-    results = {
-        generator: binary_metrics(dataset.labels[chosen], scores[chosen], checkpoint["val_threshold"])
-        for generator, chosen in comparisons.items()
-    }
-    columns = next(iter(results.values()))
-    results["Mean"] = {column: float(np.mean([row[column] for row in results.values()])) for column in columns if not column.startswith("n_")}
+
+def tabulate(test_set: TestSet, scores: np.ndarray, checkpoint: dict, bootstrap: int, seed: int) -> dict[str, dict]:
+    """The metrics of each generator, with their intervals if bootstrap > 0, and the summaries: "Mean", "Std", "Worst"."""
+    results, replicates = {}, {}
+    threshold = checkpoint["val_threshold"]
+    for generator, (labels, of_generator) in test_set.labels_and_scores(scores).items():
+        row = binary_metrics(labels, of_generator, threshold)
+        row["seen"] = f"fake/{generator}" in checkpoint["datasets"]
+        if bootstrap:
+            # The real images are resampled alike for all generators that stand against the same ones, the fakes of each apart.
+            replicates[generator] = bootstrap_replicates(labels, of_generator, threshold, bootstrap, seed, stream=1 + zlib.crc32(generator.encode()))
+            size = min(row["n_real"], row["n_fake"])
+            row["intervals"] = {metric: interval(row[metric], replicates[generator][metric], size, top) for metric, top in METRIC_RANGE.items()}
+        results[generator] = row
+    rows = list(results.values())
+    worst = min(results, key=lambda generator: results[generator]["auc"])
+    mean = {metric: float(np.mean([row[metric] for row in rows])) for metric in METRICS}
+    if bootstrap:
+        size = min(min(row["n_real"], row["n_fake"]) for row in rows)
+        of_mean = {metric: np.mean([of[metric] for of in replicates.values()], axis=0) for metric in METRICS}
+        mean["intervals"] = {metric: interval(mean[metric], of_mean[metric], size, top) for metric, top in METRIC_RANGE.items()}
+    results["Mean"] = mean
+    results["Std"] = {metric: float(np.std([row[metric] for row in rows], ddof=1)) if len(rows) > 1 else 0.0 for metric in METRICS}
+    results["Worst"] = {"generator": worst} | {metric: results[worst][metric] for metric in METRICS}
     return results
 
 
-def print_table(results: dict[str, dict[str, float]]) -> None:
-    width = max(len(name) for name in results) + 2
-    print(f"{'generator':<{width + 1}}{'ACC %':>8}{'at val. threshold':>19}{'real ACC %':>12}{'fake ACC %':>12}{'AP':>9}{'AUC':>9}{'images':>9}")
-    for name, row in results.items():
-        accuracies = f"{row['accuracy']:>9.2f}{row['accuracy_val_threshold']:>19.2f}{row['real_accuracy']:>12.2f}{row['fake_accuracy']:>12.2f}"
-        count = f"{row['n_real'] + row['n_fake']:>9}" if "n_real" in row else ""
-        print(f"{name:<{width}}{accuracies}{row['ap']:>9.4f}{row['auc']:>9.4f}{count}")
+def count_originals(test_set: TestSet) -> dict[str, Counter]:
+    """{data set: how many of its compared images were of which format and size before preprocess.py}, the most frequent first."""
+    originals, needed = test_set.dataset.column("originals"), test_set.needed
+    ends = dict(zip(test_set.files, zip(test_set.dataset.starts, test_set.dataset.ends)))
+    counts = {name: Counter(originals[needed[(needed >= start) & (needed < end)]].tolist()) for name, (start, end) in ends.items()}
+    return {name: Counter(dict(count.most_common())) for name, count in counts.items() if count}
 
 
-# ------------------------------------------------------------------------------------------------------------- loose images
+def warn_of_traces(test_set: TestSet) -> list[str]:
+    """A sentence where the formats or sizes of the original files differ between a generator and the real images."""
+    originals, warnings = test_set.dataset.column("originals"), []
+    for generator, chosen in test_set.comparisons.items():
+        labels, kinds = test_set.dataset.labels[chosen], [original.split() for original in originals[chosen]]
+        pixels = [math.prod(map(int, size.split("x"))) for _, size in kinds]
+        formats = [np.mean([[kind == name for (kind, _), of in zip(kinds, labels) if of == label] for label in (0, 1)], axis=1) for name in {kind for kind, _ in kinds}]
+        apart = 0.5 * float(np.sum([abs(real - fake) for real, fake in formats]))  # total variation
+        false_positive, true_positive, _ = roc_curve(labels, pixels, drop_intermediate=False)
+        bound = max(0.1, 1.36 * math.sqrt(4 / len(labels)))  # no chance difference, to 95 % (Kolmogorov and Smirnov)
+        traces = [what for what, distance in (("format", apart), ("size", np.abs(true_positive - false_positive).max())) if distance > bound]
+        if traces:
+            shown = [", ".join(f"{name} {100 * n / len(labels) * 2:.0f} %" for name, n in Counter(originals[chosen[labels == label]]).most_common(3)) for label in (0, 1)]
+            warnings.append(f"{generator}: the {' and '.join(traces)} of its files tell it from the real ones ({shown[1]}; real: {shown[0]}); see --protocol")
+    return warnings
 
 
-@torch.inference_mode()
-def score_images(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> int:
-    """Prints a line for each image: probability, verdict, how the face was found, path. Returns how many got no score.
+# --------------------------------------------------------------------------------------------------------------- robustness
 
-    An image is treated as in the features: found, resized and masked by feature_extraction's own functions. It is meant to
-    be a picture of one face; of several, the largest guides the masks.
-    """
+
+def finder_again(test_set: TestSet, checkpoint: dict, predictor: Path | None) -> Callable:
+    """For TestTransform: finds the face in a corrupted image; where there is none any more, the mean landmarks stand in."""
     from feature_extraction import FaceFinder, find_face, find_predictor  # dlib, where it is needed
 
-    finder = FaceFinder(find_predictor(args.predictor))
-    side, grid, threshold = model.config.img_size, model.config.grid_size, checkpoint["val_threshold"]
-    paths = [image for path in args.images for image in (list_images(path) if path.is_dir() else [path])]
-    unscored = 0
-    print(f"{'P(fake)':>8}  {'verdict':<8}{'face':<11}path          (fake from {threshold:.4f} on, the threshold chosen on validation)")
-    for path in paths:
+    side, grid_size, mean = test_set.dataset.img_size, test_set.dataset.grid_size, test_set.dataset.mean_landmarks
+    path, free = find_predictor(predictor), queue.LifoQueue()  # a finder is for one thread at a time
+
+    def find(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         try:
-            image = load_rgb(path)
-        except Rejected as reason:
-            print(f"{'-':>8}  {'-':<8}{'-':<11}{path}: {reason}")
-            unscored += 1
-            continue
-        stored, landmarks, found_by = find_face(image, finder, side)
-        if landmarks is None:
-            print(f"{'-':>8}  {'-':<8}{'none':<11}{path}: no face found")
-            unscored += 1
-            continue
-        masks = torch.from_numpy(draw_region_masks(landmarks, (side, side), grid, checkpoint["mask_style"]))
-        pixels = torch.from_numpy(stored.copy()).permute(2, 0, 1)  # (h, w, 3) -> (3, h, w)
-        score = fake_probability(model, pixels[None], masks[None]).item()
-        print(f"{score:>8.4f}  {'fake' if score >= threshold else 'real':<8}{found_by:<11}{path}")
-    if not paths:
-        raise FileNotFoundError(f"{', '.join(map(str, args.images))}: no images there")
-    return unscored
+            finder = free.get_nowait()
+        except queue.Empty:
+            finder = FaceFinder(path)
+        _, landmarks, _ = find_face(Image.fromarray(image), finder, side)
+        free.put(finder)
+        landmarks = mean if landmarks is None else landmarks
+        return landmarks, draw_region_masks(landmarks, (side, side), grid_size, checkpoint["mask_style"])
+
+    return find
+
+
+def test_robustness(model: LAMMViT, checkpoint: dict, test_set: TestSet, clean: dict[str, dict], args: argparse.Namespace) -> list[dict]:
+    """A row for each corruption and level: {"corruption", "level", generator: metrics, ..., "Mean": metrics}; first the clean one."""
+    find_again = finder_again(test_set, checkpoint, args.predictor) if args.redetect else None
+    names = [*test_set.comparisons, "Mean"]
+    rows = [{"corruption": "none", "level": 0} | {name: {metric: clean[name][metric] for metric in METRICS} for name in names}]
+    for corruption, level in [(corruption, level) for corruption, levels in ROBUSTNESS.items() for level in levels]:
+        scores = score(model, test_set, args, ((corruption, level),), find_again, f"{corruption} {level:g}")
+        results = tabulate(test_set, scores, checkpoint, 0, args.seed)
+        rows.append({"corruption": corruption, "level": level} | {name: {metric: results[name][metric] for metric in METRICS} for name in names})
+    return rows
+
+
+test_robustness.__test__ = False
+
+
+# --------------------------------------------------------------------------------------------------------------- the record
+
+
+def cells(row: dict) -> list[str]:
+    """The numbers of a row of the table, as text, in the order of HEADS; AP and AUC with their intervals."""
+    values = [f"{row[metric]:.2f}" for metric in METRICS[:4]]
+    for metric in METRICS[4:]:
+        between = f" [{row['intervals'][metric][0]:.3f}, {row['intervals'][metric][1]:.3f}]" if metric in ("ap", "auc") and row.get("intervals") else ""
+        values.append(f"{row[metric]:.4f}{between}")
+    return values
+
+
+def aligned(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]) for row in (head, *rows)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def print_table(results: dict[str, dict]) -> None:
+    rows = []
+    for name, row in results.items():
+        if name != "Run":
+            title = f"Worst: {row['generator']}" if name == "Worst" else name
+            seen = {True: "seen", False: "unseen"}.get(row.get("seen"), "")
+            rows.append([title, seen, *cells(row), str(row["n_real"] + row["n_fake"]) if "n_real" in row else ""])
+    print(aligned(["generator", "", *HEADS, "images"], rows))
+
+
+def print_robustness(rows: list[dict]) -> None:
+    print("\nmean over generators, under corruptions that training has also seen (but resize)")
+    lines = [[row["corruption"], f"{row['level']:g}", *cells(row["Mean"])] for row in rows]
+    print(aligned(["corruption", "level", *HEADS], lines))
+
+
+def as_markdown(results: dict[str, dict], robustness: list[dict] | None) -> str:
+    table = [["generator", *HEADS]] + [[name, *cells(row)] for name, row in results.items() if name not in ("Run", "Worst")]
+    lines = [f"| {' | '.join(line)} |" for line in table]
+    lines.insert(1, f"|---|{'--:|' * len(HEADS)}")
+    if robustness:
+        lines += ["", f"| corruption | level | {' | '.join(HEADS)} |", f"|---|--:|{'--:|' * len(HEADS)}"]
+        lines += [f"| {row['corruption']} | {row['level']:g} | {' | '.join(cells(row['Mean']))} |" for row in robustness]
+    return "\n".join(lines) + "\n"
+
+
+def as_latex(results: dict[str, dict]) -> str:
+    """Rows for a tabular with a column for the generator and one for each of HEADS; in percent, without intervals."""
+    lines = ["% generator & " + " & ".join(HEADS).replace("%", "\\%") + " \\\\"]
+    for name, row in results.items():
+        if name not in ("Run", "Worst", "Std"):
+            values = [row[metric] * (1 if metric in METRICS[:4] else 100) for metric in METRICS]
+            spread = [results["Std"][metric] * (1 if metric in METRICS[:4] else 100) for metric in METRICS] if name == "Mean" else None
+            shown = [f"{value:.1f}" + (f" $\\pm$ {spread[i]:.1f}" if spread else "") for i, value in enumerate(values)]
+            lines += (["\\midrule"] if name == "Mean" else []) + [re.sub(r"([&%$#_{}])", r"\\\1", name) + " & " + " & ".join(shown) + " \\\\"]
+    return "\n".join(lines) + "\n"
+
+
+def write_scores(path: Path, test_set: TestSet, scores: np.ndarray, threshold: float) -> None:
+    """A row for each image of each comparison: real images that stand against several generators are there once for each."""
+    paths = test_set.dataset.column("paths")
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("generator", "path", "label", "score", "verdict"))
+        for generator, chosen in test_set.comparisons.items():
+            for i in chosen:
+                writer.writerow((generator, paths[i], test_set.dataset.labels[i], repr(float(scores[i])), "fake" if scores[i] >= threshold else "real"))
+
+
+def describe_run(checkpoint: dict, test_set: TestSet, warnings: list[str], args: argparse.Namespace) -> dict:
+    with open(args.checkpoint, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy", "scikit-learn")}
+    return {
+        "checkpoint": str(args.checkpoint), "checkpoint_sha256": digest, "val_threshold": checkpoint["val_threshold"], "protocol": args.protocol, "split": args.split,
+        "arguments": arguments, "train_arguments": checkpoint["arguments"], "datasets_trained": checkpoint["datasets"], "versions": versions,
+        "warnings": warnings, "sources": count_originals(test_set),
+    }  # fmt: skip
+
+
+def find_mistakes(test_set: TestSet, scores: np.ndarray, threshold: float) -> list["Mistake"]:
+    """The images on the wrong side of the threshold, of each class the furthest from it, in turns."""
+    from report import Mistake
+
+    needed, labels, paths = test_set.needed, test_set.dataset.labels, test_set.dataset.column("paths")
+    wrong = needed[(scores[needed] >= threshold) != labels[needed]]
+    furthest = [sorted(wrong[labels[wrong] == label], key=lambda i: -abs(scores[i] - threshold))[:SHOWN_MISTAKES] for label in (0, 1)]
+    chosen = [i for pair in itertools.zip_longest(*furthest) for i in pair if i is not None]
+    images = test_set.dataset.read(chosen)["image"].transpose(0, 2, 3, 1) if chosen else []  # (B, 3, h, w) -> (B, h, w, 3)
+    return [Mistake(image, paths[i], int(labels[i]), float(scores[i])) for image, i in zip(images, chosen)]
+
+
+def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespace) -> None:
+    """The whole evaluation. All processes score, the first one prints and writes."""
+    test_set = load_test_set(model, checkpoint, args)
+    warnings = warn_of_traces(test_set) if args.protocol == "native" else []
+    scores = score(model, test_set, args)
+    results = tabulate(test_set, scores, checkpoint, args.bootstrap, args.seed) if rank == 0 else None
+    robustness = test_robustness(model, checkpoint, test_set, results or tabulate(test_set, scores, checkpoint, 0, args.seed), args) if args.robustness else None
+    if rank > 0:
+        return
+    results["Run"] = describe_run(checkpoint, test_set, warnings, args)
+    print_table(results)
+    if robustness:
+        print_robustness(robustness)
+    for warning in warnings:
+        print(f"WARNING: {warning}")
+    out = args.output or Path("prediction_results.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_scores(out.with_suffix(".csv"), test_set, scores, checkpoint["val_threshold"])
+    out.with_suffix(".md").write_text(as_markdown(results, robustness))
+    out.with_suffix(".tex").write_text(as_latex(results))
+    if robustness:
+        import figures
+
+        figures.robustness_curves(robustness, out.with_name(f"{out.stem}_robustness.png"))
+    if args.report:
+        from report import write_report
+
+        args.report.mkdir(parents=True, exist_ok=True)
+        mistakes = find_mistakes(test_set, scores, checkpoint["val_threshold"])
+        write_report(args.report / "report.html", results, test_set.labels_and_scores(scores), mistakes, robustness)
+        print(f"report in {args.report / 'report.html'}")
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(json.dumps(results | ({"Robustness": robustness} if robustness else {}), indent=2) + "\n")
+    partial.replace(out)
+    print(f"written to {out}; scores in {out.with_suffix('.csv').name}, rows for a paper in .md and .tex")
 
 
 # ------------------------------------------------------------------------------------------------------------------ script
@@ -290,36 +491,63 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("output_model/best_model.pth"), help="model to test (default: output_model/best_model.pth)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
+    parser.add_argument("--output", type=Path, help="(default: prediction_results.json; with --images standard output, a name in .jsonl for JSON lines)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--predictor", type=Path, help="dlib's 68-point predictor, as for feature_extraction.py; for --images and --redetect")
     against = parser.add_argument_group("against generators")
     against.add_argument("--features", type=Path, default=Path("features"), help="folder of feature_extraction.py (default: features)")
     against.add_argument("--datasets", nargs="+", metavar="NAME", help="data sets to use, real ones included (default: all)")
     against.add_argument("--split", default="test", choices=("train", "val", "test"), help="(default: test)")
-    against.add_argument("--output", type=Path, default=Path("prediction_results.json"), help="(default: prediction_results.json)")
-    against.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    against.add_argument("--protocol", default="native", choices=("native", "fakes_jpeg96", "all_jpeg96"), help="images as they are, or fakes, or all, through a JPEG of quality 96 first (default: native)")
+    against.add_argument("--bootstrap", type=int, default=1000, help="resamples for the 95 %% intervals, 0: none (default: 1000)")
+    against.add_argument("--seed", type=int, default=0, help="of the draw of real images and of the bootstrap (default: 0)")
+    against.add_argument("--robustness", action="store_true", help="also under JPEG, blur, noise and resize, at several levels; a table and a picture of curves")
+    against.add_argument("--redetect", action="store_true", help="find the face again in each corrupted image, instead of keeping the clean one's landmarks")
+    against.add_argument("--report", type=Path, metavar="DIR", help="write DIR/report.html, one file with tables, curves and mistakes")
     against.add_argument("--num_workers", type=int, default=2, help="threads that read features (default: 2)")
-    against.add_argument("--seed", type=int, default=0, help="of the draw of real images (default: 0)")
     loose = parser.add_argument_group("loose images")
-    loose.add_argument("--images", nargs="+", type=Path, metavar="PATH", help="images or folders of images to score")
-    loose.add_argument("--predictor", type=Path, help="dlib's 68-point predictor, as for feature_extraction.py")
+    loose.add_argument("--images", nargs="+", metavar="PATH", help="images, folders of images, patterns; a row for each face")
+    loose.add_argument("--whole_image", action="store_true", help="score pictures without a face, too, with mean landmarks")
+    loose.add_argument("--explain", type=Path, metavar="DIR", help="write a picture for each face: regions, attention, LAMM weights")
+    loose.add_argument("--workers", type=int, default=default_workers(), help="processes that look for faces (default: one a core, fewer where memory is short)")
     return parser
 
 
+def check_options(args: argparse.Namespace) -> None:
+    if min(args.batch_size, args.workers) < 1 or min(args.num_workers, args.bootstrap, args.seed) < 0:
+        raise ValueError("--batch_size and --workers have to be at least 1, --num_workers, --bootstrap and --seed at least 0")
+    if args.images and (args.robustness or args.report):
+        raise ValueError("--robustness and --report are for features, of which it is known what is fake; leave --images away")
+    if not args.images and (args.explain or args.whole_image):
+        raise ValueError("--explain and --whole_image go with --images")
+    if args.redetect and not args.robustness:
+        raise ValueError("--redetect goes with --robustness")
+    if args.images and under_torchrun():
+        raise ValueError("--images runs in one process, which starts --workers more; leave torchrun away")
+
+
 def main(args: argparse.Namespace) -> None:
-    model, checkpoint = load_checkpoint(args.checkpoint, pick_device(args.device))
+    check_options(args)
+    device = pick_process_device(args.device)
+    rank, _, _ = join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(minutes=30))
+    model, checkpoint = load_checkpoint(args.checkpoint, device)
     if args.images:
-        sys.exit(1 if score_images(model, checkpoint, args) else 0)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    results = evaluate(model, checkpoint, args)
-    print_table(results)
-    partial = args.output.with_name(f".{args.output.name}.partial")
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    partial.replace(args.output)
-    print(f"written to {args.output}")
+        from loose_images import score_images
+
+        sys.exit(EXIT_UNSCORED if score_images(model, checkpoint, args) else 0)
+    evaluate(model, checkpoint, rank, args)
+    gather(None)  # nobody leaves while others need it
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
     try:
         main(get_args_parser().parse_args())
+    except BrokenPipeError:  # whoever read the rows has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenProcessPool:
+        sys.exit("a worker process was killed, as the system does when memory is short; lower --workers")
     except (ValueError, OSError) as error:  # FeatureFileError and CheckpointError among them
         sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -19,6 +19,7 @@ import errno
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import stat
 import struct
@@ -38,6 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 try:
@@ -53,6 +55,11 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, 
 # System errors that are about one file. Any other (a bad disk, a server that is away) may be gone tomorrow: it stops the run.
 ABOUT_THE_FILE = (None, errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
 WORKER_MEMORY = 600 * 2**20  # bytes for one worker of any stage: an image of 100 megapixels, and dlib's predictor
+
+# In image.info, and as a text chunk in the PNGs written here: what the file was at first. Those PNGs are all alike, and the
+# formats and sizes that they came from may name the class: feature_extraction.py keeps them, inference.py warns.
+ORIGINAL = "Original"
+ORIGINAL_PATTERN = r"\w+ \d+x\d+"  # "JPEG 1024x768", width x height
 
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
 UPRIGHT = {
@@ -106,6 +113,8 @@ def turn_upright(image: Image.Image) -> Image.Image:
 def load_rgb(path: Path) -> Image.Image:
     """Decodes a file as people see it: upright (EXIF orientation), 8-bit RGB, transparent parts on white, first frame only.
 
+    image.info[ORIGINAL] tells what it was before preprocess.py: "JPEG 1024x768".
+
     Raises:
         Rejected: the file is not an image, or not a whole one.
     """
@@ -115,6 +124,9 @@ def load_rgb(path: Path) -> Image.Image:
         with Image.open(path) as file:
             file.load()
             image = turn_upright(file)
+        original = file.info.get(ORIGINAL)
+        if not isinstance(original, str) or not re.fullmatch(ORIGINAL_PATTERN, original):
+            original = f"{file.format} {image.width}x{image.height}"
         if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip at 255
             deep, rounded = np.asarray(image), np.empty(image.size[::-1], np.uint8)
             for row in range(0, len(deep), 256):  # in bands: these numbers take eight bytes
@@ -123,7 +135,9 @@ def load_rgb(path: Path) -> Image.Image:
         if image.has_transparency_data:
             picture, image = image, Image.new("RGBA", image.size, "white")
             image.alpha_composite(picture.convert("RGBA"))
-        return image if image.mode == "RGB" else image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        image.info[ORIGINAL] = original
+        return image
     except MemoryError as error:
         raise Rejected("has more pixels than there is memory for") from error
     except UNREADABLE as error:
@@ -308,9 +322,12 @@ def write_png(image: Image.Image, path: Path, sync: bool) -> None:
     """Writes to a temporary name in the same folder, then renames: under `path` there is never half a file."""
     # Short, since names may be as long as the file system has them; always the same, so that a later run clears it away.
     partial = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.partial")
+    text = PngInfo()
+    if image.info[ORIGINAL] != f"PNG {image.width}x{image.height}":  # else the file says so itself
+        text.add_text(ORIGINAL, image.info[ORIGINAL])
     try:
         with open(partial, "wb") as file:
-            image.save(file, format="PNG")
+            image.save(file, format="PNG", pnginfo=text)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())

@@ -42,18 +42,17 @@ from torchvision.models import ViT_B_16_Weights
 from tqdm import tqdm
 
 import figures
-from dataset import MASK_STYLES, FaceDataset, FeatureFileError, TrainSampler, TrainTransform, find_feature_files
+from dataset import FOUND_BY, MASK_STYLES, FaceDataset, FeatureFileError, TrainSampler, TrainTransform, face_size, find_feature_files
 from inference import (
     CHECKPOINT_VERSION,
     CheckpointError,
-    binary_metrics,
-    choose_threshold,
     load_batches,
     load_checkpoint,
     normalize,
-    pick_device,
+    pick_process_device,
     predict_scores,
 )  # fmt: skip
+from metrics import binary_metrics, choose_threshold
 from model import NUM_HEADS, NUM_REGIONS, TORCHVISION_NORM_EPS, LAMMLoss, LAMMViT, LAMMViTConfig, load_torchvision_vit
 from preprocess import gather, join_processes, lock
 
@@ -90,6 +89,7 @@ class Run:
     rank: int
     world: int
     datasets: list[str]
+    framing: dict  # of the faces in the training images, for inference.py --images
     train_set: FaceDataset
     val_set: FaceDataset
     model: LAMMViT
@@ -124,17 +124,6 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------------------------------- processes
-
-
-def pick_process_device(name: str) -> torch.device:
-    """The device of this process: under torchrun, a GPU of its own."""
-    device = pick_device(name)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"torchrun started {device.index + 1} processes or more, but there are {torch.cuda.device_count()} GPUs; lower --nproc_per_node, or give --device cpu")
-        torch.cuda.set_device(device)
-    return device
 
 
 def agree(*flags: bool) -> list[bool]:
@@ -205,6 +194,16 @@ def load_data(args: argparse.Namespace) -> tuple[FaceDataset, FaceDataset, list[
             f"{args.features}: train and val are of different runs of feature_extraction.py ({train_set.img_size} and {val_set.img_size} px); run it again over all"
         )
     return train_set, val_set, names
+
+
+def measure_framing(train_set: FaceDataset) -> dict:
+    """How the faces stand in the training images: the mean landmarks (68, 2), and the face_size (2,) under which hardly one is.
+    In units of the image's side."""
+    stored = FaceDataset(train_set.files, mapped=False)  # without the transform
+    some = np.unique(np.linspace(0, len(stored) - 1, 1000).astype(int))
+    found = stored.column("found_by")[some] != FOUND_BY.index("mean")
+    sizes = [face_size(landmarks) for landmarks in stored.read(some[found])["landmarks"] / stored.img_size] or [np.zeros(2)]
+    return {"mean_landmarks": torch.from_numpy(stored.mean_landmarks / stored.img_size), "smallest": torch.from_numpy(np.percentile(sizes, 1, axis=0))}
 
 
 # -------------------------------------------------------------------------------------------------------------- the model
@@ -436,7 +435,7 @@ def describe(run: Run) -> dict:
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run.args).items() if name not in ("resume", "output_dir")}
     return {
         "version": CHECKPOINT_VERSION, "config": dataclasses.asdict(run.model.config), "model": run.model.state_dict(), "mask_style": run.args.mask_style,
-        "datasets": run.datasets, "features": run.train_set.fingerprint, "arguments": arguments, "val_threshold": run.val_threshold,
+        "datasets": run.datasets, "framing": run.framing, "features": run.train_set.fingerprint, "arguments": arguments, "val_threshold": run.val_threshold,
         "sizes": [len(run.train_set), len(run.val_set)], "window": run.window, "dtype": str(run.dtype).removeprefix("torch."),
         "epoch": run.epoch, "samples": run.samples, "best_auc": run.best_auc,
     }  # fmt: skip
@@ -676,7 +675,7 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     dtype = pick_precision(args.precision, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
     return Run(
-        args, device, rank, world, datasets, train_set, val_set, model, model, optimizer,
+        args, device, rank, world, datasets, measure_framing(train_set), train_set, val_set, model, model, optimizer,
         plateau=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=args.lr_patience, min_lr=MIN_LR),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         dtype=dtype,

@@ -141,6 +141,7 @@ def test_flipped_masks_are_the_masks_of_flipped_landmarks(style):
 def write_file(path, count: int, label: int = 0, side: int = 32, fail_after: int | None = None, compress: bool = False, given: int | None = None) -> None:
     rng = np.random.default_rng(count)
     table = {"labels": [label] * count, "paths": [f"real/X/{i}.png" for i in range(count)], "found_by": [0] * count}
+    table["originals"] = [f"JPEG {i + 1}x{side}" for i in range(count)]
     table["sha256"] = rng.integers(0, 256, (count, 32), dtype=np.uint8)
 
     def blocks():
@@ -160,7 +161,7 @@ def test_schema_is_as_documented(tmp_path):
             "images": ((5, 32, 32, 3), "u"), "landmarks": ((5, 68, 2), "f"), "region_masks": ((5, 8, 2, 2), "f"), "labels": ((5,), "u"), "sha256": ((5, 32), "u"),
         }  # fmt: skip
         assert file["images"].chunks == (1, 32, 32, 3)
-        assert file["paths"].asstr()[3] == "real/X/3.png"
+        assert file["paths"].asstr()[3] == "real/X/3.png" and file["originals"].asstr()[3] == "JPEG 4x32"
         assert h5py.check_enum_dtype(file["found_by"].dtype) == {name: code for code, name in enumerate(FOUND_BY)}
         assert list(file.attrs["regions"]) == list(REGIONS)
 
@@ -244,6 +245,7 @@ def two_files(tmp_path) -> list:
 def test_samples_run_through_all_files(tmp_path):
     dataset = FaceDataset(two_files(tmp_path), grid_size=2)
     assert len(dataset) == 8 and dataset.labels.tolist() == [0] * 5 + [1] * 3
+    assert list(dataset.column("originals")) == [f"JPEG {i + 1}x32" for i in (*range(5), *range(3))]
     assert list(dataset.column("paths")) == [f"real/X/{i}.png" for i in (*range(5), *range(3))]
     with h5py.File(tmp_path / "b.h5") as file:
         sample = dataset[6]

@@ -20,7 +20,7 @@ from conftest import GENERATORS, NO_IMAGES_BY_NAME, ROOT, error_line, hostile_fi
 from PIL import Image
 
 import feature_extraction
-from dataset import FOUND_BY, REGIONS, SPLITS, draw_region_masks, open_features
+from dataset import FOUND_BY, REGIONS, SPLITS, FaceDataset, draw_region_masks, open_features
 from demo import render, sample_face, true_points
 from feature_extraction import SHARDS, STAGE, FaceFinder, deal_splits, extract_shard, find_face, find_predictor, find_sources
 from preprocess import list_images, lock
@@ -172,6 +172,20 @@ def test_files_are_complete_and_consistent(datasets, features):
                 np.testing.assert_array_equal(np.asarray(Image.open(datasets / path.decode())), image)
                 np.testing.assert_array_equal(draw_region_masks(landmarks, (224, 224), 14), masks)
     assert not (features / SHARDS).exists() and not (features / STAGE).exists()
+
+
+def test_formats_and_sizes_of_the_sources_are_kept(datasets, tmp_path):
+    for i, name in enumerate(("1.jpg", "2.webp", "3.png")):
+        (tmp_path / "data/real/A").mkdir(parents=True, exist_ok=True)
+        Image.open(datasets / f"real/Consistent/00{i}.png").resize((300, 320)).save(tmp_path / "data/real/A" / name)
+    run_script("preprocess.py", "--directory", "data/real/A", cwd=tmp_path)
+    for i in range(3):
+        Image.open(datasets / f"real/Consistent/01{i}.png").resize((250, 250)).save(tmp_path / f"data/real/A/raw_{i}.jpg")
+    for extra in ((), ("--seed", 5)):  # the second takes them out of the feature files of the first
+        run_script("feature_extraction.py", "--data_root", "data", "--output_dir", "features", *extra, cwd=tmp_path)
+        dataset = FaceDataset(sorted((tmp_path / "features").rglob("*.h5")))
+        originals = dict(zip((Path(path).stem for path in dataset.column("paths")), dataset.column("originals")))
+        assert originals == {"1": "JPEG 300x320", "2": "WEBP 300x320", "3": "PNG 300x320", **{f"raw_{i}": "JPEG 250x250" for i in range(3)}}
 
 
 def test_detection_rate_on_drawn_faces(features):

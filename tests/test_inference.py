@@ -1,41 +1,24 @@
 """inference.py: the checkpoint, the metrics, the draw of real images, scores that depend on nothing but the image."""
 
+import argparse
+import csv
+import hashlib
 import json
 import shutil
 import threading
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from conftest import GENERATORS, SMALL, error_line, refusal, run_script
 from PIL import Image
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import accuracy_score, average_precision_score, recall_score, roc_auc_score
 
 import inference
-from dataset import FaceDataset, find_feature_files
-from inference import CheckpointError, binary_metrics, choose_threshold, draw_comparisons, load_batches, load_checkpoint, normalize, predict_scores
-
-# ----------------------------------------------------------------------------------------------------------------- metrics
-
-
-def test_metrics_by_hand():
-    labels, scores = np.array([0, 0, 0, 1, 1, 1]), np.array([0.1, 0.4, 0.8, 0.35, 0.6, 0.9])
-    metrics = binary_metrics(labels, scores, threshold=0.3)
-    assert metrics["accuracy"] == pytest.approx(100 * 4 / 6)
-    assert metrics["real_accuracy"] == pytest.approx(100 * 2 / 3) and metrics["fake_accuracy"] == pytest.approx(100 * 2 / 3)
-    assert metrics["accuracy_val_threshold"] == pytest.approx(100 * 4 / 6)  # 0.1 is real, all others are called fake
-    assert metrics["auc"] == pytest.approx(6 / 9)  # pairs in the right order
-    assert metrics["ap"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 5) / 3)
-    assert metrics["n_real"] == metrics["n_fake"] == 3
-
-
-def test_threshold_separates_in_the_middle():
-    labels = np.array([0, 0, 0, 1, 1])
-    assert choose_threshold(labels, np.array([0.01, 0.02, 0.04, 0.10, 0.30])) == pytest.approx(0.07)
-    assert choose_threshold(labels, np.array([0.01, 0.02, 0.50, 0.10, 0.30])) == pytest.approx(0.06)  # 4 of 5, 0.02 | 0.10
-    hopeless = choose_threshold(np.array([1, 0]), np.array([0.2, 0.7]))
-    assert hopeless > 0.7  # nothing beats calling all of them real
-
+from dataset import FaceDataset, TestTransform, find_feature_files
+from inference import METRICS, CheckpointError, draw_comparisons, load_batches, load_checkpoint, normalize, predict_scores
 
 # -------------------------------------------------------------------------------------------------------- the comparisons
 
@@ -177,25 +160,159 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_table_and_json(features, trained, tmp_path):
-    done = run_script("inference.py", "--features", features, "--checkpoint", trained / "best_model.pth", cwd=tmp_path)
-    results = json.loads((tmp_path / "prediction_results.json").read_text())
-    assert set(results) == {*GENERATORS, "Mean"}
-    for name, row in results.items():
-        assert name in done.stdout and 0 <= row["accuracy"] <= 100 and 0 <= row["ap"] <= 1
-    for column in ("accuracy", "ap", "auc", "real_accuracy"):
-        assert results["Mean"][column] == pytest.approx(np.mean([results[name][column] for name in GENERATORS]))
+@pytest.fixture(scope="module")
+def evaluated(features, trained, tmp_path_factory) -> tuple[Path, str]:
+    """The folder that an evaluation with all it can do has left, and what it printed."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    arguments = ("--features", features, "--checkpoint", trained / "best_model.pth", "--bootstrap", 200, "--robustness", "--report", "report")
+    return folder, run_script("inference.py", *arguments, cwd=folder).stdout
 
-    # The rows are what the model says, computed here step by step.
+
+def read_scores(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{generator: (labels, scores)} of the CSV file."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    of = {name: [row for row in rows if row["generator"] == name] for name in {row["generator"] for row in rows}}
+    return {name: (np.array([int(row["label"]) for row in rows]), np.array([float(row["score"]) for row in rows])) for name, rows in of.items()}
+
+
+def test_metrics_are_scikit_learns_on_the_scores_of_the_csv_file(evaluated, trained):
+    folder, printed = evaluated
+    results = json.loads((folder / "prediction_results.json").read_text())
+    assert set(results) == {*GENERATORS, "Mean", "Std", "Worst", "Run", "Robustness"}
+    threshold = load_checkpoint(trained / "best_model.pth")[1]["val_threshold"]
+    scores = read_scores(folder / "prediction_results.csv")
+    assert scores.keys() == set(GENERATORS)
+    for name, (labels, values) in scores.items():
+        row = results[name]
+        assert row["n_real"] == row["n_fake"] == (labels == 0).sum() == (labels == 1).sum()
+        expected = {
+            "accuracy": 100 * accuracy_score(labels, values >= 0.5), "accuracy_val_threshold": 100 * accuracy_score(labels, values >= threshold),
+            "real_accuracy": 100 * recall_score(labels, values >= 0.5, pos_label=0), "fake_accuracy": 100 * recall_score(labels, values >= 0.5),
+            "ap": average_precision_score(labels, values), "auc": roc_auc_score(labels, values),
+        }  # fmt: skip
+        for metric, value in expected.items():
+            assert row[metric] == pytest.approx(value, abs=1e-9)
+            low, high = row["intervals"][metric]
+            assert low <= row[metric] <= high
+            assert f"{row[metric]:.4f}" in printed or f"{row[metric]:.2f}" in printed
+        assert row["seen"] is True
+    for metric in METRICS:
+        values = [results[name][metric] for name in GENERATORS]
+        assert results["Mean"][metric] == pytest.approx(np.mean(values)) and results["Std"][metric] == pytest.approx(np.std(values, ddof=1))
+    assert results["Worst"]["generator"] == min(GENERATORS, key=lambda name: results[name]["auc"])
+    assert results["Run"]["checkpoint_sha256"] == hashlib.sha256((trained / "best_model.pth").read_bytes()).hexdigest()
+    assert results["Run"]["sources"]["real/Consistent"] == {"PNG 224x224": 12}
+
+
+def test_the_scores_are_what_the_model_says(evaluated, features, trained):
     model, checkpoint = load_checkpoint(trained / "best_model.pth")
     files = find_feature_files(features, "test")
     dataset = FaceDataset(list(files.values()), model.config.grid_size, checkpoint["mask_style"])
     scores = predict_scores(model, dataset)
     for name, chosen in draw_comparisons(dataset, list(files), seed=0).items():
-        assert results[name]["auc"] == pytest.approx(roc_auc_score(dataset.labels[chosen], scores[chosen]))
-        at_threshold = (scores[chosen] >= checkpoint["val_threshold"]) == dataset.labels[chosen]
-        assert results[name]["accuracy_val_threshold"] == pytest.approx(100 * np.mean(at_threshold))
-        assert results[name]["accuracy"] == pytest.approx(100 * np.mean((scores[chosen] >= 0.5) == dataset.labels[chosen]))
+        labels, written = read_scores(evaluated[0] / "prediction_results.csv")[name]
+        np.testing.assert_array_equal(labels, dataset.labels[chosen])
+        np.testing.assert_allclose(written, scores[chosen], atol=1e-6)
+
+
+def test_rows_for_a_paper(evaluated):
+    folder, _ = evaluated
+    results = json.loads((folder / "prediction_results.json").read_text())
+    markdown = (folder / "prediction_results.md").read_text().splitlines()
+    assert markdown[0].count("|") == markdown[1].count("|") == markdown[2].count("|") == 9
+    latex = (folder / "prediction_results.tex").read_text()
+    for name in GENERATORS:
+        assert f"{results[name]['accuracy']:.2f}" in next(line for line in markdown if f"| {name} |" in line)
+        row = next(line for line in latex.splitlines() if line.startswith(name))
+        assert row.endswith(r" \\") and row.count("&") == 7 and f"{100 * results[name]['auc']:.1f}" in row
+    assert r"Mean & " in latex and r"$\pm$" in latex
+    assert "ACC \\%" in latex.splitlines()[0]
+
+
+def test_under_every_corruption(evaluated):
+    folder, printed = evaluated
+    rows = json.loads((folder / "prediction_results.json").read_text())["Robustness"]
+    assert [(row["corruption"], row["level"]) for row in rows] == [("none", 0)] + [(name, level) for name, levels in inference.ROBUSTNESS.items() for level in levels]
+    assert all(set(METRICS) <= row[name].keys() for row in rows for name in (*GENERATORS, "Mean"))
+    assert len({row["Mean"]["auc"] for row in rows}) > 5 and "under corruptions" in printed
+    with Image.open(folder / "prediction_results_robustness.png") as picture:
+        assert min(picture.size) > 200
+    assert "<html" in (folder / "report/report.html").read_text()
+
+
+def test_two_processes_and_other_workers_give_the_same_numbers(evaluated, features, trained, tmp_path):
+    arguments = ("--features", features, "--checkpoint", trained / "best_model.pth", "--bootstrap", 200, "--num_workers", 0)
+    run_script("inference.py", *arguments, "--batch_size", 64, cwd=tmp_path, processes=2)
+    assert (tmp_path / "prediction_results.csv").read_bytes() == (evaluated[0] / "prediction_results.csv").read_bytes()
+    mine, others = (json.loads((folder / "prediction_results.json").read_text()) for folder in (tmp_path, evaluated[0]))
+    assert all(mine[name] == others[name] for name in (*GENERATORS, "Mean", "Std", "Worst"))
+
+
+def options(*arguments: object) -> argparse.Namespace:
+    return inference.get_args_parser().parse_args(list(map(str, arguments)))
+
+
+def test_protocols_recompress_what_they_say(features, trained):
+    args = {protocol: options("--features", features, "--protocol", protocol) for protocol in ("native", "fakes_jpeg96", "all_jpeg96")}
+    model, checkpoint = load_checkpoint(trained / "best_model.pth")
+    test_set = inference.load_test_set(model, checkpoint, args["native"])
+    native, fakes, both = (inference.score(model, test_set, args[protocol]) for protocol in args)
+    real, fake = ((test_set.dataset.labels == label) & ~np.isnan(native) for label in (0, 1))
+    np.testing.assert_allclose(fakes[real], native[real], atol=1e-6)
+    assert (np.abs(fakes[fake] - native[fake]) > 1e-7).all() and (np.abs(both[real] - native[real]) > 1e-7).all()
+    np.testing.assert_allclose(fakes[fake], both[fake], atol=1e-6)
+
+
+def test_corruptions_depend_on_the_image_alone(test_set):
+    dataset, _ = test_set
+    noisy = TestTransform([("noise", 0.1)])
+    sample = dataset.read([0, 3])
+    images = sample["image"].transpose(0, 2, 3, 1)
+    out = [noisy(image, points, masks, np.random.default_rng(i))[0] for i, (image, points, masks) in enumerate(zip(images, sample["landmarks"], sample["region_masks"]))]
+    np.testing.assert_array_equal(out[0], noisy(images[0].copy(), sample["landmarks"][0], sample["region_masks"][0], np.random.default_rng(9))[0])
+    assert np.std(out[0].astype(float) - images[0]) == pytest.approx(25, rel=0.3) and not np.array_equal(out[0].astype(int) - images[0], out[1].astype(int) - images[1])
+    assert np.array_equal(TestTransform([("resize", 1.0)])(images[0], *images[:2], np.random.default_rng(0))[0], images[0])
+    flat = TestTransform([("resize", 0.25)])(images[0], *images[:2], np.random.default_rng(0))[0]
+    assert flat.shape == images[0].shape and np.abs(np.diff(flat.astype(int), axis=0)).mean() < np.abs(np.diff(images[0].astype(int), axis=0)).mean()
+
+
+def test_landmarks_are_kept_or_found_again(features, trained):
+    model, checkpoint = load_checkpoint(trained / "best_model.pth")
+    test_set = inference.load_test_set(model, checkpoint, options("--features", features))
+    find = inference.finder_again(test_set, checkpoint, None)
+    index = int(np.flatnonzero(test_set.dataset.column("found_by") == 0)[0])
+    sample = test_set.dataset.read([index])
+    shift = np.roll(sample["image"][0].transpose(1, 2, 0), 20, axis=1)  # (3, h, w) -> (h, w, 3), 20 pixels to the right
+    landmarks, masks = find(np.ascontiguousarray(shift))
+    assert np.median(landmarks[:, 0] - sample["landmarks"][0, :, 0]) == pytest.approx(20, abs=4) and masks.shape == sample["region_masks"][0].shape
+    nothing, _ = find(np.zeros_like(shift))
+    np.testing.assert_array_equal(nothing, test_set.dataset.mean_landmarks)
+    kept = TestTransform([("blur", 3)])(shift, landmarks, masks, None)
+    again = TestTransform([("blur", 3)], find)(shift, landmarks, masks, None)
+    assert kept[1] is landmarks and again[1] is not landmarks
+
+
+def test_formats_and_sizes_that_tell_the_class_are_named(features, trained, tmp_path, capsys):
+    shutil.copytree(features, tmp_path / "features")
+    with h5py.File(tmp_path / "features/real/Consistent/test_features.h5", "r+") as file:
+        file["originals"][:] = ["JPEG 1024x1024"] * len(file["originals"])
+    arguments = ("--features", tmp_path / "features", "--checkpoint", trained / "best_model.pth", "--output", tmp_path / "out.json", "--bootstrap", 0)
+    inference.main(options(*arguments))
+    warnings = json.loads((tmp_path / "out.json").read_text())["Run"]["warnings"]
+    assert len(warnings) == 2 and all("the format and size of its files tell it" in line and "real: JPEG 1024x1024 100 %" in line for line in warnings)
+    assert all(f"WARNING: {line}" in capsys.readouterr().out for line in warnings[:1])
+    inference.main(options(*arguments, "--features", features))
+    assert json.loads((tmp_path / "out.json").read_text())["Run"]["warnings"] == []
+
+
+def test_generators_kept_from_training_are_marked(features, tmp_path, capsys):
+    run_script("train.py", "--features", features, *SMALL, "--epochs", 1, "--datasets", "Consistent", "OffAxisMouth", cwd=tmp_path)
+    inference.main(options("--features", features, "--checkpoint", tmp_path / "output_model/best_model.pth", "--output", tmp_path / "out.json", "--bootstrap", 0))
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert (results["OffAxisMouth"]["seen"], results["IrisMismatch"]["seen"]) == (True, False)
+    lines = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith(GENERATORS)}
+    assert lines == {"OffAxisMouth": "seen", "IrisMismatch": "unseen"}
 
 
 def test_refusals(features, trained, tmp_path, monkeypatch):
@@ -223,21 +340,6 @@ def test_features_of_another_size_are_refused(datasets, trained, tmp_path):
     run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", "--img_size", 112, cwd=tmp_path)
     line = refusal(inference, "--checkpoint", trained / "best_model.pth", "--features", tmp_path / "features")
     assert "112 px" in line and "--img_size 224" in line
-
-
-def test_loose_images_score_as_in_the_features(datasets, features, trained, tmp_path):
-    (tmp_path / "text.jpg").write_text("no image")
-    Image.open(datasets / "fake/OffAxisMouth/noise.png").save(tmp_path / "noise.png")
-    done = run_script(
-        "inference.py", "--checkpoint", trained / "best_model.pth", "--images", datasets / "real", tmp_path / "text.jpg", tmp_path / "noise.png", cwd=tmp_path, expect=1
-    )
-    lines = done.stdout.splitlines()[1:]
-    assert len(lines) == 62 and "text.jpg: cannot be read" in lines[-2] and "noise.png: no face found" in lines[-1]
-    printed = {line.split()[-1]: float(line.split()[0]) for line in lines[:60]}
-    model, checkpoint = load_checkpoint(trained / "best_model.pth")
-    dataset = FaceDataset([find_feature_files(features, "test", ["Consistent"])["real/Consistent"]], model.config.grid_size, checkpoint["mask_style"])
-    for path, score in zip(dataset.column("paths"), predict_scores(model, dataset)):
-        assert printed[str(datasets / path)] == pytest.approx(score, abs=1e-4)
 
 
 def test_gaussian_masks_travel_with_the_checkpoint(features, tmp_path):

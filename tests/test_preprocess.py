@@ -18,8 +18,9 @@ import pytest
 import torch
 from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, picture, run_script
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from preprocess import Rejected, agree_on_start, list_images, load_rgb, map_ahead, plan_names
+from preprocess import ORIGINAL, Rejected, agree_on_start, list_images, load_rgb, map_ahead, plan_names
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -155,6 +156,24 @@ def test_decoding_is_what_people_see(tmp_path):
 
     upright.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
     assert np.abs(np.asarray(load_rgb(tmp_path / "cmyk.jpg")).astype(int) - np.asarray(upright)).mean() < 3
+
+
+def test_what_a_file_was_at_first_stays_known(tmp_path):
+    """Also through a second preparation, at another size; and a foreign text of that name is not believed."""
+    (tmp_path / "D").mkdir()
+    picture(60, 40, 1).save(tmp_path / "D/a.jpg")
+    picture(224, 224, 2).save(tmp_path / "D/b.png")
+    note = PngInfo()
+    note.add_text("Original", "by Rembrandt")
+    picture(30, 40, 3).save(tmp_path / "D/c.png", pnginfo=note)
+    for side in (224, 96):
+        run_script("preprocess.py", "--directory", "D", "--target_height", side, "--target_width", side, cwd=tmp_path)
+        originals = {path.name: load_rgb(path).info[ORIGINAL] for path in (tmp_path / "D").iterdir()}
+        assert originals == {"a.png": "JPEG 60x40", "b.png": "PNG 224x224", "c.png": "PNG 30x40"}
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    picture(60, 40, 1).save(tmp_path / "exif.jpg", exif=sideways)
+    assert load_rgb(tmp_path / "exif.jpg").info[ORIGINAL] == "JPEG 40x60"
 
 
 def test_reasons_do_not_carry_the_path_of_a_run(tmp_path):

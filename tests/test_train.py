@@ -21,7 +21,8 @@ from PIL import Image
 
 import train
 from dataset import FaceDataset, find_feature_files
-from inference import CheckpointError, binary_metrics, load_checkpoint, predict_scores
+from inference import CheckpointError, load_checkpoint, predict_scores
+from metrics import binary_metrics
 from model import LAMMViT, LAMMViTConfig
 from train import get_args_parser as train_parser
 

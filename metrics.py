@@ -1,0 +1,238 @@
+"""Metrics of real-against-fake comparisons, and how sure they are: accuracy, AP, AUC, EER, bootstrap intervals, calibration.
+
+    binary_metrics        the figures of one comparison
+    choose_threshold      the threshold for accuracy_val_threshold, from validation scores
+    bootstrap_intervals   {metric: (low, high)} of one comparison
+    bootstrap_replicates, interval
+                          the two halves of it; for the mean over generators, average the replicates, then call interval
+    calibration           reliability diagram and expected calibration error
+
+Everywhere labels (N,) are 1 = fake, 0 = real, both classes present, and scores (N,) probabilities of a fake in [0, 1].
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from scipy.special import expit, logit
+from scipy.stats import t as student_t
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+# The metrics with an interval, and the largest value that each can have. The smallest is 0.
+METRIC_RANGE = {"accuracy": 100.0, "accuracy_val_threshold": 100.0, "real_accuracy": 100.0, "fake_accuracy": 100.0, "ap": 1.0, "auc": 1.0, "eer": 1.0}
+CHUNK_ELEMENTS = 1_000_000  # multiplicities held at once, in rows of N: some 60 MB with all that is made of them
+
+
+# -------------------------------------------------------------------------------------------------------- one comparison
+
+
+def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
+    """Metrics of one real-against-fake comparison. labels (N,) 1 = fake, both classes present; scores (N,) in [0, 1].
+
+    accuracy is in percent at 0.5, and so are real_accuracy and fake_accuracy, its two halves; accuracy_val_threshold is at
+    the threshold that was chosen on validation. ap, auc and eer are in 0-1. eer, the equal error rate, is where the ROC
+    curve, straight between its points, crosses false positive rate = 1 - true positive rate.
+    """
+    predicted = scores >= 0.5
+    return {
+        "accuracy": 100 * float(np.mean(predicted == labels)),
+        "accuracy_val_threshold": 100 * float(np.mean((scores >= threshold) == labels)),
+        "real_accuracy": 100 * float(np.mean(~predicted[labels == 0])),
+        "fake_accuracy": 100 * float(np.mean(predicted[labels == 1])),
+        "ap": float(average_precision_score(labels, scores)),
+        "auc": float(roc_auc_score(labels, scores)),
+        "eer": equal_error_rate(labels, scores),
+        "n_real": int(np.sum(labels == 0)),
+        "n_fake": int(np.sum(labels == 1)),
+    }
+
+
+def equal_error_rate(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The equal error rate, 0-1. labels (N,) 1 = fake, both classes present; scores (N,)."""
+    false_positive, true_positive, _ = roc_curve(labels, scores)
+    excess = false_positive + true_positive - 1  # rises from -1 to 1; 0 where the two errors are equal
+    after = int(np.argmax(excess >= 0))
+    share = -excess[after - 1] / (excess[after] - excess[after - 1])
+    return float(false_positive[after - 1] + share * (false_positive[after] - false_positive[after - 1]))
+
+
+def choose_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The threshold of the best balanced accuracy, in the middle between the two scores that it separates.
+
+    For validation scores only: chosen on test, it would make the test's accuracy too good.
+    """
+    false_positive, true_positive, thresholds = roc_curve(labels, scores, drop_intermediate=False)
+    best = thresholds[np.argmax(true_positive - false_positive)]
+    below = scores[scores < best]
+    if not np.isfinite(best):  # no threshold is better than calling everything real
+        return float(np.nextafter(scores.max(), 2))
+    return float((best + below.max()) / 2) if len(below) else float(best)
+
+
+# ------------------------------------------------------------------------------------------------------------- bootstrap
+
+
+def draw_multiplicities(count: int, size: int, seed: int, stream: int) -> Iterator[np.ndarray]:
+    """How often each of `size` images is in each of `count` resamples: multinomial rows (size,) of int, each of sum `size`.
+
+    They depend on the three numbers and the row's place alone, not on how the rows are put into chunks.
+    """
+    rng = np.random.default_rng((seed, stream))
+    for _ in range(count):
+        yield np.bincount(rng.integers(0, size, size), minlength=size)
+
+
+def weighted_metrics(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
+    """binary_metrics of R resamples at once, each array (R,).
+
+    Args:
+        labels: (N,), 1 = fake.
+        scores: (N,), falling.
+        weights: (R, N) int, how often each sample is in each resample; both classes are in each.
+    """
+    ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)  # the last of each run of equal scores: only there is a threshold
+    true_positive = np.cumsum(weights * labels, axis=1)[:, ends]  # (R, E), fakes among those called fake
+    false_positive = np.cumsum(weights, axis=1)[:, ends] - true_positive
+    n_fake, n_real = true_positive[:, -1], false_positive[:, -1]
+    new_fake = np.diff(true_positive, axis=1, prepend=0)
+    precision = true_positive / np.maximum(true_positive + false_positive, 1)  # 0 / 0 where none is drawn yet, and new_fake is 0
+    new_real = np.diff(false_positive, axis=1, prepend=0)
+
+    def right(at: float) -> tuple[np.ndarray, np.ndarray]:
+        """Reals and fakes (R,) that are right at a threshold."""
+        above = np.searchsorted(-scores[ends], -at, side="right")  # runs of scores >= at
+        if above == 0:
+            return n_real, np.zeros_like(n_fake)
+        return n_real - false_positive[:, above - 1], true_positive[:, above - 1]
+
+    real, fake = right(0.5)
+    real_val, fake_val = right(threshold)
+    pairs = n_real * n_fake
+    # The ROC curve crosses at the first run where fpr + tpr >= 1; in whole numbers, so that nothing is lost to rounding.
+    excess = false_positive * n_fake[:, None] + true_positive * n_real[:, None] - pairs[:, None]
+    after = np.argmax(excess >= 0, axis=1)
+    rows = np.arange(len(weights))
+    excess_after = excess[rows, after]
+    step = new_real[rows, after] * n_fake + new_fake[rows, after] * n_real
+    share = 1 - excess_after / step
+    return {
+        "accuracy": 100 * (real + fake) / (n_real + n_fake),
+        "accuracy_val_threshold": 100 * (real_val + fake_val) / (n_real + n_fake),
+        "real_accuracy": 100 * real / n_real,
+        "fake_accuracy": 100 * fake / n_fake,
+        "ap": np.sum(new_fake * precision, axis=1) / n_fake,
+        "auc": np.sum(new_real * (true_positive - new_fake / 2), axis=1) / pairs,
+        "eer": (false_positive[rows, after] - (1 - share) * new_real[rows, after]) / n_real,
+    }
+
+
+def bootstrap_replicates(labels: np.ndarray, scores: np.ndarray, threshold: float, count: int, seed: int, stream: int = 1) -> dict[str, np.ndarray]:
+    """The metrics of `count` resamples: {metric: (count,)}, units as in binary_metrics. The order of the samples does not matter.
+
+    Real and fake images are resampled apart, as their numbers are set by the design of the comparison. The real ones follow
+    default_rng((seed, 0)): generators that stand against the same real images get the same resamples of these, so that
+    the replicates of their mean keep what they have in common. The fakes follow default_rng((seed, stream)).
+
+    Args:
+        labels, scores: (N,) each.
+        threshold: for accuracy_val_threshold.
+        stream: 1 or more, another for each generator of a mean; with the same one their fakes would be drawn alike, place
+            by place, and the mean's interval would be too wide. A number made of the generator's name (zlib.crc32) does
+            not change when others come or go.
+    """
+    if stream == 0:
+        raise ValueError("stream 0 draws the real images; give the fakes another")
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    ascending = np.lexsort((scores, labels))  # first the real ones: a draw belongs to a rank within a class
+    labels, scores = labels[ascending].astype(np.int64), scores[ascending]
+    n_fake = int(labels.sum())
+    n_real = len(labels) - n_fake
+    if not n_real or not n_fake:
+        raise ValueError(f"{n_real} real and {n_fake} fake images; both are needed")
+    falling = np.argsort(-scores, kind="stable")
+    reals, fakes = draw_multiplicities(count, n_real, seed, 0), draw_multiplicities(count, n_fake, seed, stream)
+    rows = max(1, CHUNK_ELEMENTS // len(labels))
+    chunks = []
+    for start in range(0, count, rows):
+        weights = np.stack([np.concatenate([next(reals), next(fakes)])[falling] for _ in range(min(rows, count - start))])
+        chunks.append(weighted_metrics(labels[falling], scores[falling], weights, threshold))
+    return {metric: np.concatenate([chunk[metric] for chunk in chunks]) for metric in METRIC_RANGE}
+
+
+def interval(estimate: float, replicates: np.ndarray, size: int, top: float = 1.0, level: float = 0.95) -> tuple[float, float]:
+    """A confidence interval (low, high) from an estimate and its bootstrap replicates; low <= estimate <= high, within [0, top].
+
+    The interval is symmetric on the logit scale (Boyd, Eng & Page, "Area under the precision-recall curve", ECML 2013) with
+    the replicates' standard error, and two additions for small samples: Student's t with size - 1 degrees of freedom and
+    the factor sqrt(size / (size - 1)), which undoes the bootstrap's too small variance; and of two standard errors the
+    larger one, that of the replicates carried over by the slope of the logit or that of their logits. In simulations
+    (normal and beta scores, true AP 0.63-0.99, 50-500 images a class) it covered AP in 93.6-95.9 % and AUC in 94.6-96.9 %;
+    percentile intervals covered AP in 86-94 %, for AP is skewed and its estimate a little too high. Least good, 90-94 %:
+    fakes that are more alike than the real images, some of which outrank them. tests/test_metrics.py repeats a part.
+
+    If all replicates are alike, with perfect separation for instance, they tell nothing of the spread. Then the rule of
+    three is used: what was not seen in `size` images has a probability below 1 - (1 - level) ** (1 / size), about 3 / size.
+    The interval reaches so far to both sides, within the range. For AUC that is a bound whatever the scores (`size`
+    disjoint pairs were all in the right order), and for the accuracies; for AP it is a convention: a few real images that
+    outrank all fakes cost more.
+
+    Args:
+        estimate: a metric of binary_metrics, or its mean over generators.
+        replicates: (R,), from bootstrap_replicates; for the mean over generators the mean of theirs, row by row.
+        size: images in the smaller class; for a mean, in the smallest of all generators' classes.
+        top: the metric's largest value, METRIC_RANGE.
+        level: 0-1.
+    """
+    share, spread = estimate / top, np.asarray(replicates) / top
+    if np.ptp(spread) < 1e-12 or not 0 < share < 1:
+        reach = 1 - (1 - level) ** (1 / size)
+        low, high = min(share - reach, spread.min()), max(share + reach, spread.max())
+    else:
+        # Replicates at the very end of the range have no logit: all are moved towards the middle, by less than one image counts.
+        margin = 0.1 / size
+        of_logits = np.std(logit((spread + margin) / (1 + 2 * margin)), ddof=1)
+        by_slope = np.std(spread, ddof=1) / (share * (1 - share))
+        freedom = max(size - 1, 1)
+        reach = student_t.ppf((1 + level) / 2, freedom) * np.sqrt((freedom + 1) / freedom) * max(of_logits, by_slope)
+        low, high = expit(logit(share) - reach), expit(logit(share) + reach)
+    return float(top * max(0.0, min(low, share))), float(top * min(1.0, max(high, share)))
+
+
+def bootstrap_intervals(labels: np.ndarray, scores: np.ndarray, threshold: float, count: int, seed: int, level: float = 0.95) -> dict[str, tuple[float, float]]:
+    """{metric: (low, high)} for each of METRIC_RANGE, units as in binary_metrics; see bootstrap_replicates and interval.
+
+    1,000 replicates are enough for two digits of the interval's width.
+    """
+    estimates = binary_metrics(labels, scores, threshold)
+    replicates = bootstrap_replicates(labels, scores, threshold, count, seed)
+    size = min(estimates["n_real"], estimates["n_fake"])
+    return {metric: interval(estimates[metric], replicates[metric], size, top, level) for metric, top in METRIC_RANGE.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- calibration
+
+
+def calibration(labels: np.ndarray, scores: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """A reliability diagram, and the expected calibration error (Naeini et al., AAAI 2015; Guo et al., ICML 2017).
+
+    Are of the images with a score around 0.7 seven in ten fakes? Right for this mix of classes alone: at equal counts a
+    calibrated score is no probability where fakes are rare.
+
+    Args:
+        labels, scores: (N,) each; one class alone will do.
+        bins: of equal width over [0, 1]; a score on an edge is in the upper one, 1 in the last.
+
+    Returns:
+        mean_score: (bins,), NaN where a bin is empty.
+        fake_fraction: (bins,) 0-1, NaN where a bin is empty.
+        counts: (bins,) int.
+        ece: 0-1, the mean of |mean_score - fake_fraction| over the images.
+    """
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    # Edges by division, as one would write them: 0.3 * 10 and 3 / 10 differ in the last digit.
+    which = np.searchsorted(np.arange(1, bins) / bins, scores, side="right")
+    counts = np.bincount(which, minlength=bins)
+    filled = np.maximum(counts, 1)
+    mean_score = np.where(counts, np.bincount(which, scores, bins) / filled, np.nan)
+    fake_fraction = np.where(counts, np.bincount(which, labels, bins) / filled, np.nan)
+    ece = float(np.nansum(counts * np.abs(mean_score - fake_fraction)) / len(scores))
+    return mean_score, fake_fraction, counts, ece

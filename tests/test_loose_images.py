@@ -1,0 +1,177 @@
+"""inference.py --images: a row for each face or a reason for each file, and the score that the features path gives."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, run_script
+from PIL import Image
+
+import inference
+import loose_images
+from dataset import FaceDataset, face_size, find_feature_files
+from demo import render, sample_face
+from feature_extraction import FaceFinder, find_predictor
+from inference import load_checkpoint, predict_scores
+from loose_images import COLUMNS, find_faces, framing_of, list_pictures
+
+
+@pytest.fixture(scope="module")
+def finder() -> FaceFinder:
+    return FaceFinder(find_predictor(None))
+
+
+@pytest.fixture(scope="module")
+def framing(trained):
+    return framing_of(*load_checkpoint(trained / "best_model.pth"), whole_image=False)
+
+
+def drawn(seed: int, size: int) -> Image.Image:
+    return Image.fromarray(render(sample_face(np.random.default_rng(seed)), size))
+
+
+def rows_of(text: str) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+# --------------------------------------------------------------------------------------------------------- faces of a picture
+
+
+def test_a_picture_framed_as_in_training_is_taken_whole(finder, framing):
+    for size in (224, 500):
+        (face,) = find_faces(drawn(1, size), finder, framing)
+        np.testing.assert_array_equal(face.image, np.asarray(drawn(1, size).resize((224, 224), Image.Resampling.LANCZOS) if size != 224 else drawn(1, size)))
+        left, top, right, bottom = np.array(face.box) / size
+        assert 0 <= left < 0.35 < 0.65 < right <= 1 and 0 <= top < 0.45 < 0.7 < bottom <= 1
+
+
+def test_every_face_of_a_picture_is_cut_out_as_the_training_images_are_framed(finder, framing):
+    """Three faces on a wide canvas, 8000 pixels wide too: each is found where it is, and comes out as its own picture would."""
+    for scale in (1, 4):
+        canvas = Image.new("RGB", (2000 * scale, 700 * scale), (128, 128, 128))
+        places = {1: (60, 40, 560), 2: (760, 120, 400), 3: (1350, 60, 600)}
+        for seed, (left, top, side) in places.items():
+            canvas.paste(drawn(seed, side * scale), (left * scale, top * scale))
+        faces = find_faces(canvas, finder, framing)
+        assert len(faces) == 3 and [face.box[2] - face.box[0] for face in faces] == sorted((face.box[2] - face.box[0] for face in faces), reverse=True)
+        for face in faces:
+            middle = (face.box[0] + face.box[2]) / 2 / scale
+            seed, (left, top, side) = next((seed, place) for seed, place in places.items() if place[0] < middle < place[0] + place[2])
+            assert left * scale < face.box[0] and face.box[3] < (top + side) * scale * 1.05
+            mean = framing.mean_landmarks
+            np.testing.assert_allclose(face.landmarks.mean(axis=0), mean.mean(axis=0), atol=12)
+            assert np.linalg.norm(face_size(face.landmarks)) == pytest.approx(np.linalg.norm(face_size(mean)), rel=0.12)
+
+
+def test_nothing_is_filled_up_at_the_border(finder, framing):
+    canvas = Image.new("RGB", (1200, 700), (10, 250, 10))  # a face in the corner, another one close to the opposite edge
+    canvas.paste(drawn(2, 420).crop((60, 60, 420, 420)), (0, 0))
+    canvas.paste(drawn(4, 420).crop((0, 0, 400, 400)), (800, 300))
+    faces = find_faces(canvas, finder, framing)
+    assert len(faces) == 2
+    for face in faces:
+        black = (face.image == 0).all(axis=2).mean()
+        assert black < 0.01 and face.image.shape == (224, 224, 3)
+
+
+def test_without_a_face(finder, framing):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    assert find_faces(noise, finder, framing) == []
+    (face,) = find_faces(noise, finder, framing._replace(whole_image=True))
+    assert face.box is None and face.found_by == "mean"
+    np.testing.assert_allclose(face.landmarks, framing.mean_landmarks, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- whole commands
+
+
+def test_scores_are_those_of_the_features(datasets, features, trained, tmp_path):
+    """Of all test images, the one without a face among them; with any batch size and number of workers."""
+    model, checkpoint = load_checkpoint(trained / "best_model.pth")
+    files = find_feature_files(features, "test")
+    dataset = FaceDataset(list(files.values()), model.config.grid_size, checkpoint["mask_style"])
+    expected = dict(zip((str(datasets / path) for path in dataset.column("paths")), predict_scores(model, dataset)))
+    outputs = []
+    for options in (("--batch_size", 7, "--workers", 2), ("--batch_size", 64, "--workers", 1)):
+        done = run_script("inference.py", "--checkpoint", trained / "best_model.pth", "--images", *expected, "--whole_image", *options, cwd=tmp_path)
+        outputs.append(rows_of(done.stdout))
+        assert [row["path"] for row in outputs[-1]] == list(expected)
+        for row in outputs[-1]:
+            assert float(row["probability"]) == pytest.approx(expected[row["path"]], abs=1e-4)
+            assert row["verdict"] == ("fake" if float(row["probability"]) >= checkpoint["val_threshold"] else "real") and not row["reason"]
+    assert [(row["path"], row["left"], row["face"]) for row in outputs[0]] == [(row["path"], row["left"], row["face"]) for row in outputs[1]]
+
+
+def test_a_row_for_each_face_or_a_reason_for_each_file(trained, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    reasons = hostile_files(folder)
+    drawn(1, 300).save(folder / "one.png")
+    group = Image.new("RGB", (1500, 400), "white")
+    for i in range(3):
+        group.paste(drawn(i, 400), (50 + 480 * i, 0))
+    group.save(folder / "three.jpg", quality=95)
+    done = run_script("inference.py", "--checkpoint", trained / "best_model.pth", "--images", folder, "nowhere.jpg", cwd=tmp_path, expect=3)
+    rows = rows_of(done.stdout)
+    by_path: dict[str, list[dict]] = {}
+    for row in rows:
+        by_path.setdefault(row["path"].removeprefix(f"{folder}/"), []).append(row)
+    everything = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()} | {"nowhere.jpg"}
+    assert set(by_path) == everything
+    for path, reason in (reasons | {"nowhere.jpg": "no such file"}).items():
+        (row,) = by_path[path]
+        assert (reason if not re.search(r"\d+x\d+", reason) else "no face found") in row["reason"], (path, row)  # of small ones, too, it is said
+        assert not row["probability"] and not row["verdict"]
+    assert len(by_path["one.png"]) == 1 and len(by_path["three.jpg"]) == 3
+    assert all(0 < float(row["probability"]) < 1 and row["verdict"] in ("real", "fake") for row in by_path["one.png"] + by_path["three.jpg"])
+    assert {name for name in NO_IMAGES_BY_NAME} <= set(by_path)
+    assert "Traceback" not in done.stderr and f"{len(everything)} files: " in done.stderr
+
+
+def test_json_lines_patterns_and_pictures_of_the_reasons(datasets, trained, tmp_path):
+    arguments = ("--images", f"{datasets}/real/*/00[0-2].png", datasets / "fake/OffAxisMouth/noise.png", "--output", "out.jsonl", "--explain", "why")
+    done = run_script("inference.py", "--checkpoint", trained / "best_model.pth", *arguments, cwd=tmp_path, expect=3)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert not done.stdout and all(tuple(row) == COLUMNS for row in rows) and len(rows) == 4
+    assert rows[3]["reason"].startswith("no face found") and rows[3]["probability"] is None
+    assert sorted(path.name for path in (tmp_path / "why").iterdir()) == ["000.png.png", "001.png.png", "002.png.png"]
+
+
+def test_a_file_is_listed_once_and_a_missing_one_is_named(datasets, tmp_path):
+    one = datasets / "real/Consistent/000.png"
+    listed = list(list_pictures([str(one), str(datasets / "real"), str(tmp_path / "no.png"), str(tmp_path / "*.png")]))
+    assert len(listed) == 62 and listed[0] == (one, "") and [reason for _, reason in listed[-2:]] == ["no such file"] * 2
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly(datasets, trained):
+    command = [sys.executable, str(ROOT / "inference.py"), "--checkpoint", trained / "best_model.pth", "--batch_size", "1", "--images", datasets / "real"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == ",".join(COLUMNS) + "\n"
+    process.stdout.close()
+    assert "Error" not in process.stderr.read() and process.wait(60) == 0
+
+
+def test_refusals(trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    checkpoint = ("--checkpoint", trained / "best_model.pth")
+    assert "empty: no images there" in error_line(run_script("inference.py", "--images", "empty", *checkpoint, cwd=tmp_path, expect=1))
+    for arguments, message in ((("--images", "a.png", "--robustness"), "leave --images away"), (("--explain", "why"), "go with --images"), (("--redetect",), "goes with --robustness")):
+        with pytest.raises(ValueError, match=message):
+            inference.main(inference.get_args_parser().parse_args(list(map(str, (*arguments, *checkpoint)))))
+
+
+def test_workers_hold_a_few_pictures_only(trained, monkeypatch):
+    """Memory does not grow with the number of pictures: no more are looked at than the model is behind."""
+    asked = []
+    monkeypatch.setattr(loose_images, "map_ahead", lambda function, items, workers, ahead: (asked.append(ahead), map(function, items))[1])
+    model, checkpoint = load_checkpoint(trained / "best_model.pth")
+    args = inference.get_args_parser().parse_args(["--images", "x", "--workers", "1"])
+    with torch.inference_mode():
+        rows = list(loose_images.score_pictures(model, checkpoint, [(ROOT / "README.md", "")] * 3, args))
+    assert asked == [4] and all("cannot be read" in row.reason for row in rows)

@@ -1,0 +1,265 @@
+"""metrics.py: each metric by hand and against scikit-learn, the bootstrap against real resampling, the intervals' coverage."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
+
+from metrics import (
+    METRIC_RANGE,
+    binary_metrics,
+    bootstrap_intervals,
+    bootstrap_replicates,
+    calibration,
+    choose_threshold,
+    draw_multiplicities,
+    interval,
+    weighted_metrics,
+)
+
+# Warnings are errors here: a division by zero is a NaN in a table.
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def draw(n_real: int, n_fake: int, seed: int | tuple[int, int], distance: float = 1.5, digits: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """labels and scores (N,) of two normal distributions, put into (0, 1), in random order; rounded, there are ties."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat([0, 1], [n_real, n_fake]))
+    scores = norm.cdf(rng.normal(size=n_real + n_fake) + distance * (labels - 0.5))
+    return labels, scores if digits is None else scores.round(digits)
+
+
+# --------------------------------------------------------------------------------------------------------- one comparison
+
+
+def test_metrics_by_hand():
+    labels, scores = np.array([0, 0, 0, 1, 1, 1]), np.array([0.1, 0.4, 0.8, 0.35, 0.6, 0.9])
+    metrics = binary_metrics(labels, scores, threshold=0.3)
+    assert metrics["accuracy"] == pytest.approx(100 * 4 / 6)
+    assert metrics["real_accuracy"] == pytest.approx(100 * 2 / 3) and metrics["fake_accuracy"] == pytest.approx(100 * 2 / 3)
+    assert metrics["accuracy_val_threshold"] == pytest.approx(100 * 4 / 6)  # 0.1 is real, all others are called fake
+    assert metrics["auc"] == pytest.approx(6 / 9)  # pairs in the right order
+    assert metrics["ap"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 5) / 3)
+    assert metrics["eer"] == pytest.approx(1 / 3)  # at 0.6: one real above, one fake below
+    assert metrics["n_real"] == metrics["n_fake"] == 3
+
+
+@pytest.mark.parametrize(
+    "labels, scores, expected",
+    [
+        ([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9], 0),  # perfect
+        ([1, 1, 0, 0], [0.1, 0.2, 0.8, 0.9], 1),  # always wrong
+        ([0, 1, 0, 1], [0.5, 0.5, 0.5, 0.5], 0.5),  # no information: the diagonal
+        ([0, 0, 1, 1], [0.1, 0.6, 0.6, 0.9], 0.25),  # from (0, 1/2) to (1/2, 1): fpr = 1 - tpr half way
+        ([0, 0, 0, 1, 1], [0.1, 0.2, 0.7, 0.5, 0.9], 1 / 3),  # fpr is 1/3 from tpr 1/2 to 1
+    ],
+)
+def test_equal_error_rate_by_hand(labels, scores, expected):
+    assert binary_metrics(np.array(labels), np.array(scores), 0.5)["eer"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_threshold_separates_in_the_middle():
+    labels = np.array([0, 0, 0, 1, 1])
+    assert choose_threshold(labels, np.array([0.01, 0.02, 0.04, 0.10, 0.30])) == pytest.approx(0.07)
+    assert choose_threshold(labels, np.array([0.01, 0.02, 0.50, 0.10, 0.30])) == pytest.approx(0.06)  # 4 of 5, 0.02 | 0.10
+    hopeless = choose_threshold(np.array([1, 0]), np.array([0.2, 0.7]))
+    assert hopeless > 0.7  # nothing beats calling all of them real
+
+
+@pytest.mark.parametrize("digits", [None, 1, 2])
+@pytest.mark.parametrize("n_real, n_fake", [(1, 1), (40, 40), (7, 90)])
+def test_metrics_are_scikit_learns(n_real, n_fake, digits):
+    labels, scores = draw(n_real, n_fake, seed=n_fake, digits=digits)
+    for metrics in (
+        binary_metrics(labels, scores, 0.3),
+        {key: value.item() for key, value in resampled(labels, scores, np.ones((1, len(labels)), int), 0.3).items()},
+    ):
+        assert metrics["auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+        assert metrics["ap"] == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
+        assert metrics["accuracy"] == pytest.approx(100 * accuracy_score(labels, scores >= 0.5), abs=1e-12)
+        assert metrics["accuracy_val_threshold"] == pytest.approx(100 * accuracy_score(labels, scores >= 0.3), abs=1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------------- bootstrap
+
+
+def resampled(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
+    """weighted_metrics of samples in any order."""
+    falling = np.argsort(-scores, kind="stable")
+    return weighted_metrics(labels[falling], scores[falling], weights[:, falling], threshold)
+
+
+@pytest.mark.parametrize("digits", [None, 1, 2])
+@pytest.mark.parametrize("n_real, n_fake", [(1, 1), (2, 2), (30, 30), (5, 60)])
+@pytest.mark.parametrize("threshold", [0.4, 2.0, -1.0])
+def test_multiplicities_are_copies_of_images(n_real, n_fake, digits, threshold):
+    labels, scores = draw(n_real, n_fake, seed=n_real, digits=digits)
+    rng = np.random.default_rng(3)
+    weights = np.zeros((20, len(labels)), int)
+    weights[:, labels == 0] = rng.multinomial(n_real, np.full(n_real, 1 / n_real), 20)
+    weights[:, labels == 1] = rng.multinomial(n_fake, np.full(n_fake, 1 / n_fake), 20)
+    fast = resampled(labels, scores, weights, threshold)
+    for row, times in enumerate(weights):
+        slow = binary_metrics(np.repeat(labels, times), np.repeat(scores, times), threshold)
+        assert {key: value[row] for key, value in fast.items()} == pytest.approx({key: slow[key] for key in METRIC_RANGE}, abs=1e-10)
+
+
+def test_replicates_are_resamples_of_each_class():
+    labels, scores = draw(12, 20, seed=1, digits=1)
+    replicates = bootstrap_replicates(labels, scores, 0.4, count=6, seed=9, stream=4)
+    real, fake = np.sort(scores[labels == 0]), np.sort(scores[labels == 1])
+    for row, (real_times, fake_times) in enumerate(zip(draw_multiplicities(6, 12, 9, 0), draw_multiplicities(6, 20, 9, 4))):
+        assert real_times.sum() == 12 and fake_times.sum() == 20
+        both = np.concatenate([np.repeat(real, real_times), np.repeat(fake, fake_times)])
+        slow = binary_metrics(np.repeat([0, 1], [12, 20]), both, 0.4)
+        assert {key: value[row] for key, value in replicates.items()} == pytest.approx({key: slow[key] for key in METRIC_RANGE}, abs=1e-10)
+
+
+def test_replicates_depend_on_seed_and_not_on_order_or_chunks(monkeypatch):
+    labels, scores = draw(50, 60, seed=2, digits=2)
+    one = bootstrap_replicates(labels, scores, 0.4, 40, seed=5)
+    order = np.random.default_rng(0).permutation(len(labels))
+    monkeypatch.setattr("metrics.CHUNK_ELEMENTS", 7 * len(labels))  # 7 rows a chunk, 5 in the last
+    again = bootstrap_replicates(labels[order], scores[order], 0.4, 40, seed=5)
+    for metric in METRIC_RANGE:
+        assert one[metric].shape == (40,)
+        np.testing.assert_array_equal(one[metric], again[metric])
+    assert not np.array_equal(one["ap"], bootstrap_replicates(labels, scores, 0.4, 40, seed=6)["ap"])
+    assert bootstrap_intervals(labels, scores, 0.4, 40, seed=5) == bootstrap_intervals(labels[order], scores[order], 0.4, 40, seed=5)
+
+
+def test_generators_share_the_draws_of_real_images():
+    """Two generators, the same real images: these are drawn alike, the fakes are not."""
+    labels, scores = draw(50, 50, seed=3)
+    other = np.where(labels == 1, draw(50, 50, seed=4)[1], scores)
+    one, two = (bootstrap_replicates(labels, s, 0.4, 200, seed=5, stream=stream) for s, stream in ((scores, 1), (other, 2)))
+    np.testing.assert_array_equal(one["real_accuracy"], two["real_accuracy"])
+    assert abs(np.corrcoef(one["fake_accuracy"], two["fake_accuracy"])[0, 1]) < 0.25
+    with pytest.raises(ValueError, match="stream 0"):
+        bootstrap_replicates(labels, scores, 0.4, 2, seed=5, stream=0)
+    with pytest.raises(ValueError, match="50 real and 0 fake"):
+        bootstrap_replicates(labels[labels == 0], scores[labels == 0], 0.4, 2, seed=5)
+
+
+def test_memory_of_many_images():
+    labels, scores = draw(50_000, 50_000, seed=0)
+    tracemalloc.start()
+    bootstrap_replicates(labels, scores, 0.4, 25, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
+
+
+# -------------------------------------------------------------------------------------------------------------- intervals
+
+
+def normal_truth(distance: float) -> tuple[float, float]:
+    """AP at equal counts and AUC of all images, for real scores ~ N(0, 1) and fake ones ~ N(distance, 1)."""
+    missed = (np.arange(200_000) + 0.5) / 200_000  # share of fakes below the threshold
+    threshold = norm.ppf(missed) + distance
+    true_positive, false_positive = 1 - missed, norm.sf(threshold)
+    return float(np.mean(true_positive / (true_positive + false_positive))), float(norm.cdf(distance / 2**0.5))
+
+
+def test_intervals_cover_the_truth():
+    """Of 95 % intervals, 93-97 % hold the true value, in 300 simulated sets of each of three kinds.
+
+    All 900 together are held to it: in 300 alone, chance takes a coverage of exactly 95 % out of these bounds one time in ten.
+    """
+    hits = {}
+    for distance, size in ((1.0, 100), (2.0, 100), (3.0, 200)):
+        truth = normal_truth(distance)
+        for seed in range(300):
+            labels, scores = draw(size, size, (int(distance), seed), distance)
+            intervals = bootstrap_intervals(labels, scores, 0.5, 150, seed)
+            for metric, value in zip(("ap", "auc"), truth):
+                hits.setdefault((metric, distance), []).append(intervals[metric][0] <= value <= intervals[metric][1])
+    assert all(0.92 <= np.mean(one) <= 0.98 for one in hits.values()), {kind: np.mean(one) for kind, one in hits.items()}
+    for metric in ("ap", "auc"):
+        assert 0.93 <= np.mean([one for (name, _), one in hits.items() if name == metric]) <= 0.97
+
+
+def test_interval_of_a_mean_covers_it():
+    """Three generators against the same real images, whose common draws belong to the mean's spread."""
+    distances, size, hits = (1.0, 2.0, 2.5), 80, 0
+    truth = np.mean([normal_truth(distance)[0] for distance in distances])
+    labels = np.repeat([0, 1], size)
+    for seed in range(150):
+        rng = np.random.default_rng((17, seed))
+        real = rng.normal(size=size)
+        sets = [np.concatenate([real, rng.normal(distance, 1, size)]) for distance in distances]
+        estimate = np.mean([average_precision_score(labels, scores) for scores in sets])
+        replicates = np.mean([bootstrap_replicates(labels, scores, 0.5, 150, seed, stream)["ap"] for stream, scores in enumerate(sets, 1)], axis=0)
+        low, high = interval(estimate, replicates, size)
+        hits += low <= truth <= high
+    assert 0.93 <= hits / 150 <= 0.98
+
+
+@pytest.mark.parametrize(
+    "labels, scores",
+    [
+        ([0] * 50 + [1] * 50, np.r_[np.linspace(0, 0.4, 50), np.linspace(0.6, 1, 50)]),  # perfect separation
+        ([1] * 50 + [0] * 50, np.r_[np.linspace(0, 0.4, 50), np.linspace(0.6, 1, 50)]),  # all wrong
+        ([0] * 50 + [1] * 50, np.r_[np.linspace(0, 0.4, 49), 0.7, np.linspace(0.6, 1, 50)]),  # nearly perfect
+        ([0] * 30 + [1] * 30, np.full(60, 0.5)),  # all scores alike
+        ([0] * 30 + [1] * 30, np.zeros(60)),
+        ([0, 1], [0.2, 0.9]),
+        ([0, 1], [0.9, 0.2]),
+        ([0, 1], [0.5, 0.5]),
+        ([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8]),
+        ([0, 1, 1], [0.1, 0.1, 0.8]),
+        ([0] + [1] * 500, np.r_[0.5, np.linspace(0, 1, 500)]),
+    ],
+)
+@pytest.mark.parametrize("count", [2, 100])
+def test_degenerate_sets_have_sane_intervals(labels, scores, count):
+    labels, scores = np.array(labels), np.asarray(scores)
+    estimates = binary_metrics(labels, scores, 0.45)
+    for metric, (low, high) in bootstrap_intervals(labels, scores, 0.45, count, seed=0).items():
+        assert 0 <= low <= estimates[metric] <= high <= METRIC_RANGE[metric], metric
+        assert low < high, metric  # nothing is known for certain
+
+
+def test_perfect_separation_is_the_rule_of_three():
+    labels, scores = np.repeat([0, 1], 100), np.repeat([0.1, 0.9], 100)
+    intervals = bootstrap_intervals(labels, scores, 0.5, 50, seed=0)
+    assert intervals["ap"] == intervals["auc"] == pytest.approx((0.05**0.01, 1))  # 0.970: 3 / 100 below
+    assert intervals["accuracy"] == pytest.approx((100 * 0.05**0.01, 100))
+    assert intervals["eer"] == pytest.approx((0, 1 - 0.05**0.01))
+
+
+def test_interval_grows_with_the_level_and_shrinks_with_the_sample():
+    widths = []
+    for size, level in ((400, 0.8), (400, 0.95), (100, 0.95)):
+        low, high = bootstrap_intervals(*draw(size, size, seed=1), 0.5, 300, seed=0, level=level)["ap"]
+        widths.append(high - low)
+    assert widths[0] < widths[1] < widths[2]
+
+
+# ------------------------------------------------------------------------------------------------------------ calibration
+
+
+def test_calibration_by_hand():
+    labels, scores = np.array([0, 0, 1, 1, 1]), np.array([0.05, 0.15, 0.3, 0.9, 1.0])
+    mean_score, fake_fraction, counts, ece = calibration(labels, scores, bins=4)
+    np.testing.assert_array_equal(counts, [2, 1, 0, 2])
+    np.testing.assert_allclose(mean_score, [0.1, 0.3, np.nan, 0.95])
+    np.testing.assert_allclose(fake_fraction, [0, 1, np.nan, 1])
+    assert ece == pytest.approx((2 * 0.1 + 1 * 0.7 + 2 * 0.05) / 5)
+
+
+def test_calibration_edges_belong_to_the_upper_bin():
+    scores = np.arange(11) / 10
+    assert calibration(np.ones(11), scores)[2].tolist() == [1] * 9 + [2]
+    counts = calibration(np.zeros(11), scores.astype(np.float32))[2]
+    assert counts.sum() == 11
+
+
+def test_calibrated_scores_have_a_small_error():
+    rng = np.random.default_rng(0)
+    scores = rng.random(50_000)
+    labels = (rng.random(50_000) < scores).astype(int)
+    assert calibration(labels, scores)[3] < 0.01
+    assert calibration(labels, scores**3)[3] > 0.1
