@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) train.py --features $(DEMO)/features --output_dir $(DEMO)/output_model \
 		--patch_size 28 --embed_dim 96 --depth 2 --dropout 0 --without diversity --epochs 32 --stop_patience 32 \
 		--batch_size 32 --accum_steps 1 --lr 3e-4 --schedule cosine --warmup_epochs 2 --num_workers 1 --seed 1
-	$(RUN) inference.py --features $(DEMO)/features --checkpoint $(DEMO)/output_model/best_model.pth --output $(DEMO)/prediction_results.json
+	$(RUN) inference.py --features $(DEMO)/features --checkpoint $(DEMO)/output_model/best_model.pth --output $(DEMO)/prediction_results.json --report $(DEMO)/report
 
 test: $(VENV)/installed
 	$(RUN) -m pytest

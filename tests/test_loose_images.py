@@ -57,7 +57,7 @@ def test_every_face_of_a_picture_is_cut_out_as_the_training_images_are_framed(fi
         canvas = Image.new("RGB", (2000 * scale, 700 * scale), (128, 128, 128))
         places = {1: (60, 40, 560), 2: (760, 120, 400), 3: (1350, 60, 600)}
         for seed, (left, top, side) in places.items():
-            canvas.paste(drawn(seed, side * scale), (left * scale, top * scale))
+            canvas.paste(drawn(seed, side).resize((side * scale, side * scale), Image.Resampling.BICUBIC), (left * scale, top * scale))
         faces = find_faces(canvas, finder, framing)
         assert len(faces) == 3 and [face.box[2] - face.box[0] for face in faces] == sorted((face.box[2] - face.box[0] for face in faces), reverse=True)
         for face in faces:

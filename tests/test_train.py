@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import GENERATORS, ROOT, SMALL, error_line, launcher, refusal, run_script
+from conftest import GENERATORS, ROOT, SMALL, error_line, launcher, refusal, run_here, run_script
 from PIL import Image
 
 import train
@@ -100,8 +100,8 @@ def test_tensorboard_gets_scalars_a_curve_and_the_weights_of_heads(trained):
 
 
 def test_the_plan_is_printed_before_the_first_step(features, tmp_path):
-    done = run_script("train.py", "--features", features, *SMALL, "--epochs", 1, "--schedule", "cosine", cwd=tmp_path)
-    plan, _, _ = done.stdout.partition("epoch   1")
+    printed = run_here(train, "--features", features, *SMALL, "--epochs", 1, "--schedule", "cosine", cwd=tmp_path)
+    plan, _, _ = printed.partition("epoch   1")
     for text in ("36 real, 36 fake   balanced", "12 real, 13 fake", "0.25 M parameters", "32 images = 16 x 1 process x 2 accumulated; lr 0.0001", "cosine over 1 epochs, 0.05 of warm-up", "device cpu, float32"):
         assert text in plan
 
@@ -142,8 +142,8 @@ def test_validation_auc_is_the_one_of_the_saved_weights(features, trained):
 def test_an_earlier_model_is_kept(features, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "output_model")
     before = (trained / "best_model.pth").read_bytes()
-    done = run_script("train.py", "--features", features, *SMALL, "--epochs", 1, "--seed", 7, cwd=tmp_path)
-    assert "output_model/earlier_1" in done.stdout
+    printed = run_here(train, "--features", features, *SMALL, "--epochs", 1, "--seed", 7, cwd=tmp_path)
+    assert "output_model/earlier_1" in printed
     assert (tmp_path / "output_model/earlier_1/best_model.pth").read_bytes() == before
     assert len(log_of(tmp_path / "output_model")) == 1
 
@@ -282,6 +282,8 @@ def test_stopped_in_any_way_and_resumed_is_the_run_that_was_not_stopped(features
         wait_for_saves(process, folder, int(rng.integers(1, 4)))
         process.send_signal(stop)
         process.wait()
+        with train.lock(folder):  # the processes of a torchrun that was killed end soon after it; they would print, and save once more
+            pass
         if stop == signal.SIGTERM:
             assert "stopped by SIGTERM in epoch" in (tmp_path / "printed").read_text() and process.returncode == (1 if processes else 0)  # torchrun's own is 1
     position = torch.load(folder / "last.pth", weights_only=True)
@@ -323,8 +325,8 @@ def test_two_machines_go_on_when_one_of_them_loses_its_process(features, straigh
 def test_a_run_that_lost_its_last_checkpoint_goes_on_from_the_one_before(features, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "out")
     (tmp_path / "out/last.pth").unlink()
-    done = run_script("train.py", "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path)
-    assert "goes on from out/previous.pth" in done.stdout
+    printed = run_here(train, "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path)
+    assert "goes on from out/previous.pth" in printed
     assert_same_run(tmp_path / "out", straight[0])
 
 
@@ -338,14 +340,14 @@ def test_damage_inside_a_checkpoint_is_seen(trained, tmp_path):
 
 def test_a_finished_run_is_left_as_it_is(features, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "out")
-    run_script("train.py", "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path)
+    run_here(train, "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path)
     assert_same_run(tmp_path / "out", straight[0])
 
 
 def test_more_epochs_are_what_they_would_have_been(features, straight, tmp_path):
     arguments = ("--features", features, *LONG, "--output_dir", "out")
-    run_script("train.py", *arguments, "--epochs", 2, cwd=tmp_path)
-    run_script("train.py", *arguments, "--resume", cwd=tmp_path)
+    run_here(train, *arguments, "--epochs", 2, cwd=tmp_path)
+    run_here(train, *arguments, "--resume", cwd=tmp_path)
     assert (tmp_path / "out/log.jsonl").read_bytes() == (straight[0] / "log.jsonl").read_bytes()
     assert torch.equal(weights_of(tmp_path / "out")["head.weight"], weights_of(straight[0])["head.weight"])
 
@@ -357,7 +359,7 @@ def test_a_torn_checkpoint_is_named_and_the_older_one_offered(features, straight
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     message = refusal(train, "--features", features, *LONG, "--output_dir", "out", "--resume")
     assert "out/last.pth: not a whole checkpoint" in message and "--resume out/previous.pth" in message
-    run_script("train.py", "--features", features, *LONG, "--output_dir", "out", "--resume", "out/previous.pth", cwd=tmp_path)
+    run_here(train, "--features", features, *LONG, "--output_dir", "out", "--resume", "out/previous.pth", cwd=tmp_path)
     assert_same_run(tmp_path / "out", straight[0])
 
 
