@@ -150,6 +150,13 @@ def face_size(landmarks: np.ndarray) -> np.ndarray:
     return landmarks.std(axis=0)
 
 
+def face_frame(landmarks: np.ndarray) -> np.ndarray:
+    """How a face stands in its picture, (5,): width and height as of face_size, width over height, and the middle of its landmarks
+    (68, 2), x and y; in units of the picture's side as they are."""
+    width, height = face_size(landmarks)
+    return np.array([width, height, width / max(height, 1e-9), *landmarks.mean(axis=0)])
+
+
 # --------------------------------------------------------------------------------------------------------- feature files
 
 PER_SAMPLE = ("images", "landmarks", "region_masks", "labels", "paths", "originals", "found_by", "sha256")

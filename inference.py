@@ -26,7 +26,6 @@ import math
 import os
 import pickle
 import queue
-import re
 import sys
 import zipfile
 import zlib
@@ -178,7 +177,7 @@ def predict_scores(
     loader = load_batches(dataset, ((indices[start : start + batch_size],) for start in starts), num_workers, torch.cuda.is_available())
     was_training = model.training
     model.eval()
-    bar = tqdm(loader, desc=title, unit="batch", total=len(starts), leave=False, disable=rank > 0 or not title)
+    bar = tqdm(loader, desc=title, unit="batch", total=len(starts), leave=False, disable=True if rank > 0 or not title else None)
     mine = [(start, fake_probability(model, batch["image"], batch["region_masks"])) for start, batch in zip(starts, bar)]
     model.train(was_training)
 
@@ -276,7 +275,7 @@ def tabulate(test_set: TestSet, scores: np.ndarray, checkpoint: dict, bootstrap:
         row["seen"] = f"fake/{generator}" in checkpoint["datasets"]
         if bootstrap:
             # The real images are resampled alike for all generators that stand against the same ones, the fakes of each apart.
-            replicates[generator] = bootstrap_replicates(labels, of_generator, threshold, bootstrap, seed, stream=1 + zlib.crc32(generator.encode()))
+            replicates[generator] = bootstrap_replicates(labels, of_generator, threshold, bootstrap, seed, stream=1 + zlib.crc32(os.fsencode(generator)))
             size = min(row["n_real"], row["n_fake"])
             row["intervals"] = {metric: interval(row[metric], replicates[generator][metric], size, top) for metric, top in METRIC_RANGE.items()}
         results[generator] = row
@@ -301,8 +300,9 @@ def count_originals(test_set: TestSet) -> dict[str, Counter]:
     return {name: Counter(dict(count.most_common())) for name, count in counts.items() if count}
 
 
-def warn_of_traces(test_set: TestSet) -> list[str]:
-    """A sentence where the formats or sizes of the original files differ between a generator and the real images."""
+def warn_of_traces(test_set: TestSet, protocol: str) -> list[str]:
+    """A sentence where the formats or sizes of the original files differ between a generator and the real images. What no --protocol
+    makes alike, sizes, is told under all of them."""
     originals, warnings = test_set.dataset.column("originals"), []
     for generator, chosen in test_set.comparisons.items():
         labels, kinds = test_set.dataset.labels[chosen], [original.split() for original in originals[chosen]]
@@ -312,9 +312,11 @@ def warn_of_traces(test_set: TestSet) -> list[str]:
         false_positive, true_positive, _ = roc_curve(labels, pixels, drop_intermediate=False)
         bound = max(0.1, 1.36 * math.sqrt(4 / len(labels)))  # no chance difference, to 95 % (Kolmogorov and Smirnov)
         traces = [what for what, distance in (("format", apart), ("size", np.abs(true_positive - false_positive).max())) if distance > bound]
+        if "format" in traces and protocol != "native":
+            traces.remove("format")
         if traces:
             shown = [", ".join(f"{name} {100 * n / len(labels) * 2:.0f} %" for name, n in Counter(originals[chosen[labels == label]]).most_common(3)) for label in (0, 1)]
-            warnings.append(f"{generator}: the {' and '.join(traces)} of its files tell it from the real ones ({shown[1]}; real: {shown[0]}); see --protocol")
+            warnings.append(f"{generator}: the {' and '.join(traces)} of its files tell it from the real ones ({shown[1]}; real: {shown[0]}){'; --protocol all_jpeg96 makes formats more alike' if 'format' in traces else ''}")
     return warnings
 
 
@@ -374,14 +376,19 @@ def aligned(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def print_table(results: dict[str, dict]) -> None:
+def table_rows(results: dict[str, dict]) -> list[list[str]]:
+    """The table as text, a row for each generator and the summaries: name, seen or unseen, the numbers, images."""
     rows = []
     for name, row in results.items():
         if name != "Run":
             title = f"Worst: {row['generator']}" if name == "Worst" else name
             seen = {True: "seen", False: "unseen"}.get(row.get("seen"), "")
             rows.append([title, seen, *cells(row), str(row["n_real"] + row["n_fake"]) if "n_real" in row else ""])
-    print(aligned(["generator", "", *HEADS, "images"], rows))
+    return rows
+
+
+def print_table(results: dict[str, dict]) -> None:
+    print(aligned(["generator", "", *HEADS, "images"], table_rows(results)))
 
 
 def print_robustness(rows: list[dict]) -> None:
@@ -391,24 +398,28 @@ def print_robustness(rows: list[dict]) -> None:
 
 
 def as_markdown(results: dict[str, dict], robustness: list[dict] | None) -> str:
-    table = [["generator", *HEADS]] + [[name, *cells(row)] for name, row in results.items() if name not in ("Run", "Worst")]
+    table = [["generator", "in training", *HEADS, "images"]] + [[cell.replace("|", "\\|") for cell in row] for row in table_rows(results)]
     lines = [f"| {' | '.join(line)} |" for line in table]
-    lines.insert(1, f"|---|{'--:|' * len(HEADS)}")
+    lines.insert(1, f"|---|---|{'--:|' * (len(HEADS) + 1)}")
     if robustness:
         lines += ["", f"| corruption | level | {' | '.join(HEADS)} |", f"|---|--:|{'--:|' * len(HEADS)}"]
         lines += [f"| {row['corruption']} | {row['level']:g} | {' | '.join(cells(row['Mean']))} |" for row in robustness]
     return "\n".join(lines) + "\n"
 
 
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {letter: f"\\{letter}" for letter in "&%$#_{}"}
+
+
 def as_latex(results: dict[str, dict]) -> str:
-    """Rows for a tabular with a column for the generator and one for each of HEADS; in percent, without intervals."""
-    lines = ["% generator & " + " & ".join(HEADS).replace("%", "\\%") + " \\\\"]
+    """Rows for a tabular: generator, seen or unseen, HEADS in percent, images."""
+    lines = ["% generator & in training & " + " & ".join(HEADS).replace(" %", "") + r" (all in percent) & images \\"]
     for name, row in results.items():
-        if name not in ("Run", "Worst", "Std"):
-            values = [row[metric] * (1 if metric in METRICS[:4] else 100) for metric in METRICS]
-            spread = [results["Std"][metric] * (1 if metric in METRICS[:4] else 100) for metric in METRICS] if name == "Mean" else None
-            shown = [f"{value:.1f}" + (f" $\\pm$ {spread[i]:.1f}" if spread else "") for i, value in enumerate(values)]
-            lines += (["\\midrule"] if name == "Mean" else []) + [re.sub(r"([&%$#_{}])", r"\\\1", name) + " & " + " & ".join(shown) + " \\\\"]
+        if name not in ("Run", "Std"):
+            values, spread = ([row_of[metric] * (100 if METRIC_RANGE[metric] == 1 else 1) for metric in METRICS] for row_of in (row, results["Std"]))
+            shown = [f"{value:.1f}" + (f" $\\pm$ {spread[i]:.1f}" if name == "Mean" else "") for i, value in enumerate(values)]
+            title = "".join(LATEX.get(letter, letter) for letter in (f"Worst: {row['generator']}" if name == "Worst" else name))
+            seen = {True: "seen", False: "unseen"}.get(row.get("seen"), "")
+            lines += ([r"\midrule"] if name == "Mean" else []) + [" & ".join([title, seen, *shown, str(row["n_real"] + row["n_fake"]) if "n_real" in row else ""]) + r" \\"]
     return "\n".join(lines) + "\n"
 
 
@@ -450,7 +461,11 @@ def find_mistakes(test_set: TestSet, scores: np.ndarray, threshold: float) -> li
 def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespace) -> None:
     """The whole evaluation. All processes score, the first one prints and writes."""
     test_set = load_test_set(model, checkpoint, args)
-    warnings = warn_of_traces(test_set) if args.protocol == "native" else []
+    for folder in (args.output.parent, *([args.report] if args.report else [])):  # before hours are spent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{folder}: nothing can be written there; name another folder")
+    warnings = warn_of_traces(test_set, args.protocol)
     scores = score(model, test_set, args)
     results = tabulate(test_set, scores, checkpoint, args.bootstrap, args.seed) if rank == 0 else None
     robustness = test_robustness(model, checkpoint, test_set, results or tabulate(test_set, scores, checkpoint, 0, args.seed), args) if args.robustness else None
@@ -462,11 +477,14 @@ def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespa
         print_robustness(robustness)
     for warning in warnings:
         print(f"WARNING: {warning}")
-    out = args.output or Path("prediction_results.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = args.output
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(json.dumps(results | ({"Robustness": robustness} if robustness else {}), indent=2) + "\n")
+    partial.replace(out)
     write_scores(out.with_suffix(".csv"), test_set, scores, checkpoint["val_threshold"])
-    out.with_suffix(".md").write_text(as_markdown(results, robustness))
-    out.with_suffix(".tex").write_text(as_latex(results))
+    out.with_suffix(".md").write_text(as_markdown(results, robustness), encoding="utf-8", errors="backslashreplace")
+    out.with_suffix(".tex").write_text(as_latex(results), encoding="utf-8", errors="backslashreplace")
+    print(f"written to {out}; scores in {out.with_suffix('.csv').name}, rows for a paper in .md and .tex")
     if robustness:
         import figures
 
@@ -474,14 +492,9 @@ def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespa
     if args.report:
         from report import write_report
 
-        args.report.mkdir(parents=True, exist_ok=True)
         mistakes = find_mistakes(test_set, scores, checkpoint["val_threshold"])
         write_report(args.report / "report.html", results, test_set.labels_and_scores(scores), mistakes, robustness)
         print(f"report in {args.report / 'report.html'}")
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(json.dumps(results | ({"Robustness": robustness} if robustness else {}), indent=2) + "\n")
-    partial.replace(out)
-    print(f"written to {out}; scores in {out.with_suffix('.csv').name}, rows for a paper in .md and .tex")
 
 
 # ------------------------------------------------------------------------------------------------------------------ script
@@ -491,7 +504,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("output_model/best_model.pth"), help="model to test (default: output_model/best_model.pth)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
-    parser.add_argument("--output", type=Path, help="(default: prediction_results.json; with --images standard output, a name in .jsonl for JSON lines)")
+    parser.add_argument("--output", type=Path, help="a name in .json, the other files beside it (default: prediction_results.json); with --images the rows (default: standard output)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--predictor", type=Path, help="dlib's 68-point predictor, as for feature_extraction.py; for --images and --redetect")
     against = parser.add_argument_group("against generators")
@@ -507,6 +520,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     against.add_argument("--num_workers", type=int, default=2, help="threads that read features (default: 2)")
     loose = parser.add_argument_group("loose images")
     loose.add_argument("--images", nargs="+", metavar="PATH", help="images, folders of images, patterns; a row for each face")
+    loose.add_argument("--format", default="csv", choices=("csv", "jsonl"), help="of the rows: CSV or JSON lines (default: csv)")
     loose.add_argument("--whole_image", action="store_true", help="score pictures without a face, too, with mean landmarks")
     loose.add_argument("--explain", type=Path, metavar="DIR", help="write a picture for each face: regions, attention, LAMM weights")
     loose.add_argument("--workers", type=int, default=default_workers(), help="processes that look for faces (default: one a core, fewer where memory is short)")
@@ -514,16 +528,22 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    if min(args.batch_size, args.workers) < 1 or min(args.num_workers, args.bootstrap, args.seed) < 0:
-        raise ValueError("--batch_size and --workers have to be at least 1, --num_workers, --bootstrap and --seed at least 0")
-    if args.images and (args.robustness or args.report):
-        raise ValueError("--robustness and --report are for features, of which it is known what is fake; leave --images away")
-    if not args.images and (args.explain or args.whole_image):
-        raise ValueError("--explain and --whole_image go with --images")
+    """Completes the options. Raises ValueError where they make no sense together."""
+    if min(args.batch_size, args.workers) < 1 or min(args.num_workers, args.bootstrap, args.seed) < 0 or 0 < args.bootstrap < 100:
+        raise ValueError("--batch_size and --workers have to be at least 1, --num_workers and --seed at least 0, --bootstrap 0 or at least 100")
+    loose = ("format", "whole_image", "explain", "workers")
+    others = ("features", "datasets", "split", "protocol", "bootstrap", "seed", "robustness", "redetect", "report", "num_workers")
+    defaults = vars(get_args_parser().parse_args([]))
+    if idle := [f"--{name}" for name in (others if args.images else loose) if getattr(args, name) != defaults[name]]:
+        raise ValueError(f"{', '.join(idle)}: {'not for' if args.images else 'only for'} loose images, --images")
     if args.redetect and not args.robustness:
         raise ValueError("--redetect goes with --robustness")
     if args.images and under_torchrun():
         raise ValueError("--images runs in one process, which starts --workers more; leave torchrun away")
+    if not args.images:
+        args.output = args.output or Path("prediction_results.json")
+        if args.output.suffix != ".json":
+            raise ValueError(f"--output {args.output}: has to end in .json; .csv, .md and .tex get its name")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -540,7 +560,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
+    if sys.stdout is not None:  # closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
     try:
         main(get_args_parser().parse_args())
     except BrokenPipeError:  # whoever read the rows has enough

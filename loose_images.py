@@ -2,10 +2,10 @@
 
     pictures  ->  a row for each face, or for each picture without one, in CSV or JSON lines
 
-This is what `python inference.py --images` runs. A picture that is framed as the training images were, a face that fills it,
-is taken whole, as feature_extraction.py takes it: it gets the score that it has by way of the features. Of any other picture,
-each face is cut out with the margin that the training images have. Nothing is filled up: a cut that would reach over the
-border is moved inside, or made smaller.
+This is what `python inference.py --images` runs. A picture whose face stands in it as the faces of the training images did is
+taken whole, as feature_extraction.py takes it: it gets the score that it has by way of the features. Of any other picture, and
+for any further face, a square is cut out with the margin that the training images have. Nothing is filled up: a cut that would
+reach over the border is moved inside, or made smaller.
 """
 
 import csv
@@ -29,15 +29,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import draw_region_masks, face_size
+from dataset import draw_region_masks, face_frame, face_size
 from feature_extraction import FaceFinder, detect_face, find_predictor, predict_landmarks
 from model import LAMMViT
 from preprocess import NO_IMAGE_BY_NAME, Rejected, end_with, list_files, load_rgb, map_ahead
 
-COLUMNS = ("path", "left", "top", "right", "bottom", "probability", "verdict", "face", "reason")
+COLUMNS = ("path", "left", "top", "right", "bottom", "probability", "verdict", "face", "framing", "explanation", "reason")
 SEARCH_SIDE = 1600  # longer side of the copy in which the faces of a large picture are searched: those from a twentieth of it on
 UPSAMPLED_SIDE = 800  # longer side of a picture that is doubled before the search
-SMALLER = 0.75  # a face this much smaller than nearly all in training is cut out
+SLACK = 0.06  # beyond the range of 98 % of the training faces in which a face counts as framed like them; sizes in parts of
+# themselves, places in parts of the picture's side
 NO_FACE = "no face found; --whole_image scores it all the same"
 
 
@@ -49,6 +50,7 @@ class Face(NamedTuple):
     landmarks: np.ndarray  # (68, 2) in pixels of the image
     region_masks: np.ndarray  # (8, G, G)
     found_by: str  # one of dataset.FOUND_BY
+    framing: str  # "whole" or "cut"
 
 
 class Framing(NamedTuple):
@@ -58,35 +60,52 @@ class Framing(NamedTuple):
     grid_size: int
     mask_style: str
     mean_landmarks: np.ndarray  # (68, 2) in pixels of the input
-    smallest: np.ndarray  # (2,) of face_size, in pixels of the input
+    usual: np.ndarray  # (2, 5) dataset.face_frame of training faces, their 1st and 99th percentile
     whole_image: bool  # score pictures without a face
 
 
 def framing_of(model: LAMMViT, checkpoint: dict, whole_image: bool) -> Framing:
     side = model.config.img_size
-    mean, smallest = (checkpoint["framing"][name].double().numpy() * side for name in ("mean_landmarks", "smallest"))
-    return Framing(side, model.config.grid_size, checkpoint["mask_style"], mean, smallest, whole_image)
+    mean, usual = (checkpoint["framing"][name].double().numpy() for name in ("mean_landmarks", "usual"))
+    return Framing(side, model.config.grid_size, checkpoint["mask_style"], mean * side, usual, whole_image)
 
 
 # --------------------------------------------------------------------------------------------------------- faces of a picture
 
 
 def find_faces(image: Image.Image, finder: FaceFinder, framing: Framing) -> list[Face]:
-    """All faces of an upright RGB picture of any size, the largest first; of a picture framed as the training images, the one."""
+    """All faces of an upright RGB picture of any size, a framed one first, the others by size."""
     stored, detection = detect_face(image, finder, framing.side)
     unit = np.array(image.size) / framing.side  # pixels of the picture in one of the stored image
+    faces, boxes, largest = [], [], None
     if detection:
         landmarks = predict_landmarks(detection, finder)
         corners = np.array([(detection.box.left(), detection.box.top()), (detection.box.right(), detection.box.bottom())], float)
-        box = as_box((detection.to_stored(corners) + 0.5) * unit, image.size)
-        if (face_size(landmarks) >= SMALLER * framing.smallest).all():
-            return [as_face(box, stored, landmarks, detection.found_by, framing)]
-    faces = [cut_out(image, points, of_face, finder, framing) for points, of_face in search(image, finder)]
-    if not faces and detection:
-        faces = [cut_out(image, (landmarks + 0.5) * unit, box, finder, framing)]
+        largest = (landmarks + 0.5) * unit, as_box((detection.to_stored(corners) + 0.5) * unit, image.size)
+        if is_framed(landmarks, image.size, framing):
+            faces, boxes = [as_face(largest[1], stored, landmarks, detection.found_by, framing, "whole")], [largest[1]]
+    # In a small picture, what stands beside a framed face is too small to be found.
+    found = [] if faces and max(image.size) <= 1.5 * framing.side else search(image, finder, thorough=detection is None)
+    for points, box in [*found, *([largest] if largest else [])]:
+        if not any(same_face(box, other) for other in boxes):
+            faces.append(cut_out(image, points, box, finder, framing))
+            boxes.append(box)
     if not faces and framing.whole_image:
-        faces = [as_face(None, stored, framing.mean_landmarks.astype(np.float32), "mean", framing)]
+        faces = [as_face(None, stored, framing.mean_landmarks.astype(np.float32), "mean", framing, "whole")]
     return faces
+
+
+def is_framed(landmarks: np.ndarray, size: tuple[int, int], framing: Framing) -> bool:
+    """Whether a face, landmarks (68, 2) in pixels of the stored image, stands in its picture as nearly all did in training. What
+    has the size of the input was framed by who prepared it."""
+    frame, (low, high) = face_frame(landmarks / framing.side), framing.usual
+    slack = np.array([*(SLACK * high[:3]), SLACK, SLACK])
+    return size == (framing.side, framing.side) or bool((low - slack <= frame).all() and (frame <= high + slack).all())
+
+
+def same_face(box: tuple, other: tuple) -> bool:
+    """Whether the middle of one box (left, top, right, bottom) is in the other one."""
+    return any(a[0] <= (b[0] + b[2]) / 2 <= a[2] and a[1] <= (b[1] + b[3]) / 2 <= a[3] for a, b in ((box, other), (other, box)))
 
 
 def as_box(corners: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -94,16 +113,20 @@ def as_box(corners: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, i
     return tuple(np.clip(np.rint(corners), 0, size).astype(int).ravel().tolist())
 
 
-def as_face(box: tuple | None, stored: np.ndarray, landmarks: np.ndarray, found_by: str, framing: Framing) -> Face:
-    return Face(box, stored, landmarks, draw_region_masks(landmarks, stored.shape[:2], framing.grid_size, framing.mask_style), found_by)
+def as_face(box: tuple | None, stored: np.ndarray, landmarks: np.ndarray, found_by: str, framing: Framing, how: str) -> Face:
+    return Face(box, stored, landmarks, draw_region_masks(landmarks, stored.shape[:2], framing.grid_size, framing.mask_style), found_by, how)
 
 
-def search(image: Image.Image, finder: FaceFinder) -> list[tuple[np.ndarray, tuple]]:
-    """(landmarks (68, 2), box) of all faces in a picture, both in its pixels, the largest first."""
-    copy = image.copy()
-    copy.thumbnail((SEARCH_SIDE, SEARCH_SIDE))
+def search(image: Image.Image, finder: FaceFinder, thorough: bool) -> list[tuple[np.ndarray, tuple]]:
+    """(landmarks (68, 2), box) of all faces in a picture, both in its pixels, the largest first; if thorough, small ones, too, where there
+    are no others."""
+    shrink = min(1, SEARCH_SIDE / max(image.size))
+    size = tuple(max(1, round(side * shrink)) for side in image.size)
+    copy = image if shrink == 1 else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)  # not of a copy in full size
     picture, unit = np.asarray(copy), np.array(image.size) / copy.size
-    found = finder.detector(picture, int(max(copy.size) <= UPSAMPLED_SIDE)) or finder.detector(picture, 1)
+    found = finder.detector(picture, int(max(copy.size) <= UPSAMPLED_SIDE))
+    if not found and thorough:
+        found = finder.detector(picture, 1)
     faces = []
     for box in sorted(found, key=lambda box: -box.area()):
         corners = np.array([(box.left(), box.top()), (box.right(), box.bottom())])
@@ -123,8 +146,8 @@ def cut_out(image: Image.Image, landmarks: np.ndarray, box: tuple, finder: FaceF
     if detection:
         seen = predict_landmarks(detection, finder)
         if (np.abs(seen.mean(axis=0) - expected.mean(axis=0)) < face_size(expected)).all():  # this face, not its neighbour
-            return as_face(box, stored, seen, detection.found_by, framing)
-    return as_face(box, stored, expected.astype(np.float32), "original", framing)
+            return as_face(box, stored, seen, detection.found_by, framing, "cut")
+    return as_face(box, stored, expected.astype(np.float32), "original", framing, "cut")
 
 
 # ------------------------------------------------------------------------------------------------------------ worker processes
@@ -147,28 +170,33 @@ def faces_in_file(path: Path) -> list[Face] | str:
         return find_faces(load_rgb(path), *_work) or NO_FACE
     except (Rejected, OSError) as reason:
         return str(reason)
+    except (MemoryError, RuntimeError, cv2.error) as error:  # of one picture; the others have their rows
+        return f"could not be searched ({type(error).__name__}: {error})"
 
 
 # --------------------------------------------------------------------------------------------------------------- the pictures
 
 
 def list_pictures(given: list[str]) -> Iterator[tuple[Path, str]]:
-    """Each file that is meant by paths, folders (any depth) and patterns, once, and why it is no picture ("": it may be one)."""
+    """Each file that is meant by paths, folders (any depth) and patterns, once, and why it is no picture ("": it may be one).
+
+    In folders, names without an image's extension are none; a file that is named itself is tried whatever it is called.
+    """
     seen = set()
     for name in given:
-        path = Path(name)
-        if path.is_dir():
-            images, others = list_files(path)
-            files = sorted([(image, "") for image in images] + [(other, NO_IMAGE_BY_NAME) for other in others])
-        elif not os.path.lexists(path) and glob.has_magic(name):
-            matches = sorted(match for match in glob.glob(name, recursive=True) if not os.path.isdir(match))
-            files = [(Path(match), "") for match in matches] or [(path, "no such file")]
-        else:
-            files = [(path, "" if os.path.lexists(path) else "no such file")]
-        for file, reason in files:
-            if file not in seen:
-                seen.add(file)
-                yield file, reason
+        if not name:
+            raise ValueError("--images: one of the paths is empty")
+        matches = sorted(glob.glob(name, recursive=True)) if not os.path.lexists(name) and glob.has_magic(name) else [name]
+        for path in map(Path, matches or [name]):
+            if path.is_dir():
+                images, others = list_files(path)
+                files = sorted([(image, "") for image in images] + [(other, NO_IMAGE_BY_NAME) for other in others])
+            else:
+                files = [(path, "" if os.path.lexists(path) else "no such file")]
+            for file, reason in files:
+                if (real := os.path.realpath(file)) not in seen:
+                    seen.add(real)
+                    yield file, reason
 
 
 class Row(NamedTuple):
@@ -179,12 +207,13 @@ class Row(NamedTuple):
     probability: float = math.nan
     verdict: str = ""
     reason: str = ""
+    explanation: str = ""  # file of --explain
 
     def as_dict(self) -> dict[str, Any]:
-        values: dict[str, Any] = dict.fromkeys(COLUMNS) | {"path": str(self.path), "reason": self.reason or None}
+        values: dict[str, Any] = dict.fromkeys(COLUMNS) | {"path": str(self.path), "reason": self.reason or None, "explanation": self.explanation or None}
         if self.face:
             values |= dict(zip(("left", "top", "right", "bottom"), self.face.box or (None,) * 4))
-            values |= {"probability": self.probability, "verdict": self.verdict, "face": self.face.found_by}
+            values |= {"probability": self.probability, "verdict": self.verdict, "face": self.face.found_by, "framing": self.face.framing}
         return values
 
 
@@ -246,39 +275,57 @@ def score_images(model: LAMMViT, checkpoint: dict, args: Any) -> int:
 
     Raises:
         FileNotFoundError: there is not one file.
+        ValueError: nowhere to write the rows to.
     """
     pictures = list(list_pictures(args.images))
     if not pictures:
         raise FileNotFoundError(f"{', '.join(args.images)}: no images there")
-    counts = {"real": 0, "fake": 0, "": 0}
-    stream = open(args.output, "w", newline="", encoding="utf-8", errors="surrogateescape") if args.output else sys.stdout
-    as_json = args.output is not None and args.output.suffix in (".jsonl", ".json")
-    done, names = None, Counter()
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(args.output, "w", newline="", encoding="utf-8", errors="surrogateescape")
+    elif sys.stdout is None:
+        raise ValueError("there is no standard output for the rows; name a file with --output")
+    else:
+        stream = sys.stdout
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")  # a path is written with the bytes that it has
+    if args.explain:
+        args.explain.mkdir(parents=True, exist_ok=True)
+    counts, last = Counter(), None
+    rows = score_pictures(model, checkpoint, pictures, args)
+    if args.explain:
+        rows = explain_rows(model, checkpoint["val_threshold"], rows, args.explain)
     try:
         with tqdm(total=len(pictures), unit="picture", disable=not sys.stderr.isatty() or (not args.output and sys.stdout.isatty())) as bar:
-            for row in write_rows(score_pictures(model, checkpoint, pictures, args), stream, as_json):
+            for row in write_rows(rows, stream, args.format == "jsonl"):
                 counts[row.verdict] += 1
-                if row.path != done:  # rows come picture by picture
-                    done = row.path
+                if row.path != last:  # rows come picture by picture
+                    last = row.path
                     bar.update()
                     stream.flush()
-                if args.explain and row.face:
-                    names[row.path.name] += 1
-                    name = f"{row.path.name}{f'_{names[row.path.name]}' if names[row.path.name] > 1 else ''}.png"
-                    explain_face(model, row, checkpoint["val_threshold"], args.explain / name)
     finally:
         if args.output:
             stream.close()
     threshold = f"fake from {checkpoint['val_threshold']:.4f} on, the threshold chosen on validation"
-    print(f"{len(pictures)} files: {counts['fake']} fake and {counts['real']} real faces, {counts['']} files without a score ({threshold})", file=sys.stderr)
+    print(f"files: {len(pictures)}, without a score: {counts['']}; faces: {counts['fake']} fake, {counts['real']} real ({threshold})", file=sys.stderr)
     return counts[""]
 
 
-def explain_face(model: LAMMViT, row: Row, threshold: float, path: Path) -> None:
+def explain_rows(model: LAMMViT, threshold: float, rows: Iterator[Row], folder: Path) -> Iterator[Row]:
+    """Draws a picture for each face and passes the rows on, with its name. A picture that cannot be written ends nothing."""
     from explain import draw_explanation, explain
 
-    face = row.face
-    images, masks = torch.from_numpy(face.image.copy()).permute(2, 0, 1)[None], torch.from_numpy(face.region_masks)[None]
-    title = f"{row.path.name}: {row.verdict}, P(fake) = {row.probability:.4f}, fake from {threshold:.4f} on"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_explanation(face.image, face.landmarks, explain(model, images, masks)[0], title, path)
+    names: Counter[str] = Counter()
+    for row in rows:
+        if row.face:
+            name = os.fsencode(row.path.name).decode("utf-8", "replace")[:80]
+            names[name] += 1
+            path = folder / f"{name}{f'_{names[name]}' if names[name] > 1 else ''}.png"
+            images, masks = torch.from_numpy(row.face.image.copy()).permute(2, 0, 1)[None], torch.from_numpy(row.face.region_masks)[None]
+            title = f"{row.path.name}: {row.verdict}, P(fake) = {row.probability:.4f}, fake from {threshold:.4f} on"
+            try:
+                draw_explanation(row.face.image, row.face.landmarks, explain(model, images, masks)[0], title, path)
+                row = row._replace(explanation=str(path))
+            except OSError as error:
+                print(f"WARNING: {path}: not written ({error})", file=sys.stderr)
+        yield row

@@ -42,7 +42,7 @@ from torchvision.models import ViT_B_16_Weights
 from tqdm import tqdm
 
 import figures
-from dataset import FOUND_BY, MASK_STYLES, FaceDataset, FeatureFileError, TrainSampler, TrainTransform, face_size, find_feature_files
+from dataset import FOUND_BY, MASK_STYLES, FaceDataset, FeatureFileError, TrainSampler, TrainTransform, face_frame, find_feature_files
 from inference import (
     CHECKPOINT_VERSION,
     CheckpointError,
@@ -197,13 +197,13 @@ def load_data(args: argparse.Namespace) -> tuple[FaceDataset, FaceDataset, list[
 
 
 def measure_framing(train_set: FaceDataset) -> dict:
-    """How the faces stand in the training images: the mean landmarks (68, 2), and the face_size (2,) under which hardly one is.
-    In units of the image's side."""
+    """How the faces stand in the training images: mean landmarks (68, 2), and the 1st and 99th percentile of face_frame (2, 5). In
+    units of the image's side."""
     stored = FaceDataset(train_set.files, mapped=False)  # without the transform
     some = np.unique(np.linspace(0, len(stored) - 1, 1000).astype(int))
-    found = stored.column("found_by")[some] != FOUND_BY.index("mean")
-    sizes = [face_size(landmarks) for landmarks in stored.read(some[found])["landmarks"] / stored.img_size] or [np.zeros(2)]
-    return {"mean_landmarks": torch.from_numpy(stored.mean_landmarks / stored.img_size), "smallest": torch.from_numpy(np.percentile(sizes, 1, axis=0))}
+    found = some[stored.column("found_by")[some] != FOUND_BY.index("mean")]
+    frames = [face_frame(landmarks) for landmarks in stored.read(found)["landmarks"] / stored.img_size] or [face_frame(stored.mean_landmarks / stored.img_size)]
+    return {"mean_landmarks": torch.from_numpy(stored.mean_landmarks / stored.img_size), "usual": torch.from_numpy(np.percentile(frames, (1, 99), axis=0))}
 
 
 # -------------------------------------------------------------------------------------------------------------- the model

@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
         checkpoint = args.checkpoint
         if not checkpoint:
             checkpoint, config = Path(folder, "random.pth"), LAMMViTConfig()
-            framing = {"mean_landmarks": torch.rand(68, 2) * 0.3 + 0.35, "smallest": torch.full((2,), 0.1)}
+            framing = {"mean_landmarks": torch.rand(68, 2) * 0.3 + 0.35, "usual": torch.tensor([[0.1, 0.1, 0.5, 0.3, 0.3], [0.4, 0.4, 2.0, 0.7, 0.7]])}
             torch.save({"version": CHECKPOINT_VERSION, "config": dataclasses.asdict(config), "model": LAMMViT(config).state_dict(), "mask_style": "polygon",
                         "val_threshold": 0.5, "framing": framing, "datasets": [], "arguments": {}}, checkpoint)  # fmt: skip
         model, _ = load_checkpoint(checkpoint)

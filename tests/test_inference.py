@@ -221,14 +221,22 @@ def test_rows_for_a_paper(evaluated):
     folder, _ = evaluated
     results = json.loads((folder / "prediction_results.json").read_text())
     markdown = (folder / "prediction_results.md").read_text().splitlines()
-    assert markdown[0].count("|") == markdown[1].count("|") == markdown[2].count("|") == 9
+    assert {line.count("|") for line in markdown[:7]} == {11}
     latex = (folder / "prediction_results.tex").read_text()
     for name in GENERATORS:
-        assert f"{results[name]['accuracy']:.2f}" in next(line for line in markdown if f"| {name} |" in line)
+        row = next(line for line in markdown if f"| {name} |" in line)
+        assert f"{results[name]['accuracy']:.2f}" in row and "| seen |" in row and f"| {2 * results[name]['n_real']} |" in row
         row = next(line for line in latex.splitlines() if line.startswith(name))
-        assert row.endswith(r" \\") and row.count("&") == 7 and f"{100 * results[name]['auc']:.1f}" in row
-    assert r"Mean & " in latex and r"$\pm$" in latex
-    assert "ACC \\%" in latex.splitlines()[0]
+        assert row.endswith(r" \\") and row.count("&") == 9 and f"{100 * results[name]['auc']:.1f}" in row
+    assert "Mean & " in latex and r"$\pm$" in latex and f"Worst: {results['Worst']['generator']}" in latex
+
+
+def test_names_that_mean_something_to_markdown_and_latex(evaluated):
+    results = json.loads((evaluated[0] / "prediction_results.json").read_text())
+    odd = {r"A & B_50%, v|2 ~x^y\z {#1} $": results[GENERATORS[0]]} | {name: results[name] for name in ("Mean", "Std")}
+    assert {line.replace(r"\|", "").count("|") for line in inference.as_markdown(odd, None).splitlines()} == {11}
+    row = inference.as_latex(odd).splitlines()[1]
+    assert row.startswith(r"A \& B\_50\%, v|2 \textasciitilde{}x\textasciicircum{}y\textbackslash{}z \{\#1\} \$ & seen")
 
 
 def test_under_every_corruption(evaluated):
@@ -329,6 +337,9 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
         (("--features", features, "--datasets", "Consistent", "NoSuchGenerator"), ("no data set NoSuchGenerator", "fake/OffAxisMouth")),
         (("--features", features, "--datasets", "OffAxisMouth"), ("holds one class only",)),
         (("--images", "empty"), ("empty: no images there",)),
+        (("--features", features, "--output", "scores.csv"), ("has to end in .json",)),
+        (("--features", features, "--report", checkpoint[1]), ("File exists",)),
+        (("--features", features, "--bootstrap", 5), ("--bootstrap 0 or at least 100",)),
         (("--device", "cuda"), ("no GPU",)) if not torch.cuda.is_available() else (("--features", "nowhere"), ("nowhere",)),
     ):
         line = refusal(inference, *arguments, *checkpoint)

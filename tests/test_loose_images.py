@@ -69,6 +69,32 @@ def test_every_face_of_a_picture_is_cut_out_as_the_training_images_are_framed(fi
             assert np.linalg.norm(face_size(face.landmarks)) == pytest.approx(np.linalg.norm(face_size(mean)), rel=0.12)
 
 
+@pytest.mark.parametrize(("width", "height"), [(400, 533), (400, 600), (533, 400), (600, 400), (460, 460), (560, 560)])
+def test_a_picture_framed_otherwise_is_not_squeezed(finder, framing, width, height):
+    """Portraits with another proportion, or with more around the face: it comes out in the proportions and the size of training."""
+    picture = Image.new("RGB", (width, height), (128, 128, 128))
+    picture.paste(drawn(3, 400), ((width - 400) // 2, (height - 400) // 2))
+    (face,) = find_faces(picture, finder, framing)
+    (straight,) = find_faces(drawn(3, 400), finder, framing)
+    if face.framing == "whole":  # a little more around it is still as in training
+        assert (width, height) == (460, 460)
+        return
+    aspect, expected = (np.divide(*face_size(one.landmarks)) for one in (face, straight))
+    assert aspect == pytest.approx(expected, rel=0.1)
+    assert np.linalg.norm(face_size(face.landmarks)) == pytest.approx(np.linalg.norm(face_size(framing.mean_landmarks)), rel=0.12)
+
+
+def test_small_faces_beside_a_large_one_have_rows(finder, framing):
+    picture = Image.new("RGB", (900, 640), (120, 130, 140))
+    for seed, (left, top, side) in {1: (0, 0, 640), 2: (645, 0, 250), 4: (645, 300, 250)}.items():
+        picture.paste(drawn(seed, side), (left, top))
+    assert [face.framing for face in find_faces(picture, finder, framing)] == ["cut"] * 3
+    picture = drawn(1, 1000)
+    picture.paste(drawn(2, 260), (0, 740))
+    faces = find_faces(picture, finder, framing)
+    assert [face.framing for face in faces] == ["whole", "cut"] and faces[1].box[0] < 260 < 740 < faces[1].box[3]
+
+
 def test_nothing_is_filled_up_at_the_border(finder, framing):
     canvas = Image.new("RGB", (1200, 700), (10, 250, 10))  # a face in the corner, another one close to the opposite edge
     canvas.paste(drawn(2, 420).crop((60, 60, 420, 420)), (0, 0))
@@ -131,16 +157,17 @@ def test_a_row_for_each_face_or_a_reason_for_each_file(trained, tmp_path):
     assert len(by_path["one.png"]) == 1 and len(by_path["three.jpg"]) == 3
     assert all(0 < float(row["probability"]) < 1 and row["verdict"] in ("real", "fake") for row in by_path["one.png"] + by_path["three.jpg"])
     assert {name for name in NO_IMAGES_BY_NAME} <= set(by_path)
-    assert "Traceback" not in done.stderr and f"{len(everything)} files: " in done.stderr
+    assert "Traceback" not in done.stderr and f"files: {len(everything)}, without a score: " in done.stderr
 
 
 def test_json_lines_patterns_and_pictures_of_the_reasons(datasets, trained, tmp_path):
-    arguments = ("--images", f"{datasets}/real/*/00[0-2].png", datasets / "fake/OffAxisMouth/noise.png", "--output", "out.jsonl", "--explain", "why")
+    arguments = ("--images", f"{datasets}/real/*/00[0-2].png", datasets / "fake/OffAxisMouth/noise.png", "--output", "new/out.jsonl", "--format", "jsonl", "--explain", "why")
     done = run_script("inference.py", "--checkpoint", trained / "best_model.pth", *arguments, cwd=tmp_path, expect=3)
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "new/out.jsonl").read_text().splitlines()]
     assert not done.stdout and all(tuple(row) == COLUMNS for row in rows) and len(rows) == 4
     assert rows[3]["reason"].startswith("no face found") and rows[3]["probability"] is None
-    assert sorted(path.name for path in (tmp_path / "why").iterdir()) == ["000.png.png", "001.png.png", "002.png.png"]
+    assert [row["explanation"] for row in rows] == ["why/000.png.png", "why/001.png.png", "why/002.png.png", None]
+    assert all((tmp_path / row["explanation"]).exists() for row in rows[:3])
 
 
 def test_a_file_is_listed_once_and_a_missing_one_is_named(datasets, tmp_path):
@@ -161,7 +188,7 @@ def test_refusals(trained, tmp_path):
     (tmp_path / "empty").mkdir()
     checkpoint = ("--checkpoint", trained / "best_model.pth")
     assert "empty: no images there" in error_line(run_script("inference.py", "--images", "empty", *checkpoint, cwd=tmp_path, expect=1))
-    for arguments, message in ((("--images", "a.png", "--robustness"), "leave --images away"), (("--explain", "why"), "go with --images"), (("--redetect",), "goes with --robustness")):
+    for arguments, message in ((("--images", "a.png", "--robustness"), "--robustness: not for loose images"), (("--explain", "why"), "--explain: only for loose images"), (("--images", ""), "one of the paths is empty"), (("--images", "a.png", "--protocol", "all_jpeg96"), "--protocol: not for"), (("--redetect",), "goes with --robustness")):
         with pytest.raises(ValueError, match=message):
             inference.main(inference.get_args_parser().parse_args(list(map(str, (*arguments, *checkpoint)))))
 
