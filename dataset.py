@@ -151,10 +151,10 @@ def face_size(landmarks: np.ndarray) -> np.ndarray:
 
 
 def face_frame(landmarks: np.ndarray) -> np.ndarray:
-    """How a face stands in its picture, (5,): width and height as of face_size, width over height, and the middle of its landmarks
-    (68, 2), x and y; in units of the picture's side as they are."""
+    """How a face stands in its picture, (2,): its size, the length of face_size, in the unit of the landmarks (68, 2), and its width over
+    its height."""
     width, height = face_size(landmarks)
-    return np.array([width, height, width / max(height, 1e-9), *landmarks.mean(axis=0)])
+    return np.array([np.hypot(width, height), width / max(height, 1e-9)])
 
 
 # --------------------------------------------------------------------------------------------------------- feature files

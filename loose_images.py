@@ -37,8 +37,8 @@ from preprocess import NO_IMAGE_BY_NAME, Rejected, end_with, list_files, load_rg
 COLUMNS = ("path", "left", "top", "right", "bottom", "probability", "verdict", "face", "framing", "explanation", "reason")
 SEARCH_SIDE = 1600  # longer side of the copy in which the faces of a large picture are searched: those from a twentieth of it on
 UPSAMPLED_SIDE = 800  # longer side of a picture that is doubled before the search
-SLACK = 0.06  # beyond the range of 98 % of the training faces in which a face counts as framed like them; sizes in parts of
-# themselves, places in parts of the picture's side
+SLACK = 0.06  # by which a face may be out of the range of 98 % of the training faces and still count as framed like them
+SQUARE = 1.02  # longer over shorter side of a picture that counts as square
 NO_FACE = "no face found; --whole_image scores it all the same"
 
 
@@ -60,7 +60,7 @@ class Framing(NamedTuple):
     grid_size: int
     mask_style: str
     mean_landmarks: np.ndarray  # (68, 2) in pixels of the input
-    usual: np.ndarray  # (2, 5) dataset.face_frame of training faces, their 1st and 99th percentile
+    usual: np.ndarray  # (2, 2) dataset.face_frame of training faces, in units of the side: its 1st and 99th percentile
     whole_image: bool  # score pictures without a face
 
 
@@ -96,11 +96,14 @@ def find_faces(image: Image.Image, finder: FaceFinder, framing: Framing) -> list
 
 
 def is_framed(landmarks: np.ndarray, size: tuple[int, int], framing: Framing) -> bool:
-    """Whether a face, landmarks (68, 2) in pixels of the stored image, stands in its picture as nearly all did in training. What
-    has the size of the input was framed by who prepared it."""
-    frame, (low, high) = face_frame(landmarks / framing.side), framing.usual
-    slack = np.array([*(SLACK * high[:3]), SLACK, SLACK])
-    return size == (framing.side, framing.side) or bool((low - slack <= frame).all() and (frame <= high + slack).all())
+    """Whether a face, landmarks (68, 2) in pixels of the stored image, stands in its picture as nearly all did in training.
+
+    It may not be smaller, and where the picture is not square it may be no more squeezed than they were. A larger one has no
+    more margin that a cut could bring.
+    """
+    (face, aspect), (low, high) = face_frame(landmarks / framing.side), framing.usual
+    is_square = max(size) <= SQUARE * min(size)
+    return face >= (1 - SLACK) * low[0] and (is_square or (1 - SLACK) * low[1] <= aspect <= (1 + SLACK) * high[1])
 
 
 def same_face(box: tuple, other: tuple) -> bool:
@@ -159,7 +162,7 @@ def start_worker(predictor: Path, framing: Framing, parent: int) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    cv2.setNumThreads(1)  # the worker processes are the parallelism
+    cv2.setNumThreads(1)  # spawned ones; a forked one finds it set
     _work = FaceFinder(predictor), framing
     end_with(parent)
 
@@ -243,7 +246,9 @@ def score_pictures(model: LAMMViT, checkpoint: dict, pictures: list[tuple[Path, 
 
     # Forked workers start at once and share what is loaded; they never use torch. macOS and Windows have to start them anew.
     method = "fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn"
+    cv2.setNumThreads(1)  # the workers are the parallelism; and a forked one would wait forever for OpenCV's threads, which stay behind
     with ProcessPoolExecutor(workers, get_context(method), start_worker, (find_predictor(args.predictor), framing, os.getpid())) as pool:
+        pool.submit(int)  # all workers start here, not in a thread of map_ahead beside a model at work
 
         def found(picture: tuple[Path, str]) -> list[Face] | str:
             path, reason = picture

@@ -197,7 +197,7 @@ def load_data(args: argparse.Namespace) -> tuple[FaceDataset, FaceDataset, list[
 
 
 def measure_framing(train_set: FaceDataset) -> dict:
-    """How the faces stand in the training images: mean landmarks (68, 2), and the 1st and 99th percentile of face_frame (2, 5). In
+    """How the faces stand in the training images: mean landmarks (68, 2), and the 1st and 99th percentile of face_frame (2, 2). In
     units of the image's side."""
     stored = FaceDataset(train_set.files, mapped=False)  # without the transform
     some = np.unique(np.linspace(0, len(stored) - 1, 1000).astype(int))

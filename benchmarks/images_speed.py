@@ -69,7 +69,9 @@ def bare_detection(path: str) -> int:
     small = image.copy()
     picture = np.asarray(image.resize((224, 224), Image.Resampling.LANCZOS))
     found = _finder.detector(picture, 0) if max(image.size) < 1.4 * min(image.size) else ()
-    if not found:
+    for box in found:
+        _finder.predict(picture, box)
+    if not found or max(image.size) > 336:  # others may stand beside
         small.thumbnail((SEARCH_SIDE, SEARCH_SIDE))
         picture = np.asarray(small)
         found = _finder.detector(picture, int(max(small.size) <= UPSAMPLED_SIDE))
@@ -130,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
         checkpoint = args.checkpoint
         if not checkpoint:
             checkpoint, config = Path(folder, "random.pth"), LAMMViTConfig()
-            framing = {"mean_landmarks": torch.rand(68, 2) * 0.3 + 0.35, "usual": torch.tensor([[0.1, 0.1, 0.5, 0.3, 0.3], [0.4, 0.4, 2.0, 0.7, 0.7]])}
+            framing = {"mean_landmarks": torch.rand(68, 2) * 0.3 + 0.35, "usual": torch.tensor([[0.15, 0.5], [0.4, 1.5]])}
             torch.save({"version": CHECKPOINT_VERSION, "config": dataclasses.asdict(config), "model": LAMMViT(config).state_dict(), "mask_style": "polygon",
                         "val_threshold": 0.5, "framing": framing, "datasets": [], "arguments": {}}, checkpoint)  # fmt: skip
         model, _ = load_checkpoint(checkpoint)
