@@ -28,7 +28,7 @@ demo: $(VENV)/installed
 	$(RUN) inference.py --features $(DEMO)/features --checkpoint $(DEMO)/output_model/best_model.pth --output $(DEMO)/prediction_results.json --report $(DEMO)/report
 
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 clean:
 	rm -rf $(VENV) $(DEMO) .pytest_cache

@@ -4,6 +4,7 @@
 
     python feature_extraction.py --data_root datasets --output_dir features
     python feature_extraction.py --data_root datasets --output_dir features --group_by_folder      a folder = an identity
+    python feature_extraction.py --data_root datasets --output_dir features --test_only FLUX       a generator never seen
 
     torchrun --nproc_per_node=8 feature_extraction.py ...         also over machines that share the two folders
 
@@ -16,10 +17,8 @@ The 68-point predictor was trained on iBUG 300-W, whose terms exclude commercial
 """
 
 import argparse
-import bz2
 import contextlib
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -27,14 +26,13 @@ import shutil
 import signal
 import sys
 import time
-import urllib.request
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -54,6 +52,7 @@ from dataset import (
     open_features,
     write_features,
 )
+from faces import PADDING, PREDICTOR_FILE, SEARCH_SIDE, FaceFinder, detect_face, find_predictor, predict_landmarks
 from preprocess import (
     IMAGE_EXTENSIONS,
     NO_IMAGE_BY_NAME,
@@ -73,129 +72,12 @@ from preprocess import (
     write_reasons,
 )  # fmt: skip
 
-PREDICTOR_FILE = "shape_predictor_68_face_landmarks.dat"
-PREDICTOR_URL = f"http://dlib.net/files/{PREDICTOR_FILE}.bz2"
-PREDICTOR_SHA256 = "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f"
-
 SPLIT_FRACTIONS = (0.6, 0.2, 0.2)  # train, val, test; the authors'
 SHARD_SIZE = 64  # images between two points that a stopped run can go on from, fewer where memory is short
 BLOCK_SIZE = 16  # images at a time on their way from shards to feature files; larger blocks need more memory and are slower
-SEARCH_SIDE = 480  # longer side of the copy on which a large image is searched, so that the time for a face does not grow with it
 CHANGED = "was changed or away while it was to be read; run the same command again"
 SKIPPED = "skipped.csv"  # in output_dir: files that were not used, with the reason
 SHARDS, STAGE = ".shards", ".complete"  # folders below output_dir while a run goes on: extracted images, finished feature files
-PADDING = 0.25  # of each side; brings a face that fills the frame back into the detector's reach
-
-
-# ------------------------------------------------------------------------------------------------------------------- faces
-
-
-def find_predictor(given: Path | None) -> Path:
-    """The predictor file: the one given, else in the project's root, in the package face_recognition_models, or downloaded.
-
-    Raises:
-        FileNotFoundError: nowhere to be had; the message says what to do.
-    """
-    way_out = "pip install face_recognition_models, or give the file with --predictor"
-    if given is not None:
-        if not given.is_file():
-            raise FileNotFoundError(f"{given}: no such predictor file; {way_out}")
-        return given
-    root = Path(__file__).parent / PREDICTOR_FILE
-    if root.is_file():
-        return root
-    package = importlib.util.find_spec("face_recognition_models")  # not imported: that needs pkg_resources, now gone
-    if package is not None and package.submodule_search_locations:
-        packaged = Path(package.submodule_search_locations[0], "models", PREDICTOR_FILE)
-        if packaged.is_file():
-            return packaged
-    try:
-        print(f"downloading {PREDICTOR_URL} (64 MB)", file=sys.stderr)
-        with urllib.request.urlopen(PREDICTOR_URL, timeout=30) as response:
-            content = bz2.decompress(response.read())
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{PREDICTOR_FILE}: not found, and not downloaded ({error}); {way_out}") from error
-    if hashlib.sha256(content).hexdigest() != PREDICTOR_SHA256:
-        raise FileNotFoundError(f"{PREDICTOR_URL}: has not the checksum {PREDICTOR_SHA256}; {way_out}")
-    partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, root)
-    return root
-
-
-class FaceFinder:
-    """dlib's frontal face detector and 68-point predictor, loaded once.
-
-    Raises:
-        ValueError: the file is not a dlib shape predictor.
-    """
-
-    def __init__(self, predictor: Path):
-        import dlib  # only where faces are found
-
-        self.detector = dlib.get_frontal_face_detector()
-        try:
-            self.predictor = dlib.shape_predictor(str(predictor))
-        except RuntimeError as error:
-            raise ValueError(f"{predictor}: not a dlib shape predictor ({error})") from error
-
-    def detect(self, picture: np.ndarray, upsampling: int = 0) -> Any | None:
-        """The box of the largest face, a dlib.rectangle in pixels of the picture (h, w, 3) uint8 RGB; None where there is none.
-
-        With upsampling 0, faces from about 80 pixels on are found; each step doubles the picture and takes four times as long.
-        """
-        return max(self.detector(picture, upsampling), key=lambda face: face.area(), default=None)
-
-    def predict(self, picture: np.ndarray, box: Any) -> np.ndarray:
-        """The landmarks (68, 2) float32 of the face in the box, x and y in pixels of the picture (h, w, 3) uint8 RGB."""
-        return np.array([(point.x, point.y) for point in self.predictor(picture, box).parts()], np.float32)
-
-
-class Detection(NamedTuple):
-    """A face whose landmarks are yet to be predicted."""
-
-    picture: np.ndarray  # the one in which it was found, (h, w, 3) uint8 RGB
-    box: Any  # dlib.rectangle in its pixels
-    to_stored: Callable[[np.ndarray], np.ndarray]  # from points in its pixels to points in those of the stored image
-    found_by: str
-
-
-def detect_face(image: Image.Image, finder: FaceFinder, img_size: int) -> tuple[np.ndarray, Detection | None]:
-    """Turns an RGB image of any size into the one that is stored, and searches the largest face in it, with growing effort.
-
-    The stored image is searched first, so that an image gives the same landmarks before and after preprocess.py, and those
-    of a class are not better for its larger files. Only if no face is found there, the image in its own proportions is
-    searched, then the stored image with a border around.
-
-    Returns:
-        stored image (img_size, img_size, 3) uint8 RGB, as preprocess.py would have made it; None where no face was found.
-    """
-    stored = np.asarray(image if image.size == (img_size, img_size) else image.resize((img_size, img_size), Image.Resampling.LANCZOS))
-    for upsampling, way in enumerate(("frontal", "upsampled")):
-        if (box := finder.detect(stored, upsampling)) is not None:
-            return stored, Detection(stored, box, lambda points: points, way)
-    if image.size != (img_size, img_size):
-        search = image.copy()
-        search.thumbnail((SEARCH_SIDE, SEARCH_SIDE))
-        scale, picture = np.float32(img_size) / np.array(search.size, np.float32), np.asarray(search)  # (x, y)
-        if (box := finder.detect(picture)) is not None:
-            return stored, Detection(picture, box, lambda points: (points + 0.5) * scale - 0.5, "original")  # between centres of pixels
-    border = round(img_size * PADDING)
-    padded = cv2.copyMakeBorder(stored, border, border, border, border, cv2.BORDER_REPLICATE)
-    if (box := finder.detect(padded, upsampling=1)) is not None:
-        return stored, Detection(padded, box, lambda points: points - np.float32(border), "padded")
-    return stored, None
-
-
-def predict_landmarks(face: Detection, finder: FaceFinder) -> np.ndarray:
-    """(68, 2) float32, x and y in pixels of the stored image."""
-    return face.to_stored(finder.predict(face.picture, face.box))
-
-
-def find_face(image: Image.Image, finder: FaceFinder, img_size: int) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Stored image and landmarks, None where no face was found, as detect_face and predict_landmarks give them; which of FOUND_BY."""
-    stored, face = detect_face(image, finder, img_size)
-    return (stored, None, "mean") if face is None else (stored, predict_landmarks(face, finder), face.found_by)
 
 
 # ----------------------------------------------------------------------------------------- what there is, and what is to do
@@ -303,6 +185,8 @@ def make_plan(args: argparse.Namespace, predictor_checksum: str) -> Plan:
     sources, others = find_sources(args.data_root)
     settings = {"schema": SCHEMA_VERSION, "img_size": args.img_size, "patch_size": args.patch_size, "search": [SEARCH_SIDE, PADDING]}
     settings["predictor"] = predictor_checksum
+    if unknown := [name for name in args.test_only if not any(is_named(source.data_set, [name]) for source in sources)]:
+        raise ValueError(f"--test_only {', '.join(unknown)}: no such data set in {args.data_root}")
     plan = Plan(sources, others, settings, fingerprint_of(sources, settings, args), published=False, missing=[])
     if publish(plan, args.output_dir):
         return plan._replace(published=True)
@@ -323,7 +207,7 @@ def make_plan(args: argparse.Namespace, predictor_checksum: str) -> Plan:
             "removed": len(held - {source.path for source in sources}),
         }
         changes = [f"{count} images {what}" for what, count in changes.items() if count]
-        changes += [f"--{name} {earlier[name]} -> {value}" for name, value in dealing(args).items() if earlier[name] != value]
+        changes += [f"--{name} {earlier.get(name)} -> {value}" for name, value in dealing(args).items() if earlier.get(name) != value]
         print(f"{args.output_dir}: {', '.join(changes) or 'some files are missing or of an earlier run'}; the splits are dealt anew")
     if done:
         print(f"going on: {done} of {len(sources)} images are extracted already")
@@ -342,7 +226,12 @@ def fingerprint_of(sources: list[Source], settings: dict, args: argparse.Namespa
 
 def dealing(args: argparse.Namespace) -> dict:
     """The options that need no image to be extracted again."""
-    return {"seed": args.seed, "group_by_folder": args.group_by_folder, "compress": args.compress}
+    return {"seed": args.seed, "group_by_folder": args.group_by_folder, "test_only": sorted(args.test_only), "compress": args.compress}
+
+
+def is_named(data_set: str, names: Sequence[str]) -> bool:
+    """Whether "fake/StyleGAN3" is among names as users write them: "StyleGAN3", "fake/StyleGAN3"."""
+    return data_set in names or data_set.split("/")[1] in names
 
 
 def sample_bytes(args: argparse.Namespace) -> int:
@@ -443,17 +332,20 @@ def extract(sources: list[Source], settings: dict, predictor: Path, show: bool, 
 # ---------------------------------------------------------------------------------------------- step 2: shards -> feature files
 
 
-def deal_splits(data_sets: Sequence[str], contents: Sequence[bytes], groups: Sequence[str | None], seed: int) -> np.ndarray:
+def deal_splits(
+    data_sets: Sequence[str], contents: Sequence[bytes], groups: Sequence[str | None], seed: int, test_only: Sequence[str] = ()
+) -> np.ndarray:
     """Deals samples to train, val and test, 60/20/20 in every data set, by nothing but the content of the files.
 
     Samples of the same content, and of the same group, stay together, whatever data sets they are in. The bundles that
-    result are taken in an order drawn from content and seed, large ones first, and each goes where its data sets are
+    result are taken in an order drawn from content and seed, those for the test first, then large ones, and each goes where its data sets are
     furthest from their share.
 
     Args:
         data_sets: each sample's data set.
         contents: each sample's hash.
         groups: each sample's group, None for those on their own.
+        test_only: data sets that go to test whole, with all that must not be apart from them.
 
     Returns:
         (N,) int, index into SPLITS.
@@ -474,15 +366,18 @@ def deal_splits(data_sets: Sequence[str], contents: Sequence[bytes], groups: Seq
     for i in range(len(contents)):
         bundles[root(i)].append(i)
 
-    def turn(members: list[int]) -> tuple[int, bytes]:
-        return -len(members), hashlib.sha256(str(seed).encode() + min(contents[i] for i in members)).digest()
+    def is_tested(members: list[int]) -> bool:
+        return any(is_named(data_sets[i], test_only) for i in members)
+
+    def turn(members: list[int]) -> tuple[bool, int, bytes]:
+        return not is_tested(members), -len(members), hashlib.sha256(str(seed).encode() + min(contents[i] for i in members)).digest()
 
     share = {name: np.array(SPLIT_FRACTIONS) * count for name, count in Counter(data_sets).items()}  # (3,)
     dealt = {name: np.zeros(len(SPLITS)) for name in share}
     splits = np.empty(len(contents), int)
     for members in sorted(bundles.values(), key=turn):
         filled = sum(dealt[data_sets[i]] / share[data_sets[i]] for i in members)
-        split = int(np.argmin(filled))  # the first of equals: train
+        split = SPLITS.index("test") if is_tested(members) else int(np.argmin(filled))  # the first of equals: train
         splits[members] = split
         for i in members:
             dealt[data_sets[i]][split] += 1
@@ -534,7 +429,7 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
     # real/FFHQ/person/video/1.png: the person, whatever folders are below
     in_folder = [args.group_by_folder and source.path.count("/") > 2 for source in sources]
     groups = ["/".join(source.path.split("/")[:3]) if grouped else None for source, grouped in zip(sources, in_folder)]
-    splits = deal_splits(data_sets, contents, groups, args.seed)
+    splits = deal_splits(data_sets, contents, groups, args.seed, args.test_only)
     report_duplicates(data_sets, contents)
 
     # A fallback of each data set's own would name the class; one over all splits would tell training about the test set.
@@ -664,6 +559,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--img_size", type=int, default=224, help="side of the stored images in pixels (default: 224)")
     parser.add_argument("--patch_size", type=int, default=16, help="side of a patch in pixels, for the stored masks; train.py may use another (default: 16)")
     parser.add_argument("--group_by_folder", action="store_true", help="keep the images of each sub-folder of a data set (an identity) in one split")
+    parser.add_argument("--test_only", nargs="+", default=[], metavar="NAME", help="data sets whose images all go to the test split: generators that training must not see (default: none)")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
     parser.add_argument("--compress", action="store_true", help="lossless gzip of the stored images: about a fifth smaller, but slower to read; README has the figures")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: one a core, fewer where memory is short)")

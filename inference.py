@@ -325,7 +325,7 @@ def warn_of_traces(test_set: TestSet, protocol: str) -> list[str]:
 
 def finder_again(test_set: TestSet, checkpoint: dict, predictor: Path | None) -> Callable:
     """For TestTransform: finds the face in a corrupted image; where there is none any more, the mean landmarks stand in."""
-    from feature_extraction import FaceFinder, find_face, find_predictor  # dlib, where it is needed
+    from faces import FaceFinder, find_face, find_predictor  # dlib, where it is needed
 
     side, grid_size, mean = test_set.dataset.img_size, test_set.dataset.grid_size, test_set.dataset.mean_landmarks
     path, free = find_predictor(predictor), queue.LifoQueue()  # a finder is for one thread at a time

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import draw_region_masks, face_frame, face_size
-from feature_extraction import FaceFinder, detect_face, find_predictor, predict_landmarks
+from faces import FaceFinder, detect_face, find_predictor, predict_landmarks
 from model import LAMMViT
 from preprocess import NO_IMAGE_BY_NAME, Rejected, end_with, list_files, load_rgb, map_ahead
 

@@ -4,6 +4,7 @@
 
     python preprocess.py --directory datasets/fake/StyleGAN3                          in place, one file at a time, atomically
     python preprocess.py --directory raw/StyleGAN3 --output_dir datasets/fake/StyleGAN3      leaves raw/StyleGAN3 untouched
+    python preprocess.py --directory ... --align --recompress 75-95                   eyes and mouth in one place, one JPEG for all
     torchrun --nproc_per_node=8 preprocess.py --directory ...                         also over machines that share the folder
 
 Files that cannot be used go to a folder beside, datasets/fake/StyleGAN3_rejected, with rejected.csv telling why; files that
@@ -17,10 +18,12 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
 import itertools
 import os
 import re
 import shutil
+import signal
 import stat
 import struct
 import sys
@@ -31,8 +34,9 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +54,8 @@ except ImportError:  # Windows
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 NO_IMAGE_BY_NAME = f"left alone: its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"  # a reason
 REJECTED_SUFFIX = "_rejected"
+ALIGNED_CROP = 0.6  # from the brows to the chin; FFHQ's own size reaches over the border of nearly all close-ups, and so names the class of these
+NO_FACE, BEYOND = "no face found", "the aligned crop would reach"  # reasons of --align
 # What Pillow raises on files that are not, or not all, there: its own errors are OSError, broken PNG chunks SyntaxError.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, Image.DecompressionBombError)
 # System errors that are about one file. Any other (a bad disk, a server that is away) may be gone tomorrow: it stops the run.
@@ -59,6 +65,7 @@ WORKER_MEMORY = 600 * 2**20  # bytes for one worker of any stage: an image of 10
 # In image.info, and as a text chunk in the PNGs written here: what the file was at first. Those PNGs are all alike, and the
 # formats and sizes that they came from may name the class: feature_extraction.py keeps them, inference.py warns.
 ORIGINAL = "Original"
+TREATMENT = "Treatment"  # the same for what --align and --recompress did: "aligned 0.75, JPEG 75-95"
 ORIGINAL_PATTERN = r"\w+ \d+x\d+"  # "JPEG 1024x768", width x height
 
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
@@ -113,7 +120,7 @@ def turn_upright(image: Image.Image) -> Image.Image:
 def load_rgb(path: Path) -> Image.Image:
     """Decodes a file as people see it: upright (EXIF orientation), 8-bit RGB, transparent parts on white, first frame only.
 
-    image.info[ORIGINAL] tells what it was before preprocess.py: "JPEG 1024x768".
+    image.info[ORIGINAL] tells what it was before preprocess.py, "JPEG 1024x768", and image.info[TREATMENT] how that treated it.
 
     Raises:
         Rejected: the file is not an image, or not a whole one.
@@ -124,7 +131,7 @@ def load_rgb(path: Path) -> Image.Image:
         with Image.open(path) as file:
             file.load()
             image = turn_upright(file)
-        original = file.info.get(ORIGINAL)
+        original, treatment = file.info.get(ORIGINAL), str(file.info.get(TREATMENT, ""))
         if not isinstance(original, str) or not re.fullmatch(ORIGINAL_PATTERN, original):
             original = f"{file.format} {image.width}x{image.height}"
         if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip at 255
@@ -136,7 +143,7 @@ def load_rgb(path: Path) -> Image.Image:
             picture, image = image, Image.new("RGBA", image.size, "white")
             image.alpha_composite(picture.convert("RGBA"))
         image = image if image.mode == "RGB" else image.convert("RGB")
-        image.info[ORIGINAL] = original
+        image.info |= {ORIGINAL: original, TREATMENT: treatment}
         return image
     except MemoryError as error:
         raise Rejected("has more pixels than there is memory for") from error
@@ -325,6 +332,8 @@ def write_png(image: Image.Image, path: Path, sync: bool) -> None:
     text = PngInfo()
     if image.info[ORIGINAL] != f"PNG {image.width}x{image.height}":  # else the file says so itself
         text.add_text(ORIGINAL, image.info[ORIGINAL])
+    if image.info[TREATMENT]:
+        text.add_text(TREATMENT, image.info[TREATMENT])
     try:
         with open(partial, "wb") as file:
             image.save(file, format="PNG", pnginfo=text)
@@ -361,23 +370,63 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
+def treatment_of(args: argparse.Namespace) -> str:
+    """What --align and --recompress ask for, as TREATMENT has it."""
+    parts = [f"aligned {args.align:g}"] if args.align else []
+    return ", ".join(parts + ([f"JPEG {'-'.join(map(str, dict.fromkeys(args.recompress)))}"] if args.recompress else []))
+
+
+def recompress(image: Image.Image, source: Path, qualities: tuple[int, int]) -> Image.Image:
+    """The image after a JPEG of a quality between the two, both included, drawn from the content of its file."""
+    low, high = qualities
+    drawn = int.from_bytes(hashlib.sha256(source.read_bytes()).digest()[:8], "big")
+    stream = io.BytesIO()
+    image.save(stream, format="JPEG", quality=low + drawn % (high - low + 1))
+    return Image.open(stream).convert("RGB")
+
+
+def treat(image: Image.Image, source: Path, args: argparse.Namespace) -> Image.Image:
+    """An upright RGB image in its new size, aligned and recompressed where that is asked for. Raises Rejected where it cannot be aligned."""
+    size, info = (args.target_width, args.target_height), image.info
+    if args.align:
+        from faces import align_face
+
+        aligned = align_face(image, _finder, args.target_width, args.align)
+        if isinstance(aligned, str):
+            raise Rejected(aligned)
+        image = aligned
+    else:
+        image = image.resize(size, Image.Resampling.LANCZOS)  # Pillow widens the filter when it shrinks: antialiased
+    if args.recompress:
+        image = recompress(image, source, args.recompress)
+    image.info = {**info, TREATMENT: treatment_of(args) or info[TREATMENT]}
+    return image
+
+
 def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
-    """Makes one image; `target` lies beside the source (in place) or in the output folder."""
-    size, in_place = (args.target_width, args.target_height), args.output_dir is None
+    """Makes one image; `target` lies beside the source (in place) or in the output folder.
+
+    Raises:
+        ValueError: the source was aligned or recompressed otherwise, by an earlier run.
+    """
+    size, in_place, treatment = (args.target_width, args.target_height), args.output_dir is None, treatment_of(args)
     if not in_place and not args.look_again and target.exists() and target.stat().st_mtime_ns == source.stat().st_mtime_ns and is_prepared(target, size):
         return Outcome(source, "unchanged")
     try:
         image = load_rgb(source)  # in full, a prepared one too: its end may be missing
         if image.height < args.min_height or image.width < args.min_width:
             raise Rejected(f"{image.width}x{image.height} pixels, under the minimum of {args.min_width}x{args.min_height}")
+        earlier = image.info[TREATMENT]
+        if earlier and treatment not in ("", earlier):
+            raise ValueError(f"{source}: is {earlier} already; take the originals for {treatment}")
+        prepared = is_prepared(source, size) and treatment in ("", earlier)
+        if not prepared:
+            image = treat(image, source, args)
     except Rejected as error:
         if not in_place:
             target.unlink(missing_ok=True)  # made when the file, or the minimum, was another
         return Outcome(source, "rejected", str(error))
 
-    prepared = is_prepared(source, size)
-    if not prepared:
-        image = image.resize(size, Image.Resampling.LANCZOS)  # Pillow widens the filter when it shrinks: antialiased
     if in_place:
         # Content first, then the name: at every moment there is exactly one file, the original or its PNG.
         if not prepared:
@@ -390,6 +439,36 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
     stat = source.stat()
     os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by which the next run knows that the source is the same
     return Outcome(source, "written")
+
+
+_finder: Any = None  # faces.FaceFinder of a worker process, with --align
+
+
+def start_aligner(predictor: Path, parent: int) -> None:
+    global _finder
+    import cv2
+
+    from faces import FaceFinder
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    cv2.setNumThreads(1)  # the worker processes are the parallelism
+    _finder = FaceFinder(predictor)
+    end_with(parent)
+
+
+@contextlib.contextmanager
+def preparing(args: argparse.Namespace) -> Iterator[Callable[[tuple[Path, Path]], Outcome]]:
+    """prepare of a (source, target), for threads: here, or in as many processes where faces are found, since dlib holds Python's lock."""
+    if not args.align:
+        yield lambda pair: prepare(*pair, args)
+        return
+    from faces import find_predictor
+
+    context = get_context("fork" if sys.platform == "linux" and not under_torchrun() else "spawn")
+    with ProcessPoolExecutor(args.workers, context, start_aligner, (find_predictor(args.predictor), os.getpid())) as pool:
+        pool.submit(int)  # all workers start here, not in a thread
+        yield lambda pair: pool.submit(prepare, *pair, args).result()
 
 
 def read_reasons(listing: Path) -> dict[str, str]:
@@ -436,19 +515,32 @@ def set_aside(rejected: list[Outcome], others: list[Path], directory: Path, fold
 
 
 def claim_output(output: Path, directory: Path, args: argparse.Namespace) -> None:
-    """Notes in the output folder whose images it holds, lest those of another folder with the same names replace them.
+    """Notes in the output folder whose images it holds, and how treated, lest others with the same names be mixed with them.
 
     Sets args.look_again where these were made with another minimum size.
     """
-    note, minimum = output / ".source", f"{args.min_width}x{args.min_height}".encode()
+    note, minimum, treatment = output / ".source", f"{args.min_width}x{args.min_height}".encode(), treatment_of(args).encode()
     known = note.read_bytes().split(b"\0") if note.exists() else []
-    if output.is_dir() and (known[0] != os.fsencode(directory) if known and known[0] else list_images(output)):
+    holds_images = output.is_dir() and bool(list_images(output))
+    if output.is_dir() and (known[0] != os.fsencode(directory) if known and known[0] else holds_images):
         sys.exit(f"{output}: holds images that are not from {directory}; name another --output_dir")
-    args.look_again = len(known) == 2 and known[1] != minimum
+    earlier = (known[2] if len(known) > 2 else b"").decode()
+    if holds_images and earlier.encode() != treatment:
+        sys.exit(f"{output}: holds images that are {earlier or 'neither aligned nor recompressed'}; name another --output_dir")
+    args.look_again = len(known) >= 2 and known[1] != minimum
     output.mkdir(parents=True, exist_ok=True)
     partial = output / ".source.partial"
-    partial.write_bytes(b"\0".join((os.fsencode(directory), minimum)))
+    partial.write_bytes(b"\0".join((os.fsencode(directory), minimum, treatment)))
     os.replace(partial, note)
+
+
+def quality_range(text: str) -> tuple[int, int]:
+    """"90" -> (90, 90), "75-95" -> (75, 95)."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high <= 100:
+        raise argparse.ArgumentTypeError(f"{text}: a JPEG quality from 1 to 100, or two of them as in 75-95")
+    return low, high
 
 
 # ------------------------------------------------------------------------------------------------------------------ script
@@ -463,7 +555,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--min_height", type=int, default=12, help="images under this height in pixels are rejected (default: 12)")
     parser.add_argument("--min_width", type=int, default=12, help="images under this width in pixels are rejected (default: 12)")
     parser.add_argument("--delete_rejected", action="store_true", help="delete files that cannot be used instead of moving them; in place only")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="threads (default: one a core, fewer where memory is short)")
+    parser.add_argument("--align", type=float, nargs="?", const=ALIGNED_CROP, default=0.0, metavar="CROP", help=f"turn and cut out the largest face, eyes and mouth in the same place in all images; CROP is the side in parts of FFHQ's alignment (default: {ALIGNED_CROP}). Without a face, or with a crop beyond the border, an image is rejected")
+    parser.add_argument("--recompress", type=quality_range, metavar="Q", help="pass every image through a JPEG of this quality, or of one drawn from the file's content: 75-95")
+    parser.add_argument("--predictor", type=Path, help="dlib's 68-point predictor for --align, as for feature_extraction.py")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="threads, with --align processes (default: one a core, fewer where memory is short)")
     return parser
 
 
@@ -473,6 +568,8 @@ def plan_work(args: argparse.Namespace, directory: Path, locks: contextlib.ExitS
         sys.exit(f"{args.directory}: no such folder; --directory takes a folder of images")
     if min(args.target_height, args.target_width, args.workers) < 1:
         sys.exit("--target_height, --target_width and --workers have to be at least 1")
+    if args.align and (args.target_height != args.target_width or not 0.2 <= args.align <= 2):
+        sys.exit("--align makes squares, from 0.2 to 2 times FFHQ's: --target_height and --target_width have to be equal")
     output = directory
     if args.output_dir is not None:
         output = args.output_dir.resolve()
@@ -507,6 +604,10 @@ def report(results: list[tuple[dict, list[Outcome]]], others: list[Path], direct
     if rejected:
         fate = ("deleted" if args.delete_rejected else "moved there") if in_place else "left where they were"
         print(f"  {'all' if len(rejected) <= 10 else f'... all {len(rejected)}'} listed in {rejected_folder / 'rejected.csv'}; {fate}")
+    if args.align and (total := sum(counts.values()) + len(rejected)):
+        faceless = sum(outcome.reason == NO_FACE for outcome in rejected)
+        beyond = sum(outcome.reason.startswith(BEYOND) for outcome in rejected)
+        print(f"  of {total}, {faceless} have no face that was found ({faceless / total:.1%}), {beyond} would need their border filled ({beyond / total:.1%})")
     if others:
         print(f"  {len(others)} files are no images by their names and were left alone, {others[0].relative_to(directory)} for one; listed there too")
 
@@ -524,7 +625,7 @@ def main(args: argparse.Namespace) -> None:
         mine, args.look_again = scatter([(work[r::world], args.look_again) for r in range(world)] if rank == 0 else None)
         counts, rejected = {"written": 0, "unchanged": 0}, []
         # Threads, since Pillow decodes, resizes and encodes outside of Python's lock
-        outcomes = map_ahead(lambda pair: prepare(*pair, args), mine, args.workers, ahead=16 * args.workers)
+        outcomes = map_ahead(locks.enter_context(preparing(args)), mine, args.workers, ahead=16 * args.workers)
         for outcome in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
             if outcome.status == "rejected":
                 rejected.append(outcome)

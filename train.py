@@ -180,7 +180,8 @@ def load_split(args: argparse.Namespace, split: str, grid_size: int | None, tran
     counts = [int((dataset.labels == label).sum()) for label in (0, 1)]
     if not all(counts):
         raise FeatureFileError(f"{args.features}: the {split} split of {', '.join(files)} has {counts[0]} real and {counts[1]} fake images; both are needed")
-    return dataset, list(files)
+    sizes = np.diff(dataset.ends, prepend=0)  # none where a data set is kept for the test
+    return dataset, [name for name, size in zip(files, sizes) if size]
 
 
 def load_data(args: argparse.Namespace) -> tuple[FaceDataset, FaceDataset, list[str]]:

@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset import FOUND_BY, SPLITS, FaceDataset, TrainTransform  # noqa: E402
 from demo import draw_file  # noqa: E402
-from feature_extraction import FaceFinder, find_predictor  # noqa: E402
+from faces import FaceFinder, find_predictor  # noqa: E402
 from preprocess import list_images  # noqa: E402
 
 BATCH_SIZE, SECONDS = 32, 2.0  # of the loader: samples a batch, and how long it is watched

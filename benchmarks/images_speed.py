@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from demo import render, sample_face  # noqa: E402
-from feature_extraction import FaceFinder, find_predictor  # noqa: E402
+from faces import FaceFinder, find_predictor  # noqa: E402
 from inference import CHECKPOINT_VERSION, fake_probability, load_checkpoint  # noqa: E402
 from loose_images import SEARCH_SIDE, UPSAMPLED_SIDE  # noqa: E402
 from model import LAMMViT, LAMMViTConfig  # noqa: E402

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import json
 import os
 import resource
 import shutil
@@ -16,13 +17,18 @@ import h5py
 import numpy as np
 import psutil
 import pytest
-from conftest import GENERATORS, NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, refusal, run_script
+import torch
+from conftest import GENERATORS, NO_IMAGES_BY_NAME, ROOT, SMALL, error_line, hostile_files, refusal, run_here, run_script
 from PIL import Image
 
+import faces
 import feature_extraction
+import inference
+import train
 from dataset import FOUND_BY, REGIONS, SPLITS, FaceDataset, draw_region_masks, open_features
 from demo import render, sample_face, true_points
-from feature_extraction import SHARDS, STAGE, FaceFinder, deal_splits, extract_shard, find_face, find_predictor, find_sources
+from faces import FaceFinder, find_face, find_predictor
+from feature_extraction import SHARDS, STAGE, deal_splits, extract_shard, find_sources
 from preprocess import list_images, lock
 
 DATA_SETS = ("real/Consistent", *(f"fake/{name}" for name in GENERATORS))
@@ -236,11 +242,16 @@ def test_killed_at_any_moment_and_run_again(datasets, features, tmp_path):
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_keeps_what_it_has(datasets, features, tmp_path, signal_number):
     command = [sys.executable, ROOT / "feature_extraction.py", "--data_root", datasets, "--output_dir", tmp_path / "features"]
-    process = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "features" / SHARDS).glob("[!.]*.h5")) and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal_number)
-    assert "run the same command again to go on" in process.communicate()[1] and process.returncode == 1
+    for _ in range(5):
+        process = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        while not list((tmp_path / "features" / SHARDS).glob("[!.]*.h5")) and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal_number)
+        said = process.communicate()[1]
+        if process.returncode:
+            break
+        shutil.rmtree(tmp_path / "features")  # it had finished: on a busy machine the signal may come too late
+    assert "run the same command again to go on" in said and process.returncode == 1
     done = run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", cwd=tmp_path)
     assert "going on:" in done.stdout
     assert_same(features, tmp_path / "features")
@@ -276,6 +287,37 @@ def test_stopped_while_the_feature_files_are_made(datasets, features, tmp_path, 
     assert_same(tmp_path / "scratch", tmp_path / "features")
     with pytest.raises(AssertionError):
         assert_same(features, tmp_path / "features")
+
+
+def test_generators_that_are_only_tested(datasets, features, tmp_path):
+    """All their images are in the test split, with those that training must not see a copy of; what trained on the others does not
+    count them as seen."""
+    shutil.copytree(datasets, tmp_path / "datasets")
+    copies = sorted((tmp_path / "datasets/fake/IrisMismatch").glob("*.png"))[:3]
+    for i, path in enumerate(copies):
+        shutil.copy(path, tmp_path / f"datasets/fake/OffAxisMouth/copy_{i}.png")
+    shutil.copytree(features, tmp_path / "features")
+    options = ("--data_root", tmp_path / "datasets", "--output_dir", tmp_path / "features", "--workers", 1)
+    refused = run_script("feature_extraction.py", *options, "--test_only", "Iris", cwd=tmp_path, expect=1)
+    assert "--test_only Iris: no such data set" in error_line(refused)
+    done = run_script("feature_extraction.py", *options, "--test_only", "IrisMismatch", cwd=tmp_path)
+    assert "--test_only" in done.stdout and "going on: " in done.stdout, "nothing is extracted again"
+
+    paths = {}
+    for name in ("fake/IrisMismatch", "fake/OffAxisMouth", "real/Consistent"):
+        for split in SPLITS:
+            with open_features(tmp_path / "features" / name / f"{split}_features.h5") as file:
+                paths[name, split] = {Path(path).name for path in file["paths"].asstr()[:]}
+    assert [len(paths["fake/IrisMismatch", split]) for split in SPLITS] == [0, 0, 30]
+    assert {f"copy_{i}.png" for i in range(3)} <= paths["fake/OffAxisMouth", "test"]
+    assert [len(paths["real/Consistent", split]) for split in SPLITS] == [36, 12, 12]
+
+    folder = tmp_path / "model"
+    run_here(train, "--features", tmp_path / "features", "--output_dir", folder, *SMALL, "--epochs", 1, cwd=tmp_path)
+    assert torch.load(folder / "best_model.pth", weights_only=True)["datasets"] == ["real/Consistent", "fake/OffAxisMouth"]
+    run_here(inference, "--features", tmp_path / "features", "--checkpoint", folder / "best_model.pth", "--bootstrap", 0, cwd=tmp_path)
+    results = json.loads((tmp_path / "prediction_results.json").read_text())
+    assert not results["IrisMismatch"]["seen"] and results["OffAxisMouth"]["seen"]
 
 
 def test_a_full_disk_loses_nothing(datasets, features, tmp_path):
@@ -381,7 +423,7 @@ def small_root(datasets: Path, folder: Path, count: int = 12) -> Path:
     return folder
 
 
-def run_here(root: Path, output: Path, *options: object) -> None:
+def extract_here(root: Path, output: Path, *options: object) -> None:
     arguments = ["--data_root", root, "--output_dir", output, "--workers", 1, *options]
     feature_extraction.main(feature_extraction.get_args_parser().parse_args(list(map(str, arguments))))
 
@@ -391,7 +433,7 @@ def test_a_second_run_at_the_same_time_is_refused(datasets, tmp_path):
     output.mkdir()
     with lock(output):
         assert "another run is at work" in refusal(feature_extraction, "--data_root", root, "--output_dir", output)
-    run_here(root, output)
+    extract_here(root, output)
 
 
 def test_a_file_that_is_away_for_a_moment_is_found_by_the_next_run(datasets, tmp_path, monkeypatch, capsys):
@@ -399,30 +441,30 @@ def test_a_file_that_is_away_for_a_moment_is_found_by_the_next_run(datasets, tmp
     picture = root / "real/A/A003.png"
     plan = feature_extraction.make_plan
     monkeypatch.setattr(feature_extraction, "make_plan", lambda *args: (plan(*args), picture.rename(tmp_path / "away.png"))[0])
-    run_here(root, output)
+    extract_here(root, output)
     assert "A003.png" in (output / "skipped.csv").read_text()
     monkeypatch.undo()
     (tmp_path / "away.png").rename(picture)
-    run_here(root, output)
+    extract_here(root, output)
     assert "real/A/A003.png" in set.union(*(paths_of(output, split) for split in SPLITS)) and not (output / "skipped.csv").exists()
     capsys.readouterr()
-    run_here(root, output)
+    extract_here(root, output)
     assert "up to date" in capsys.readouterr().out
 
 
 def test_a_file_that_is_no_image_is_named_also_when_all_is_done(datasets, tmp_path):
     root, output = small_root(datasets, tmp_path / "datasets"), tmp_path / "features"
     (root / "fake/B/broken.png").write_bytes(b"?")
-    run_here(root, output)
+    extract_here(root, output)
     (root / "real/A/scan.tiff").write_bytes(b"?")
-    run_here(root, output)
+    extract_here(root, output)
     with open(output / "skipped.csv", newline="") as file:
         assert [row["path"] for row in csv.DictReader(file)] == ["fake/B/broken.png", "real/A/scan.tiff"]
 
 
 def test_a_damaged_image_is_not_copied_on(datasets, tmp_path):
     root, output = small_root(datasets, tmp_path / "datasets"), tmp_path / "features"
-    run_here(root, output)
+    extract_here(root, output)
     reference = read(output)
     damaged = output / "real/A/train_features.h5"
     with h5py.File(damaged, "r+") as file:
@@ -430,7 +472,7 @@ def test_a_damaged_image_is_not_copied_on(datasets, tmp_path):
     assert f"{damaged}: the image of real/A/" in (said := refusal(feature_extraction, "--data_root", root, "--output_dir", output, "--seed", 1))
     assert "is damaged in it; delete it" in said
     damaged.unlink()
-    run_here(root, output)
+    extract_here(root, output)
     again = read(output)
     assert all(np.array_equal(again[key][name], reference[key][name]) for key in reference for name in reference[key])
 
@@ -513,13 +555,13 @@ def test_refusals(datasets, tmp_path, monkeypatch):
 
 
 def test_without_any_predictor_the_way_out_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(feature_extraction, "__file__", str(tmp_path / "feature_extraction.py"))
-    monkeypatch.setattr(feature_extraction.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(feature_extraction, "PREDICTOR_URL", (tmp_path / "no_network").as_uri())
+    monkeypatch.setattr(faces, "__file__", str(tmp_path / "faces.py"))
+    monkeypatch.setattr(faces.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(faces, "PREDICTOR_URL", (tmp_path / "no_network").as_uri())
     with pytest.raises(FileNotFoundError, match="pip install face_recognition_models, or give the file with --predictor"):
         find_predictor(None)
     (tmp_path / "no_network").write_bytes(bz2.compress(b"another file"))
     with pytest.raises(FileNotFoundError, match="has not the checksum"):
         find_predictor(None)
-    (tmp_path / feature_extraction.PREDICTOR_FILE).write_bytes(b"in the project's root")
-    assert find_predictor(None) == tmp_path / feature_extraction.PREDICTOR_FILE
+    (tmp_path / faces.PREDICTOR_FILE).write_bytes(b"in the project's root")
+    assert find_predictor(None) == tmp_path / faces.PREDICTOR_FILE

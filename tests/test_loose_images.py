@@ -11,7 +11,6 @@ import time
 import cv2
 import numpy as np
 import pytest
-import torch
 from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, run_script
 from PIL import Image
 
@@ -19,7 +18,7 @@ import inference
 import loose_images
 from dataset import FaceDataset, face_size, find_feature_files
 from demo import render, sample_face
-from feature_extraction import FaceFinder, find_predictor
+from faces import FaceFinder, find_predictor
 from inference import load_checkpoint, predict_scores
 from loose_images import COLUMNS, find_faces, framing_of, list_pictures
 

@@ -8,7 +8,7 @@ from conftest import ROOT, SMALL, run_script
 from PIL import Image
 
 from demo import draw_face
-from feature_extraction import PREDICTOR_FILE
+from faces import PREDICTOR_FILE
 
 
 @pytest.fixture

@@ -2,8 +2,11 @@
 
 import csv
 import errno
+import functools
+import io
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +23,14 @@ from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from preprocess import ORIGINAL, Rejected, agree_on_start, list_images, load_rgb, map_ahead, plan_names
+from demo import draw_face
+from faces import FaceFinder, align_face, alignment_square, find_face, find_predictor
+from preprocess import BEYOND, NO_FACE, ORIGINAL, TREATMENT, Rejected, agree_on_start, list_images, load_rgb, map_ahead, plan_names
+
+
+@functools.cache
+def finder() -> FaceFinder:
+    return FaceFinder(find_predictor(None))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -75,7 +85,7 @@ def test_output_dir_leaves_the_source_untouched_and_gives_the_same(tmp_path):
     assert rejections(tmp_path / "O_rejected").keys() == unusable.keys()
     run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
     results = contents(tmp_path / "O")
-    assert results.pop(".source") == str(tmp_path / "D").encode() + b"\0" + b"12x12"
+    assert results.pop(".source") == str(tmp_path / "D").encode() + b"\0" + b"12x12" + b"\0"
     assert results == {name: data for name, data in contents(tmp_path / "E").items() if name not in NO_IMAGES_BY_NAME}
 
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "O").rglob("*.png")}
@@ -340,3 +350,123 @@ def test_names_that_are_no_text(tmp_path):
     picture(20, 20).save(tmp_path / "D" / os.fsdecode(b"good\xff.jpg"))
     done = run_script("preprocess.py", "--directory", "D", cwd=tmp_path, PYTHONIOENCODING="utf-8:strict")
     assert "1 written, 0 unchanged, 1 rejected" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------- alignment
+
+
+def drawn_in(side: int, scale: float, degrees: float, shift: tuple[float, float], seed: int) -> Image.Image:
+    """A drawn face of 600 px, scaled, turned and shifted in a larger picture."""
+    face = Image.fromarray(draw_face(np.random.default_rng(seed), size=600))
+    a, b = np.cos(np.radians(degrees)) / scale, np.sin(np.radians(degrees)) / scale
+    middle = np.array([side / 2 + shift[0], side / 2 + shift[1]])
+    offset = 300 - np.array([[a, b], [-b, a]]) @ middle
+    return face.transform((side, side), Image.Transform.AFFINE, (a, b, offset[0], -b, a, offset[1]), Image.Resampling.BICUBIC, fillcolor=(90, 110, 130))
+
+
+def points_of(path: Path) -> np.ndarray:
+    """Eyes and mouth (3, 2) in pixels of a prepared picture."""
+    _, landmarks, found_by = find_face(Image.open(path), finder(), 224)
+    assert found_by == "frontal"
+    return np.array([landmarks[36:42].mean(axis=0), landmarks[42:48].mean(axis=0), landmarks[[48, 54]].mean(axis=0)])
+
+
+def test_aligned_faces_have_eyes_and_mouth_in_one_place(tmp_path):
+    """The same face, however it stands in its picture, gives the same picture; of all faces the eyes are level and equally wide apart."""
+    (tmp_path / "D").mkdir()
+    poses = [(800, 1.0, 0, (0, 0)), (800, 0.7, 12, (60, -40)), (1000, 1.3, -15, (-50, 30)), (500, 0.5, 6, (20, 20)), (1600, 2.4, -8, (0, 90))]
+    for i, pose in enumerate(poses):
+        for seed in (0, 3):
+            drawn_in(*pose, seed).save(tmp_path / f"D/{seed}_{i}.png")
+    run_script("preprocess.py", "--directory", "D", "--output_dir", "wide", "--align", 0.8, cwd=tmp_path)
+    run_script("preprocess.py", "--directory", "D", "--output_dir", "plain", cwd=tmp_path)
+    points = {seed: np.array([points_of(tmp_path / f"wide/{seed}_{i}.png") for i in range(len(poses))]) for seed in (0, 3)}
+    for seed, of_face in points.items():
+        assert np.ptp(of_face, axis=0).max() < 7, "a tenth of the distance between the eyes, in which is dlib's own spread, twice"
+        level = of_face[:, 1] - of_face[:, 0]
+        assert np.abs(level[:, 1]).max() < 6
+        one = np.asarray(Image.open(tmp_path / f"wide/{seed}_0.png"), float)
+        for i in range(1, len(poses)):
+            assert np.abs(np.asarray(Image.open(tmp_path / f"wide/{seed}_{i}.png"), float) - one).mean() < 12, i
+    every = np.concatenate(list(points.values()))
+    assert np.ptp(every.mean(axis=1), axis=0).max() < 9, "eyes and mouth, their mean"
+    apart = np.abs(np.asarray(Image.open(tmp_path / "plain/0_0.png"), float) - np.asarray(Image.open(tmp_path / "plain/0_2.png"), float)).mean()
+    assert apart > 20, "without --align these pictures differ"
+
+
+def test_the_crop_is_the_part_of_ffhqs_square_that_was_asked_for():
+    landmarks = np.zeros((68, 2))
+    landmarks[36:42], landmarks[42:48], landmarks[[48, 54]] = (40, 50), (60, 50), (50, 75)
+    centre, right = alignment_square(landmarks)
+    assert np.allclose(centre, (50, 52.5)) and np.allclose(right, (45, 0)), "half of max(4 x 20, 3.6 x 25) pixels, level"
+    turn = np.array([[0.8, -0.6], [0.6, 0.8]])
+    turned_centre, turned_right = alignment_square(landmarks @ turn.T)
+    assert np.allclose(turned_centre, turn @ centre) and np.allclose(turned_right, turn @ right)
+
+
+def test_alignment_samples_all_pixels():
+    """A pattern of single pixels under a face that is made ten times smaller becomes gray, not a pattern."""
+    picture = np.asarray(drawn_in(2400, 3.6, 0, (0, 0), 0)).copy()
+    checks = (np.indices(picture.shape[:2]).sum(axis=0) % 2 * 2 - 1)[..., None]
+    noisy = np.clip(picture.astype(int) // 2 + 64 + 60 * checks, 0, 255).astype(np.uint8)
+    clean = Image.fromarray((picture // 2 + 64).astype(np.uint8))
+    aligned = [align_face(image, finder(), 96, 0.6) for image in (clean, Image.fromarray(noisy))]
+    assert all(isinstance(image, Image.Image) for image in aligned)
+    assert np.abs(np.asarray(aligned[0], float) - np.asarray(aligned[1], float)).mean() < 3
+
+
+def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
+    (tmp_path / "D").mkdir()
+    whole = drawn_in(700, 1, 0, (0, 0), 0)
+    whole.save(tmp_path / "D/whole.png")
+    whole.crop((100, 100, 600, 600)).save(tmp_path / "D/close.jpg", quality=95)
+    picture(300, 300).save(tmp_path / "D/nobody.png")
+    command = ("preprocess.py", "--directory", "D", "--output_dir", "O", "--align", "1", "--target_height", 96, "--target_width", 96)
+    done = run_script(*command, cwd=tmp_path)
+    assert "1 written, 0 unchanged, 2 rejected" in done.stdout
+    assert "of 3, 1 have no face that was found (33.3%), 1 would need their border filled (33.3%)" in done.stdout
+    reasons = rejections(tmp_path / "O_rejected")
+    assert reasons["nobody.png"] == NO_FACE and reasons["close.jpg"].startswith(BEYOND)
+    with Image.open(tmp_path / "O/whole.png") as image:
+        assert (image.size, image.mode, image.info[TREATMENT]) == ((96, 96), "RGB", "aligned 1")
+    before = contents(tmp_path / "O")
+    assert "0 written, 1 unchanged, 2 rejected" in run_script(*command, cwd=tmp_path).stdout
+    refused = run_script(*command[:-6], "--align", 0.6, cwd=tmp_path, expect=1)
+    assert "holds images that are aligned 1; name another --output_dir" in error_line(refused)
+    assert "--target_height and --target_width have to be equal" in error_line(run_script(*command, "--target_width", 100, cwd=tmp_path, expect=1))
+    assert contents(tmp_path / "O") == before
+
+    aligned = run_script("preprocess.py", "--directory", "D", "--align", 0.6, "--recompress", 80, cwd=tmp_path)  # in place
+    assert "2 written, 0 unchanged, 1 rejected" in aligned.stdout
+    before = contents(tmp_path / "D")
+    again = run_script("preprocess.py", "--directory", "D", "--align", 0.6, "--recompress", 80, cwd=tmp_path)
+    assert "0 written, 2 unchanged, 0 rejected" in again.stdout
+    assert "is aligned 0.6, JPEG 80 already; take the originals for aligned 0.6" in error_line(run_script("preprocess.py", "--directory", "D", "--align", 0.6, cwd=tmp_path, expect=1))
+    assert contents(tmp_path / "D") == before
+
+
+def test_recompression_depends_on_the_content_alone(tmp_path):
+    for folder in ("D", "E"):
+        (tmp_path / folder).mkdir()
+    for i in range(12):
+        drawn_in(300, 0.5, 0, (0, 0), i).save(tmp_path / f"D/{i}.png")
+        shutil.copy(tmp_path / f"D/{i}.png", tmp_path / f"E/other_{i:02}.png")
+    for folder in ("D", "E"):
+        run_script("preprocess.py", "--directory", folder, "--output_dir", f"{folder}_out", "--recompress", "40-90", cwd=tmp_path)
+    qualities = set()
+    for i in range(12):
+        stored = Image.open(tmp_path / f"D_out/{i}.png")
+        assert stored.info[TREATMENT] == "JPEG 40-90" and stored.format == "PNG"
+        assert np.array_equal(stored, Image.open(tmp_path / f"E_out/other_{i:02}.png"))
+        source = Image.open(tmp_path / f"D/{i}.png").resize((224, 224), Image.Resampling.LANCZOS)
+        made = {}
+        for quality in range(30, 101):
+            stream = io.BytesIO()
+            source.save(stream, "JPEG", quality=quality)
+            made[quality] = np.asarray(Image.open(stream))
+        fits = [quality for quality in made if np.array_equal(made[quality], stored)]
+        assert len(fits) == 1 and 40 <= fits[0] <= 90
+        qualities.update(fits)
+    assert len(qualities) > 6, "drawn for each file"
+    for wrong in ("0", "101", "90-40", "good"):
+        assert "a JPEG quality" in run_script("preprocess.py", "--directory", "D", "--recompress", wrong, cwd=tmp_path, expect=2).stderr
