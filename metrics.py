@@ -5,15 +5,18 @@
     bootstrap_intervals   {metric: (low, high)} of one comparison
     bootstrap_replicates, interval
                           the two halves of it; for the mean over generators, average the replicates, then call interval
+    compare_aucs          the difference between two detectors on the same images, with its interval and a paired test
     calibration           reliability diagram and expected calibration error
 
 Everywhere labels (N,) are 1 = fake, 0 = real, both classes present, and scores (N,) probabilities of a fake in [0, 1].
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import expit, logit
+from scipy.stats import norm
 from scipy.stats import t as student_t
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
@@ -206,6 +209,55 @@ def bootstrap_intervals(labels: np.ndarray, scores: np.ndarray, threshold: float
     replicates = bootstrap_replicates(labels, scores, threshold, count, seed)
     size = min(estimates["n_real"], estimates["n_fake"])
     return {metric: interval(estimates[metric], replicates[metric], size, top, level) for metric, top in METRIC_RANGE.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ two detectors
+
+
+def win_matrix(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Of each pair of a real and a fake image, how often the fake has the higher score; its mean is the AUC.
+
+    Args:
+        labels: (N,), 1 = fake.
+        scores: (S, N), a row for each run (seed) of a detector.
+
+    Returns:
+        (n_real, n_fake) in [0, 1], the mean over runs; ties count half.
+    """
+    real, fake = scores[:, labels == 0], scores[:, labels == 1]
+    return np.mean([(f[None] > r[:, None]) + 0.5 * (f[None] == r[:, None]) for r, f in zip(real, fake)], axis=0)
+
+
+def auc_replicates(wins: np.ndarray, count: int, seed: int, stream: int = 1) -> np.ndarray:
+    """The AUC of `count` resamples of the images, (count,), from win_matrix. The same draws for any detector on these images, so
+    that replicates of two can be subtracted; real and fake images are resampled apart."""
+    n_real, n_fake = wins.shape
+    reals, fakes = (np.stack(list(draw_multiplicities(count, size, seed, of))) for size, of in ((n_real, 0), (n_fake, stream)))
+    return np.einsum("br,rf,bf->b", reals, wins, fakes, optimize=True) / wins.size
+
+
+class AucDifference(NamedTuple):
+    difference: float  # first - second
+    low: float  # 95 % interval
+    high: float
+    p_value: float  # two-sided, of no difference
+
+
+def compare_aucs(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> AucDifference:
+    """The paired test of DeLong, DeLong & Clarke-Pearson (Biometrics 1988) between two detectors on the same images.
+
+    It tells what other images would have changed; scores of several runs are averaged over these, pair by pair, before. What other
+    seeds would have changed shows in the spread over runs alone.
+
+    Args:
+        labels: (N,), 1 = fake; two of each at the least.
+        first, second: (S, N) scores, a row for each run; the numbers of runs may differ.
+    """
+    gain = win_matrix(labels, first) - win_matrix(labels, second)
+    error = np.sqrt(gain.mean(axis=1).var(ddof=1) / gain.shape[0] + gain.mean(axis=0).var(ddof=1) / gain.shape[1])
+    difference, reach = float(gain.mean()), float(norm.ppf(0.975) * error)
+    p_value = float(2 * norm.sf(abs(difference) / error)) if error > 0 else float(difference == 0)
+    return AucDifference(difference, difference - reach, difference + reach, p_value)
 
 
 # ----------------------------------------------------------------------------------------------------------- calibration

@@ -9,14 +9,17 @@ from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_sco
 
 from metrics import (
     METRIC_RANGE,
+    auc_replicates,
     binary_metrics,
     bootstrap_intervals,
     bootstrap_replicates,
     calibration,
     choose_threshold,
+    compare_aucs,
     draw_multiplicities,
     interval,
     weighted_metrics,
+    win_matrix,
 )
 
 # Warnings are errors here: a division by zero is a NaN in a table.
@@ -263,3 +266,54 @@ def test_calibrated_scores_have_a_small_error():
     labels = (rng.random(50_000) < scores).astype(int)
     assert calibration(labels, scores)[3] < 0.01
     assert calibration(labels, scores**3)[3] > 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------- two detectors
+
+
+def two_detectors(seed: int, n_real: int, n_fake: int, gain: float, runs: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels and the scores of two detectors that see the same images, with noise of their own."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat([0, 1], (n_real, n_fake))
+    image = rng.normal(size=len(labels)) + labels
+    return labels, image + gain * labels + rng.normal(size=(runs, len(labels))), image + rng.normal(size=(runs, len(labels)))
+
+
+def test_win_matrix_is_the_auc_pair_by_pair():
+    labels, first, _ = two_detectors(0, 40, 25, 0.5, runs=3)
+    first = np.round(first, 1)  # with ties
+    assert win_matrix(labels, first).mean() == pytest.approx(np.mean([roc_auc_score(labels, scores) for scores in first]))
+    order = np.random.default_rng(0).permutation(len(labels))
+    assert win_matrix(labels[order], first[:, order]).mean() == pytest.approx(win_matrix(labels, first).mean())
+
+
+def test_auc_replicates_are_aucs_of_resamples():
+    labels, first, _ = two_detectors(1, 30, 20, 0.5)
+    replicates = auc_replicates(win_matrix(labels, first), 5, seed=3, stream=4)
+    reals, fakes = (list(draw_multiplicities(5, size, 3, stream)) for size, stream in ((30, 0), (20, 4)))
+    for replicate, real, fake in zip(replicates, reals, fakes):
+        assert replicate == pytest.approx(roc_auc_score(labels, first[0], sample_weight=np.concatenate([real, fake])))
+
+
+def test_the_paired_test_agrees_with_the_bootstrap_and_with_a_known_case():
+    labels, first, second = two_detectors(2, 150, 100, 0.3, runs=2)
+    found = compare_aucs(labels, first, second)
+    differences = auc_replicates(win_matrix(labels, first), 4000, 0) - auc_replicates(win_matrix(labels, second), 4000, 0)
+    assert found.difference == pytest.approx(np.mean([roc_auc_score(labels, a) - roc_auc_score(labels, b) for a, b in zip(first, second)]))
+    assert (found.high - found.low) / 3.92 == pytest.approx(differences.std(), rel=0.06)
+    swapped = compare_aucs(labels, second, first)
+    assert (swapped.difference, swapped.low, swapped.p_value) == pytest.approx((-found.difference, -found.high, found.p_value))
+    assert compare_aucs(labels, first, first) == (0, 0, 0, 1)
+    # By hand, from the placements: reals 0 and 1, fakes 0.5 and 2; wins [[1, 1], [0, 1]] against [[0, 1], [1, 1]]
+    labels, first, second = np.array([0, 0, 1, 1]), np.array([[0, 1, 0.5, 2]]), np.array([[1, 0, 0.5, 2]])
+    found = compare_aucs(labels, first, second)
+    assert found.difference == 0 and found.high == pytest.approx(1.96 * np.sqrt(0.5 / 2), rel=1e-3)
+
+
+def test_the_paired_test_is_right_as_often_as_it_says():
+    """1,000 comparisons of detectors that are equally good: p is below 0.05 in about 50 of them; the interval holds the true gain."""
+    equal = [compare_aucs(*two_detectors(seed, 60, 45, 0)).p_value < 0.05 for seed in range(1000)]
+    assert 0.03 < np.mean(equal) < 0.075
+    truth = norm.cdf((1.3) / 2) - norm.cdf(1 / 2)  # score differences have a variance of 4
+    held = [low <= truth <= high for _, low, high, _ in (compare_aucs(*two_detectors(seed, 60, 45, 0.3)) for seed in range(1000))]
+    assert 0.925 < np.mean(held) < 0.97
