@@ -186,7 +186,7 @@ def load_split(args: argparse.Namespace, split: str, grid_size: int | None, tran
 
 def load_data(args: argparse.Namespace) -> tuple[FaceDataset, FaceDataset, list[str]]:
     """The training and validation splits, made for each other, and the names of the data sets."""
-    train_set, names = load_split(args, "train", None, TrainTransform())
+    train_set, names = load_split(args, "train", None, TrainTransform(args.color_jitter))
     grid_size = LAMMViTConfig(img_size=train_set.img_size, patch_size=args.patch_size).grid_size
     val_set, _ = load_split(args, "val", grid_size, None)
     train_set.grid_size = grid_size
@@ -644,6 +644,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW, on matrices alone (default: 0.05)")
     recipe.add_argument("--clip_grad", type=float, default=1.0, help="largest norm of a gradient, 0: none (default: 1)")
     recipe.add_argument("--diversity_weight", type=float, default=0.2, help="of the diversity loss (default: 0.2)")
+    recipe.add_argument("--color_jitter", type=float, default=0.0, help="other light in every training image: brightness and contrast times up to exp(±this), as 0.25; for small data sets (default: 0, the paper's)")
     recipe.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cpu or cuda (default: the GPU where there is one)")
@@ -659,6 +660,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--epochs, --batch_size, --accum_steps and --stop_patience have to be at least 1")
     if min(args.lr, args.weight_decay, args.clip_grad, args.diversity_weight, args.lr_patience, args.num_workers, args.save_minutes, args.warmup_epochs or 0) < 0:
         raise ValueError("--lr, --weight_decay, --clip_grad, --diversity_weight, --lr_patience, --num_workers, --save_minutes and --warmup_epochs cannot be negative")
+    if not 0 <= args.color_jitter <= 2:
+        raise ValueError(f"--color_jitter {args.color_jitter}: has to be from 0 to 2")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed}: has to be from 0 to {2**32 - 1}")
     if args.warmup_epochs is not None and (args.schedule != "cosine" or args.warmup_epochs > args.epochs):

@@ -25,6 +25,7 @@ from dataset import (
     FeatureFileError,
     TrainSampler,
     TrainTransform,
+    color_jitter,
     draw_region_masks,
     find_feature_files,
     gaussian_blur,
@@ -456,6 +457,24 @@ def test_each_corruption_has_its_probability_and_range(monkeypatch):
     for name, low, high in (("noise", 0.05, 0.25), ("jpeg", 50, 90), ("blur", 1, 5)):
         assert 0.085 < len(drawn[name]) / 4000 < 0.115, name
         assert low <= min(drawn[name]) < low + 0.05 * (high - low) and high - 0.05 * (high - low) < max(drawn[name]) <= high, name
+
+
+def test_color_jitter():
+    """Means and contrasts move within what the strength allows, each channel a little apart; the landmarks' places do not."""
+    image, landmarks, masks = cv2.resize(np.random.default_rng(0).integers(70, 150, (8, 8, 3), dtype=np.uint8), (64, 64)), np.zeros((68, 2), np.float32), np.zeros((8, 4, 4), np.float32)
+    gains, contrasts = [], []
+    for seed in range(300):
+        made, *_ = TrainTransform(0.25)(image, landmarks, masks, np.random.default_rng(seed))
+        before, after = image.astype(float), made.astype(float)
+        gains.append(np.log(after.mean(axis=(0, 1)) / before.mean(axis=(0, 1))))
+        contrasts.append(color_jitter(image, 0.25, np.random.default_rng(seed)).std() / image.std())
+    gains = np.array(gains)
+    assert np.abs(gains).max() < 0.25 * 4 / 3 + 0.02 and gains.std(axis=0).min() > 0.1
+    assert 0.03 < (gains - gains.mean(axis=1, keepdims=True)).std() < 0.06, "white balance"
+    assert np.exp(-0.4) < min(contrasts) < 0.85 and 1.15 < max(contrasts) < np.exp(0.4)
+    assert np.array_equal(color_jitter(image, 0.0, np.random.default_rng(0)), image)
+    one, other = (TrainTransform(0.25)(image, landmarks, masks, np.random.default_rng(7))[0] for _ in range(2))
+    assert np.array_equal(one, other)
 
 
 def test_what_the_corruptions_do():
