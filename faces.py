@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from preprocess import BEYOND, NO_FACE
+from preprocess import BEYOND, ENLARGED, NO_FACE
 
 PREDICTOR_FILE = "shape_predictor_68_face_landmarks.dat"
 PREDICTOR_URL = f"http://dlib.net/files/{PREDICTOR_FILE}.bz2"
@@ -168,7 +168,7 @@ def alignment_square(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def align_face(image: Image.Image, finder: FaceFinder, side: int, crop: float) -> Image.Image | str:
     """Cuts out the largest face, turned so that the eyes are level. One antialiased resampling, nothing is filled up.
 
-    The face is searched in a copy whose longer side is SEARCH_SIDE at the most, so that large images are not aligned better.
+    The face is searched in a copy whose longer side is SEARCH_SIDE at the most: larger images are not aligned better.
 
     Args:
         image: RGB, upright, of any size.
@@ -176,10 +176,10 @@ def align_face(image: Image.Image, finder: FaceFinder, side: int, crop: float) -
         crop: side of the square in parts of FFHQ's.
 
     Returns:
-        RGB image, side x side; or the reason why there is none.
+        RGB image, side x side, with info[ENLARGED] where its crop has fewer pixels; or the reason why there is none.
     """
-    search = image.copy()
-    search.thumbnail((SEARCH_SIDE, SEARCH_SIDE))
+    shrink = min(1, SEARCH_SIDE / max(image.size))
+    search = image.resize([max(1, round(length * shrink)) for length in image.size], Image.Resampling.BICUBIC, reducing_gap=2) if shrink < 1 else image
     picture = np.asarray(search)
     box = next((box for upsampling in (0, 1) if (box := finder.detect(picture, upsampling)) is not None), None)
     if box is None:
@@ -193,8 +193,8 @@ def align_face(image: Image.Image, finder: FaceFinder, side: int, crop: float) -
     if beyond > 0.5:
         return f"{BEYOND} {beyond:.0f} pixels beyond the border"
 
-    # Sampled more finely than the pixels of the image and of the result, then averaged over each pixel of the result: the
-    # filter is the same whatever the scale is.
+    # Sampled more finely than the pixels of the image and of the result, then averaged over each pixel of the result. Where that
+    # is made smaller by a half or more, the filter does not depend on the scale; nothing makes up for pixels that are not there.
     fine = max(2, math.ceil(2 * np.linalg.norm(right) / side))
     step = 2 * np.array([right, down]).T / (side * fine)  # of the fine grid, in pixels of the image
     first = np.maximum(np.floor(corners.min(axis=0)).astype(int) - 2, 0)  # of what is needed of the image
@@ -202,4 +202,6 @@ def align_face(image: Image.Image, finder: FaceFinder, side: int, crop: float) -
     origin = corners[0] - first + step.sum(axis=1) / 2 - 0.5  # middle of the grid's first cell, counted from the middle of the first pixel
     flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
     grid = cv2.warpAffine(part, np.column_stack([step, origin]), (side * fine, side * fine), flags=flags, borderMode=cv2.BORDER_REPLICATE)
-    return Image.fromarray(cv2.resize(grid, (side, side), interpolation=cv2.INTER_AREA))
+    aligned = Image.fromarray(cv2.resize(grid, (side, side), interpolation=cv2.INTER_AREA))
+    aligned.info[ENLARGED] = bool(2 * np.linalg.norm(right) < side)
+    return aligned

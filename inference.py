@@ -270,12 +270,14 @@ def tabulate(test_set: TestSet, scores: np.ndarray, checkpoint: dict, bootstrap:
     """The metrics of each generator, with their intervals if bootstrap > 0, and the summaries: "Mean", "Std", "Worst"."""
     results, replicates = {}, {}
     threshold = checkpoint["val_threshold"]
+    places, pool = order_reals(test_set, scores)
     for generator, (labels, of_generator) in test_set.labels_and_scores(scores).items():
         row = binary_metrics(labels, of_generator, threshold)
         row["seen"] = f"fake/{generator}" in checkpoint["datasets"]
         if bootstrap:
             # The real images are resampled alike for all generators that stand against the same ones, the fakes of each apart.
-            replicates[generator] = bootstrap_replicates(labels, of_generator, threshold, bootstrap, seed, stream=1 + zlib.crc32(os.fsencode(generator)))
+            stream, chosen = 1 + zlib.crc32(os.fsencode(generator)), test_set.comparisons[generator]
+            replicates[generator] = bootstrap_replicates(labels, of_generator, threshold, bootstrap, seed, stream, places[chosen], pool)
             size = min(row["n_real"], row["n_fake"])
             row["intervals"] = {metric: interval(row[metric], replicates[generator][metric], size, top) for metric, top in METRIC_RANGE.items()}
         results[generator] = row
@@ -290,6 +292,16 @@ def tabulate(test_set: TestSet, scores: np.ndarray, checkpoint: dict, bootstrap:
     results["Std"] = {metric: float(np.std([row[metric] for row in rows], ddof=1)) if len(rows) > 1 else 0.0 for metric in METRICS}
     results["Worst"] = {"generator": worst} | {metric: results[worst][metric] for metric in METRICS}
     return results
+
+
+def order_reals(test_set: TestSet, scores: np.ndarray) -> tuple[np.ndarray, int]:
+    """An order of the real images in which every generator stands against the first ones: the place of each sample (N,), 0 where it has
+    none, and how many there are. It depends on scores, not on names."""
+    times = np.bincount(np.concatenate(list(test_set.comparisons.values())), minlength=len(scores)) * (test_set.dataset.labels == 0)
+    used = np.flatnonzero(times)
+    places = np.zeros(len(scores), int)
+    places[used[np.lexsort((scores[used], -times[used]))]] = np.arange(len(used))
+    return places, len(used)
 
 
 def count_originals(test_set: TestSet) -> dict[str, Counter]:

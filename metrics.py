@@ -84,6 +84,19 @@ def draw_multiplicities(count: int, size: int, seed: int, stream: int) -> Iterat
         yield np.bincount(rng.integers(0, size, size), minlength=size)
 
 
+def draw_real_multiplicities(count: int, size: int, pool: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of the first `size` of `pool` real images is in each of `count` resamples: rows (size,) of sum `size`.
+
+    Comparisons against fewer and more of the same images follow the same draws, of which each leaves out what it does not have:
+    the replicates of a mean over generators keep what these have in common. Multinomial, each row by itself.
+    """
+    shared, own = np.random.default_rng((seed, 0)), np.random.default_rng((seed, 0, size))
+    for _ in range(count):
+        drawn = shared.integers(0, pool, pool)
+        mine = drawn[drawn < size][:size]
+        yield np.bincount(np.concatenate([mine, own.integers(0, size, size - len(mine))]), minlength=size)
+
+
 def weighted_metrics(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
     """binary_metrics of R resamples at once, each array (R,).
 
@@ -128,12 +141,14 @@ def weighted_metrics(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray
     }
 
 
-def bootstrap_replicates(labels: np.ndarray, scores: np.ndarray, threshold: float, count: int, seed: int, stream: int = 1) -> dict[str, np.ndarray]:
+def bootstrap_replicates(
+    labels: np.ndarray, scores: np.ndarray, threshold: float, count: int, seed: int, stream: int = 1, places: np.ndarray | None = None, pool: int = 0
+) -> dict[str, np.ndarray]:
     """The metrics of `count` resamples: {metric: (count,)}, units as in binary_metrics. The order of the samples does not matter.
 
     Real and fake images are resampled apart, as their numbers are set by the design of the comparison. The real ones follow
-    default_rng((seed, 0)): generators that stand against the same real images get the same resamples of these, so that
-    the replicates of their mean keep what they have in common. The fakes follow default_rng((seed, stream)).
+    draw_real_multiplicities: generators that stand against the same real images, or some of them, get the same resamples of these.
+    The fakes follow default_rng((seed, stream)).
 
     Args:
         labels, scores: (N,) each.
@@ -141,6 +156,8 @@ def bootstrap_replicates(labels: np.ndarray, scores: np.ndarray, threshold: floa
         stream: 1 or more, another for each generator of a mean; with the same one their fakes would be drawn alike, place
             by place, and the mean's interval would be too wide. A number made of the generator's name (zlib.crc32) does
             not change when others come or go.
+        places: (N,), for a mean over generators that stand against some of the same real images: the place of each real one in an order
+            that all of them share, in which every generator has the first ones. pool: how many there are in it.
     """
     if stream == 0:
         raise ValueError("stream 0 draws the real images; give the fakes another")
@@ -151,12 +168,15 @@ def bootstrap_replicates(labels: np.ndarray, scores: np.ndarray, threshold: floa
     n_real = len(labels) - n_fake
     if not n_real or not n_fake:
         raise ValueError(f"{n_real} real and {n_fake} fake images; both are needed")
+    places = np.arange(n_real) if places is None else np.asarray(places)[ascending][:n_real]
+    if not np.array_equal(np.sort(places), np.arange(n_real)):
+        raise ValueError("the places of the real images have to be the first ones of the order")
     falling = np.argsort(-scores, kind="stable")
-    reals, fakes = draw_multiplicities(count, n_real, seed, 0), draw_multiplicities(count, n_fake, seed, stream)
+    reals, fakes = draw_real_multiplicities(count, n_real, max(pool, n_real), seed), draw_multiplicities(count, n_fake, seed, stream)
     rows = max(1, CHUNK_ELEMENTS // len(labels))
     chunks = []
     for start in range(0, count, rows):
-        weights = np.stack([np.concatenate([next(reals), next(fakes)])[falling] for _ in range(min(rows, count - start))])
+        weights = np.stack([np.concatenate([next(reals)[places], next(fakes)])[falling] for _ in range(min(rows, count - start))])
         chunks.append(weighted_metrics(labels[falling], scores[falling], weights, threshold))
     return {metric: np.concatenate([chunk[metric] for chunk in chunks]) for metric in METRIC_RANGE}
 
@@ -228,17 +248,18 @@ def win_matrix(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return np.mean([(f[None] > r[:, None]) + 0.5 * (f[None] == r[:, None]) for r, f in zip(real, fake)], axis=0)
 
 
-def auc_replicates(wins: np.ndarray, count: int, seed: int, stream: int = 1) -> np.ndarray:
+def auc_replicates(wins: np.ndarray, count: int, seed: int, stream: int = 1, pool: int = 0) -> np.ndarray:
     """The AUC of `count` resamples of the images, (count,), from win_matrix. The same draws for any detector on these images, so
-    that replicates of two can be subtracted; real and fake images are resampled apart."""
+    that replicates of two can be subtracted; stream and pool, and the order of the real images then, as in bootstrap_replicates."""
     n_real, n_fake = wins.shape
-    reals, fakes = (np.stack(list(draw_multiplicities(count, size, seed, of))) for size, of in ((n_real, 0), (n_fake, stream)))
+    reals = np.stack(list(draw_real_multiplicities(count, n_real, max(pool, n_real), seed)))
+    fakes = np.stack(list(draw_multiplicities(count, n_fake, seed, stream)))
     return np.einsum("br,rf,bf->b", reals, wins, fakes, optimize=True) / wins.size
 
 
 class AucDifference(NamedTuple):
     difference: float  # first - second
-    low: float  # 95 % interval
+    low: float  # 95 % interval; NaN, as p_value, where the images cannot tell: one of a class, or all alike
     high: float
     p_value: float  # two-sided, of no difference
 
@@ -250,13 +271,16 @@ def compare_aucs(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> A
     seeds would have changed shows in the spread over runs alone.
 
     Args:
-        labels: (N,), 1 = fake; two of each at the least.
+        labels: (N,), 1 = fake.
         first, second: (S, N) scores, a row for each run; the numbers of runs may differ.
     """
     gain = win_matrix(labels, first) - win_matrix(labels, second)
-    error = np.sqrt(gain.mean(axis=1).var(ddof=1) / gain.shape[0] + gain.mean(axis=0).var(ddof=1) / gain.shape[1])
-    difference, reach = float(gain.mean()), float(norm.ppf(0.975) * error)
-    p_value = float(2 * norm.sf(abs(difference) / error)) if error > 0 else float(difference == 0)
+    difference, error = float(gain.mean()), 0.0
+    if min(gain.shape) > 1:
+        error = float(np.sqrt(gain.mean(axis=1).var(ddof=1) / gain.shape[0] + gain.mean(axis=0).var(ddof=1) / gain.shape[1]))
+    if not error:
+        return AucDifference(difference, np.nan, np.nan, np.nan)
+    reach, p_value = float(norm.ppf(0.975)) * error, float(2 * norm.sf(abs(difference) / error))
     return AucDifference(difference, difference - reach, difference + reach, p_value)
 
 

@@ -4,7 +4,7 @@
 
     python preprocess.py --directory datasets/fake/StyleGAN3                          in place, one file at a time, atomically
     python preprocess.py --directory raw/StyleGAN3 --output_dir datasets/fake/StyleGAN3      leaves raw/StyleGAN3 untouched
-    python preprocess.py --directory ... --align --recompress 75-95                   eyes and mouth in one place, one JPEG for all
+    python preprocess.py --directory ... --output_dir ... --align --recompress 75-95      eyes and mouth in one place, one JPEG for all
     torchrun --nproc_per_node=8 preprocess.py --directory ...                         also over machines that share the folder
 
 Files that cannot be used go to a folder beside, datasets/fake/StyleGAN3_rejected, with rejected.csv telling why; files that
@@ -32,9 +32,10 @@ import time
 import uuid
 import warnings
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
@@ -67,6 +68,8 @@ WORKER_MEMORY = 600 * 2**20  # bytes for one worker of any stage: an image of 10
 ORIGINAL = "Original"
 TREATMENT = "Treatment"  # the same for what --align and --recompress did: "aligned 0.75, JPEG 75-95"
 ORIGINAL_PATTERN = r"\w+ \d+x\d+"  # "JPEG 1024x768", width x height
+TREATMENT_PATTERN = r"aligned [\d.]+(, JPEG \d+(-\d+)?)?|JPEG \d+(-\d+)?"
+ENLARGED = "enlarged"  # in image.info, and an outcome's reason: the aligned crop has fewer pixels than the result
 
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
 UPRIGHT = {
@@ -134,6 +137,7 @@ def load_rgb(path: Path) -> Image.Image:
         original, treatment = file.info.get(ORIGINAL), str(file.info.get(TREATMENT, ""))
         if not isinstance(original, str) or not re.fullmatch(ORIGINAL_PATTERN, original):
             original = f"{file.format} {image.width}x{image.height}"
+        treatment = treatment if re.fullmatch(TREATMENT_PATTERN, treatment) else ""
         if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip at 255
             deep, rounded = np.asarray(image), np.empty(image.size[::-1], np.uint8)
             for row in range(0, len(deep), 256):  # in bands: these numbers take eight bytes
@@ -364,10 +368,16 @@ def plan_names(images: list[Path], taken: set[Path]) -> dict[Path, Path]:
     return plan
 
 
+def plan_outputs(directory: Path, images: list[Path]) -> dict[Path, Path]:
+    """{image of list_images(directory): path of its PNG below the output folder}."""
+    names = plan_names(images, taken={path for folder in {image.parent for image in images} for path in folder.iterdir()})
+    return {image: names[image].relative_to(directory) for image in images}
+
+
 class Outcome(NamedTuple):
     source: Path
     status: str  # "written", "unchanged" or "rejected"
-    reason: str = ""
+    reason: str = ""  # why it was rejected; or ENLARGED
 
 
 def treatment_of(args: argparse.Namespace) -> str:
@@ -382,12 +392,23 @@ def recompress(image: Image.Image, source: Path, qualities: tuple[int, int]) -> 
     drawn = int.from_bytes(hashlib.sha256(source.read_bytes()).digest()[:8], "big")
     stream = io.BytesIO()
     image.save(stream, format="JPEG", quality=low + drawn % (high - low + 1))
-    return Image.open(stream).convert("RGB")
+    decoded = Image.open(stream).convert("RGB")
+    decoded.info = image.info
+    return decoded
 
 
 def treat(image: Image.Image, source: Path, args: argparse.Namespace) -> Image.Image:
-    """An upright RGB image in its new size, aligned and recompressed where that is asked for. Raises Rejected where it cannot be aligned."""
-    size, info = (args.target_width, args.target_height), image.info
+    """An upright RGB image in its new size, aligned and recompressed where that is asked for.
+
+    Raises:
+        Rejected: it cannot be aligned.
+        ValueError: it is none as it was taken, but resized or treated by an earlier run.
+    """
+    size, info, treatment = (args.target_width, args.target_height), image.info, treatment_of(args)
+    if treatment and info[TREATMENT]:
+        raise ValueError(f"{source}: is {info[TREATMENT]} already; take the originals for {treatment}")
+    if args.align and info[ORIGINAL].split()[1] != f"{image.width}x{image.height}":
+        raise ValueError(f"{source}: was resized already, it was a {info[ORIGINAL]}; take the originals for --align")
     if args.align:
         from faces import align_face
 
@@ -397,9 +418,11 @@ def treat(image: Image.Image, source: Path, args: argparse.Namespace) -> Image.I
         image = aligned
     else:
         image = image.resize(size, Image.Resampling.LANCZOS)  # Pillow widens the filter when it shrinks: antialiased
+    if treatment:  # comments and colour profiles go: they could name the class
+        info = {ORIGINAL: info[ORIGINAL], TREATMENT: treatment, ENLARGED: image.info.get(ENLARGED, False)}
+    image.info = info
     if args.recompress:
         image = recompress(image, source, args.recompress)
-    image.info = {**info, TREATMENT: treatment_of(args) or info[TREATMENT]}
     return image
 
 
@@ -407,19 +430,16 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
     """Makes one image; `target` lies beside the source (in place) or in the output folder.
 
     Raises:
-        ValueError: the source was aligned or recompressed otherwise, by an earlier run.
+        ValueError: as from treat.
     """
-    size, in_place, treatment = (args.target_width, args.target_height), args.output_dir is None, treatment_of(args)
+    size, in_place = (args.target_width, args.target_height), args.output_dir is None
     if not in_place and not args.look_again and target.exists() and target.stat().st_mtime_ns == source.stat().st_mtime_ns and is_prepared(target, size):
         return Outcome(source, "unchanged")
     try:
         image = load_rgb(source)  # in full, a prepared one too: its end may be missing
         if image.height < args.min_height or image.width < args.min_width:
             raise Rejected(f"{image.width}x{image.height} pixels, under the minimum of {args.min_width}x{args.min_height}")
-        earlier = image.info[TREATMENT]
-        if earlier and treatment not in ("", earlier):
-            raise ValueError(f"{source}: is {earlier} already; take the originals for {treatment}")
-        prepared = is_prepared(source, size) and treatment in ("", earlier)
+        prepared = is_prepared(source, size) and not treatment_of(args)
         if not prepared:
             image = treat(image, source, args)
     except Rejected as error:
@@ -438,7 +458,7 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
     write_png(image, target, sync=False)
     stat = source.stat()
     os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by which the next run knows that the source is the same
-    return Outcome(source, "written")
+    return Outcome(source, "written", ENLARGED if image.info.get(ENLARGED) else "")
 
 
 _finder: Any = None  # faces.FaceFinder of a worker process, with --align
@@ -453,20 +473,27 @@ def start_aligner(predictor: Path, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     cv2.setNumThreads(1)  # the worker processes are the parallelism
-    _finder = FaceFinder(predictor)
+    _finder = _finder or FaceFinder(predictor)
     end_with(parent)
 
 
 @contextlib.contextmanager
 def preparing(args: argparse.Namespace) -> Iterator[Callable[[tuple[Path, Path]], Outcome]]:
-    """prepare of a (source, target), for threads: here, or in as many processes where faces are found, since dlib holds Python's lock."""
+    """prepare of a (source, target), for threads: here, or in as many processes where faces are found, since dlib holds Python's lock.
+
+    Raises:
+        OSError, ValueError: no predictor.
+    """
+    global _finder
     if not args.align:
         yield lambda pair: prepare(*pair, args)
         return
-    from faces import find_predictor
+    from faces import FaceFinder, find_predictor
 
+    predictor = find_predictor(args.predictor)
+    _finder = FaceFinder(predictor)  # forked workers share its memory
     context = get_context("fork" if sys.platform == "linux" and not under_torchrun() else "spawn")
-    with ProcessPoolExecutor(args.workers, context, start_aligner, (find_predictor(args.predictor), os.getpid())) as pool:
+    with ProcessPoolExecutor(args.workers, context, start_aligner, (predictor, os.getpid())) as pool:
         pool.submit(int)  # all workers start here, not in a thread
         yield lambda pair: pool.submit(prepare, *pair, args).result()
 
@@ -488,16 +515,18 @@ def write_reasons(listing: Path, reasons: dict[str, str]) -> None:
 
 
 def set_aside(rejected: list[Outcome], others: list[Path], directory: Path, folder: Path, move: bool, delete: bool) -> None:
-    """Lists rejected files in folder/rejected.csv, together with those of earlier runs, and moves or deletes them if asked.
+    """Lists rejected files in folder/rejected.csv, and moves or deletes them if asked; the list then holds those of earlier runs, too.
 
     Args:
         others: files that are no images by their names; listed, never moved.
     """
     rejected = [outcome for outcome in rejected if os.path.lexists(outcome.source)]  # who has removed one meanwhile knows
+    listing = folder / "rejected.csv"
     if not rejected and not others:
+        if not move:
+            listing.unlink(missing_ok=True)  # an earlier run's
         return
     folder.mkdir(parents=True, exist_ok=True)
-    listing = folder / "rejected.csv"
     reasons = read_reasons(listing) if move else {}  # what earlier runs moved is no longer in the directory
     reasons |= {str(path.relative_to(directory)): NO_IMAGE_BY_NAME for path in others}
     reasons |= {str(outcome.source.relative_to(directory)): outcome.reason for outcome in rejected}
@@ -570,6 +599,8 @@ def plan_work(args: argparse.Namespace, directory: Path, locks: contextlib.ExitS
         sys.exit("--target_height, --target_width and --workers have to be at least 1")
     if args.align and (args.target_height != args.target_width or not 0.2 <= args.align <= 2):
         sys.exit("--align makes squares, from 0.2 to 2 times FFHQ's: --target_height and --target_width have to be equal")
+    if treatment_of(args) and args.output_dir is None:
+        sys.exit("--align and --recompress need --output_dir: the originals are wanted again when another crop or quality is")
     output = directory
     if args.output_dir is not None:
         output = args.output_dir.resolve()
@@ -583,8 +614,7 @@ def plan_work(args: argparse.Namespace, directory: Path, locks: contextlib.ExitS
     if args.output_dir is not None:
         claim_output(output, directory, args)
     locks.enter_context(lock(output))
-    names = plan_names(images, taken={path for folder in {image.parent for image in images} for path in folder.iterdir()})
-    work = [(image, output / names[image].relative_to(directory)) for image in images]
+    work = [(image, output / name) for image, name in plan_outputs(directory, images).items()]
     if args.output_dir is not None and (orphans := sorted(set(list_images(output)) - {target for _, target in work})):
         print(f"WARNING: {len(orphans)} images in {output} are of files that are no longer in {directory}; remove them: {orphans[0]} ...")
     return work, others
@@ -592,7 +622,7 @@ def plan_work(args: argparse.Namespace, directory: Path, locks: contextlib.ExitS
 
 def report(results: list[tuple[dict, list[Outcome]]], others: list[Path], directory: Path, args: argparse.Namespace) -> None:
     """Sets the rejected files of all processes aside, and prints what came of the run."""
-    counts = {status: sum(counts[status] for counts, _ in results) for status in ("written", "unchanged")}
+    counts = sum((counts for counts, _ in results), Counter())
     rejected = sorted(outcome for _, outcomes in results for outcome in outcomes)
     in_place = args.output_dir is None
     output = directory if in_place else args.output_dir.resolve()
@@ -604,10 +634,12 @@ def report(results: list[tuple[dict, list[Outcome]]], others: list[Path], direct
     if rejected:
         fate = ("deleted" if args.delete_rejected else "moved there") if in_place else "left where they were"
         print(f"  {'all' if len(rejected) <= 10 else f'... all {len(rejected)}'} listed in {rejected_folder / 'rejected.csv'}; {fate}")
-    if args.align and (total := sum(counts.values()) + len(rejected)):
+    if args.align and (total := counts["written"] + counts["unchanged"] + len(rejected)):
         faceless = sum(outcome.reason == NO_FACE for outcome in rejected)
         beyond = sum(outcome.reason.startswith(BEYOND) for outcome in rejected)
         print(f"  of {total}, {faceless} have no face that was found ({faceless / total:.1%}), {beyond} would need their border filled ({beyond / total:.1%})")
+    if counts[ENLARGED]:
+        print(f"WARNING: {counts[ENLARGED]} of the {counts['written']} written were enlarged, their crops have fewer pixels than {args.target_width}x{args.target_height}; where classes differ in this, sharpness tells them apart: take a smaller size for all")
     if others:
         print(f"  {len(others)} files are no images by their names and were left alone, {others[0].relative_to(directory)} for one; listed there too")
 
@@ -623,14 +655,14 @@ def main(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as locks:
         work, others = plan_work(args, directory, locks) if rank == 0 else (None, None)
         mine, args.look_again = scatter([(work[r::world], args.look_again) for r in range(world)] if rank == 0 else None)
-        counts, rejected = {"written": 0, "unchanged": 0}, []
+        counts, rejected = Counter(), []
         # Threads, since Pillow decodes, resizes and encodes outside of Python's lock
         outcomes = map_ahead(locks.enter_context(preparing(args)), mine, args.workers, ahead=16 * args.workers)
         for outcome in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
             if outcome.status == "rejected":
                 rejected.append(outcome)
             else:
-                counts[outcome.status] += 1
+                counts.update([outcome.status, *([ENLARGED] if outcome.reason else [])])
         results = gather((counts, rejected))
         if rank == 0:
             report(results, others, directory, args)
@@ -643,6 +675,8 @@ if __name__ == "__main__":
         main(get_args_parser().parse_args())
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to go on")
+    except BrokenProcessPool:
+        sys.exit("a worker process was killed (was memory short? try fewer --workers); run the same command again to go on")
     except ValueError as error:
         sys.exit(f"{error}")
     except OSError as error:  # a full disk, a folder without write permission

@@ -28,7 +28,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -54,7 +54,18 @@ import train  # noqa: E402
 from dataset import CLASSES, SPLITS, FaceDataset, find_feature_files, open_features  # noqa: E402
 from faces import FaceFinder, detect_face, find_predictor  # noqa: E402
 from metrics import auc_replicates, compare_aucs, interval, win_matrix  # noqa: E402
-from preprocess import BEYOND, NO_FACE, REJECTED_SUFFIX, default_workers, list_images, plan_names, read_reasons  # noqa: E402
+from preprocess import (  # noqa: E402
+    BEYOND,
+    NO_FACE,
+    REJECTED_SUFFIX,
+    default_workers,
+    end_with,
+    list_images,
+    lock,
+    plan_outputs,
+    read_reasons,
+    write_reasons,
+)
 
 # Chosen on the validation split of the equalised images alone; docs/results.md has what else was tried.
 RECIPE = {"--embed_dim": "96", "--depth": "4", "--dropout": "0", "--schedule": "cosine", "--lr": "1e-3", "--epochs": "40", "--stop_patience": "40",
@@ -72,7 +83,8 @@ LIKE_CHANCE = (0.45, 0.60)  # AUC of a probe that has found nothing
 
 def data_sets_of(data_root: Path) -> list[str]:
     """["real/FFHQ", "fake/StyleGAN1", ...]"""
-    return [f"{kind}/{folder.name}" for kind in CLASSES for folder in sorted((data_root / kind).glob("*")) if folder.is_dir() and not folder.name.endswith(REJECTED_SUFFIX)]
+    folders = [folder for kind in CLASSES for folder in sorted((data_root / kind).glob("*")) if folder.is_dir() and not folder.name.startswith(".")]
+    return [f"{folder.parent.name}/{folder.name}" for folder in folders if not folder.name.endswith(REJECTED_SUFFIX)]
 
 
 def prepare(args: argparse.Namespace, data_sets: list[str]) -> None:
@@ -82,6 +94,12 @@ def prepare(args: argparse.Namespace, data_sets: list[str]) -> None:
             target = args.output_dir / "prepared" / treatment / data_set
             run([str(ROOT / "preprocess.py"), "--directory", str(args.data_root / data_set), "--output_dir", str(target), "--workers", str(args.workers),
                  "--target_height", str(args.img_size), "--target_width", str(args.img_size), *options])  # fmt: skip
+
+
+def sources_of(args: argparse.Namespace, data_set: str) -> dict[str, Path]:
+    """{path of a prepared image, below prepared/<treatment>: its file} of a data set, as preprocess.py gives names."""
+    folder = args.data_root / data_set
+    return {f"{data_set}/{path}": source for source, path in plan_outputs(folder, list_images(folder)).items()}
 
 
 def fingerprint(path: Path) -> Fingerprint:
@@ -100,7 +118,7 @@ def fingerprint(path: Path) -> Fingerprint:
 def take_fingerprints(folder: Path, paths: list[str], args: argparse.Namespace) -> list[Fingerprint]:
     """Of the images with these paths below the folder. Kept in fingerprints.npz while neither images nor method change."""
     store = args.output_dir / "fingerprints.npz"
-    digest = hashlib.sha256(Path(take_fingerprint.__code__.co_filename).read_bytes())
+    digest = hashlib.sha256(b"".join(Path(method.__code__.co_filename).read_bytes() for method in (take_fingerprint, detect_face)))
     for path in paths:
         stat = (folder / path).stat()
         digest.update(json.dumps([path, stat.st_size, stat.st_mtime_ns]).encode())
@@ -108,7 +126,7 @@ def take_fingerprints(folder: Path, paths: list[str], args: argparse.Namespace) 
         with np.load(store) as kept:
             if str(kept["key"]) == digest.hexdigest():
                 return [Fingerprint(*pair) for pair in zip(kept["hashes"], kept["faces"])]
-    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), end_with, (os.getpid(),)) as pool:
         found = list(tqdm(pool.map(fingerprint, [folder / path for path in paths], chunksize=8), total=len(paths), desc="sift", unit="image"))
     partial = store.with_name("partial.npz")
     np.savez(partial, key=digest.hexdigest(), hashes=np.stack([one.hashes for one in found]), faces=np.stack([one.face for one in found]))
@@ -123,13 +141,18 @@ def sift(args: argparse.Namespace, data_sets: list[str]) -> tuple[dict[str, Fing
         {path of an image: its fingerprint} and {data set: how many were left out for which reason}.
     """
     prepared = args.output_dir / "prepared"
-    there = {treatment: {str(path.relative_to(prepared / treatment)) for data_set in data_sets for path in list_images(prepared / treatment / data_set)} for treatment in TREATMENTS}
-    sizes = Counter("/".join(Path(path).parts[:2]) for path in there["equalised"])
-    paths = sorted(there["raw"] & there["equalised"])
-    dropped = {}
+    paths, dropped, sizes = [], {}, Counter()
     for data_set in data_sets:
-        for listing in {str(prepared / treatment / f"{data_set}{REJECTED_SUFFIX}" / "rejected.csv") for treatment in TREATMENTS}:
-            dropped |= {f"{data_set}/{path}": reason for path, reason in read_reasons(Path(listing)).items()}
+        reasons: dict[str, str] = {}
+        for treatment in TREATMENTS:
+            reasons |= read_reasons(prepared / treatment / f"{data_set}{REJECTED_SUFFIX}" / "rejected.csv")
+        for path, source in sources_of(args, data_set).items():
+            if all((prepared / treatment / path).exists() for treatment in TREATMENTS):
+                paths.append(path)
+                sizes[data_set] += 1
+            else:
+                dropped[path] = reasons.get(str(source.relative_to(args.data_root / data_set)), "could not be prepared")
+    paths.sort()
     fingerprints = take_fingerprints(prepared / "equalised", paths, args)
     seen = [i for i, one in enumerate(fingerprints) if np.isfinite(one.face).all()]
     dropped |= {paths[i]: NOT_AGAIN for i in set(range(len(paths))) - set(seen)}
@@ -138,11 +161,7 @@ def sift(args: argparse.Namespace, data_sets: list[str]) -> tuple[dict[str, Fing
     for i, (stays, reason) in leave_out(find_pairs([fingerprints[i] for i in seen]), rank).items():
         dropped[paths[seen[i]]] = f"{reason}: {paths[seen[stays]]}"
     kept = {path: one for path, one in zip(paths, fingerprints) if path not in dropped}
-    with open(args.output_dir / "dropped.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "reason"])
-        writer.writerows(sorted(dropped.items()))
-
+    write_reasons(args.output_dir / "dropped.csv", dropped)
     for treatment in TREATMENTS:
         shutil.rmtree(args.output_dir / "data" / treatment, ignore_errors=True)
         for path in kept:
@@ -157,10 +176,7 @@ def sift(args: argparse.Namespace, data_sets: list[str]) -> tuple[dict[str, Fing
 
 def kind_of(reason: str) -> str:
     """The reason without what differs from image to image."""
-    for kind in (NO_FACE, BEYOND, NOT_AGAIN, "near-duplicate", "face at a distance"):
-        if reason.startswith(kind):
-            return kind
-    return "unusable"
+    return next((kind for kind in (NOT_AGAIN, NO_FACE, BEYOND, "near-duplicate", "face at a distance") if reason.startswith(kind)), "unusable")
 
 
 def extract(args: argparse.Namespace, data_sets: list[str]) -> None:
@@ -173,6 +189,12 @@ def extract(args: argparse.Namespace, data_sets: list[str]) -> None:
 
 def features_of(args: argparse.Namespace, treatment: str) -> Path:
     return args.output_dir / "features" / treatment
+
+
+def fingerprint_of(features: Path) -> str:
+    """Of everything that the feature files depend on."""
+    with open_features(next(iter(find_feature_files(features, "test").values()))) as file:
+        return str(file.attrs["fingerprint"])
 
 
 def check_splits(features: Path, kept: dict[str, Fingerprint]) -> dict[str, tuple[int, int, int]]:
@@ -234,11 +256,8 @@ PROBES = {"files": of_files, "spectrum": of_spectra, "thumbnail": of_thumbnails}
 
 def probe(args: argparse.Namespace, data_sets: list[str], treatment: str) -> dict[str, dict[str, float]]:
     """{probe: {generator: AUC on the test split}} of logistic regressions that are trained on the training split."""
-    sources = {}
-    for data_set in data_sets:  # files of the raw images: as they were given
-        folder = args.data_root / data_set
-        planned = plan_names(list_images(folder), set()).items() if treatment == "raw" else ()
-        sources |= {f"{data_set}/{target.relative_to(folder)}": source for source, target in planned}
+    # Files of the raw images: as they were given
+    sources = {path: source for data_set in data_sets for path, source in sources_of(args, data_set).items()} if treatment == "raw" else {}
     found = {}
     splits = {split: FaceDataset(list(find_feature_files(features_of(args, treatment), split).values())) for split in ("train", "test")}
     images = {split: data.read(np.arange(len(data)))["image"].transpose(0, 2, 3, 1) for split, data in splits.items()}
@@ -263,7 +282,9 @@ def plan_jobs(args: argparse.Namespace) -> list[tuple[str, str, int, Path]]:
     jobs = [("equalised", name, seed) for seed in range(args.seeds) for name in MAIN]
     jobs += [("equalised", name, seed) for seed in range(args.seeds) for name in others]
     jobs += [("raw", name, seed) for seed in range(args.seeds) for name in MAIN]
-    return [(treatment, name, seed, args.output_dir / "models" / treatment / name.split(" (")[0].replace(" ", "_") / f"seed_{seed}") for treatment, name, seed in jobs]
+    # Other images, other models: those of earlier ones stay beside them
+    folders = {treatment: args.output_dir / "models" / f"{treatment}_{fingerprint_of(features_of(args, treatment))[:8]}" for treatment in TREATMENTS}
+    return [(treatment, name, seed, folders[treatment] / name.split(" (")[0].replace(" ", "_") / f"seed_{seed}") for treatment, name, seed in jobs]
 
 
 def announce(args: argparse.Namespace, jobs: list, options: list[str]) -> None:
@@ -274,7 +295,7 @@ def announce(args: argparse.Namespace, jobs: list, options: list[str]) -> None:
         return
     epochs = train.get_args_parser().parse_args(options).epochs
     with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
-        run([str(ROOT / "train.py"), "--features", str(features_of(args, "equalised")), "--output_dir", folder, *options, "--epochs", "1"])
+        run([str(ROOT / "train.py"), "--features", str(features_of(args, "equalised")), "--output_dir", folder, *options, "--epochs", "1", "--warmup_epochs", "0", "--schedule", "cosine"])
         seconds = json.loads(Path(folder, "timing.jsonl").read_text().splitlines()[-1])["seconds"]
     total = seconds * epochs * len(left) / args.jobs
     print(f"train  an epoch takes {seconds:.1f} s: {len(left)} models of {epochs} epochs, {args.jobs} at a time, about {total / 60:.0f} minutes at the most", flush=True)
@@ -303,16 +324,27 @@ def train_all(args: argparse.Namespace, jobs: list, options: list[str]) -> dict[
 # --------------------------------------------------------------------------------------------------------------------- tables
 
 
-def read_scores(folders: list[Path], generator: str) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (N,) and the scores of all seeds (S, N) of the images that stand against each other for a generator, in the order of
-    their paths."""
-    columns = []
+def read_scores(folders: list[Path]) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], int]:
+    """{generator: labels (N,) and the scores of all seeds (S, N) of the images that stand against each other}, and how many real images
+    there are in all. These are in an order in which each generator has the first ones.
+
+    Raises:
+        ValueError: the folders are of different images.
+    """
+    tables = []
     for folder in folders:
+        tables.append(defaultdict(dict))
         with open(folder / "prediction_results.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = sorted((line["path"], int(line["label"]), float(line["score"])) for line in csv.DictReader(file) if line["generator"] == generator)
-        columns.append(rows)
-    labels = np.array([label for _, label, _ in columns[0]])
-    return labels, np.array([[score for *_, score in rows] for rows in columns])
+            for line in csv.DictReader(file):
+                tables[-1][line["generator"]][int(line["label"]), line["path"]] = float(line["score"])
+        if {name: of.keys() for name, of in tables[-1].items()} != {name: of.keys() for name, of in tables[0].items()}:
+            raise ValueError(f"{folder}: tested on other images than {folders[0]}; remove it and run the same command again")
+    times = Counter(image for of in tables[0].values() for image in of)
+    scores = {}
+    for generator, of in tables[0].items():
+        images = sorted(of, key=lambda image: (image[0], -times[image], image[1]))
+        scores[generator] = np.array([label for label, _ in images]), np.array([[table[generator][image] for image in images] for table in tables])
+    return scores, sum(label == 0 for label, _ in times)
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
@@ -324,6 +356,7 @@ def write_tables(args: argparse.Namespace, sizes: dict, dropped: dict, probes: d
     generators = [*args.train_on, *sorted(data_set.split("/")[1] for data_set in sizes if data_set.startswith("fake/") and data_set.split("/")[1] not in args.train_on)]
     unseen = generators[len(args.train_on) :]
     folders = {key: [folder for treatment, name, _, folder in jobs if (treatment, name) == key] for key in results}
+    scores = {key: read_scores(of) for key, of in folders.items()}
     summary: dict = {"data": {}, "probes": probes, "detectors": {}, "comparison": {}}
 
     lines = ["## Images", ""]
@@ -335,21 +368,21 @@ def write_tables(args: argparse.Namespace, sizes: dict, dropped: dict, probes: d
         table.append([data_set, str(sum(counts.values()) + sum(split)), *(str(counts[reason]) for reason in reasons), *map(str, split)])
     lines += markdown(["", "given", *reasons.values(), *SPLITS], table)
 
-    lines += ["## Shortcuts", "", f"AUC of logistic regressions on what is not worth learning; within {LIKE_CHANCE[0]:.2f}–{LIKE_CHANCE[1]:.2f} it tells nothing, **bold** beyond.", ""]
+    lines += ["## Shortcuts", "", f"AUC of logistic regressions on what is not worth learning; **bold** beyond {LIKE_CHANCE[0]:.2f}–{LIKE_CHANCE[1]:.2f}. A probe's 95 % interval by chance alone: {', '.join(f'±{by_chance(sizes, generator):.2f} ({generator})' for generator in generators)}.", ""]
     shown = [[f"{name}, {treatment}", *(f"**{auc:.3f}**" if not LIKE_CHANCE[0] <= auc <= LIKE_CHANCE[1] else f"{auc:.3f}" for auc in (aucs[generator] for generator in generators))] for treatment in TREATMENTS for name, aucs in probes[treatment].items()]
     lines += markdown(["probe", *(f"{generator}{'' if generator in unseen else ' (seen)'}" for generator in generators)], shown)
 
-    lines += ["## Detectors", "", f"AUC, mean ± standard deviation over {args.seeds} seeds, [95 % bootstrap interval of the mean over seeds].", ""]
+    lines += ["## Detectors", "", f"AUC, mean ± standard deviation over {args.seeds} seeds; in brackets 95 % bootstrap intervals of the mean over these seeds: what other images would change.", ""]
     table = []
     for (treatment, name), runs in results.items():
-        cells, replicates, means = [], {}, {}
+        cells, replicates, means, smallest = [], {}, {}, sys.maxsize
         for stream, generator in enumerate(generators, 1):
-            labels, scores = read_scores(folders[treatment, name], generator)
-            wins = win_matrix(labels, scores)
-            replicates[generator], means[generator] = auc_replicates(wins, RESAMPLES, 0, stream), [one[generator]["auc"] for one in runs]
+            by_generator, pool = scores[treatment, name]
+            wins = win_matrix(*by_generator[generator])
+            replicates[generator], means[generator] = auc_replicates(wins, RESAMPLES, 0, stream, pool), [one[generator]["auc"] for one in runs]
+            smallest = min(smallest, *wins.shape) if generator in unseen else smallest
             cells.append(with_interval(means[generator], replicates[generator], min(wins.shape)))
             summary["detectors"].setdefault(treatment, {}).setdefault(name, {})[generator] = means[generator]
-        smallest = min(sum(sizes[f"fake/{generator}"][2:]) for generator in unseen)
         per_seed = np.mean([means[generator] for generator in unseen], axis=0)
         cells.append(with_interval(per_seed, np.mean([replicates[generator] for generator in unseen], axis=0), smallest))
         summary["detectors"][treatment][name]["unseen"] = list(map(float, per_seed))
@@ -365,11 +398,12 @@ def write_tables(args: argparse.Namespace, sizes: dict, dropped: dict, probes: d
     lines += ["", "## LAMM-ViT against a plain ViT", "", "Same width, depth, data, budget and seeds; equalised images. Difference of AUC, 95 % interval and p by DeLong's paired test on the", "images' win rates over all seeds: what other test images would change. The differences seed by seed stand beside it.", ""]
     table = []
     for generator in generators:
-        (labels, first), (_, second) = (read_scores(folders["equalised", name], generator) for name in MAIN)
+        (labels, first), (_, second) = (scores["equalised", name][0][generator] for name in MAIN)
         gain = compare_aucs(labels, first, second)
         by_seed = [a[generator]["auc"] - b[generator]["auc"] for a, b in zip(*(results["equalised", name] for name in MAIN))]
-        summary["comparison"][generator] = {**gain._asdict(), "by_seed": by_seed}
-        table.append([f"{generator}{'' if generator in unseen else ' (seen)'}", f"{gain.difference:+.3f}", f"[{gain.low:+.3f}, {gain.high:+.3f}]", f"{gain.p_value:.2g}", ", ".join(f"{value:+.3f}" for value in by_seed)])
+        known = np.isfinite(gain.p_value)
+        summary["comparison"][generator] = {**{name: value if np.isfinite(value) else None for name, value in gain._asdict().items()}, "by_seed": by_seed}
+        table.append([f"{generator}{'' if generator in unseen else ' (seen)'}", f"{gain.difference:+.3f}", *((f"[{gain.low:+.3f}, {gain.high:+.3f}]", f"{gain.p_value:.2g}") if known else ("–", "–")), ", ".join(f"{value:+.3f}" for value in by_seed)])
     lines += markdown(["generator", "AUC, LAMM-ViT − plain ViT", "95 %", "p", "by seed"], table)
     lines += [f"`{command_line(args, options)}`", ""]
 
@@ -379,6 +413,12 @@ def write_tables(args: argparse.Namespace, sizes: dict, dropped: dict, probes: d
     return summary
 
 
+def by_chance(sizes: dict, generator: str) -> float:
+    """1.96 standard deviations of the AUC of scores that know nothing (Mann and Whitney's)."""
+    n_real, n_fake = (sum(of[2] for name, of in sizes.items() if name.startswith("real/")), sizes[f"fake/{generator}"][2])
+    return 1.96 * np.sqrt((n_real + n_fake + 1) / (12 * n_real * n_fake)) if n_real and n_fake else np.nan
+
+
 def with_interval(values: list[float], replicates: np.ndarray, size: int) -> str:
     low, high = interval(float(np.mean(values)), replicates, size)
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
@@ -386,7 +426,7 @@ def with_interval(values: list[float], replicates: np.ndarray, size: int) -> str
 
 
 def command_line(args: argparse.Namespace, options: list[str]) -> str:
-    return f"python benchmarks/real_faces.py --train_on {' '.join(args.train_on)} --img_size {args.img_size} --patch_size {args.patch_size} --seeds {args.seeds}{' --main_only' if args.main_only else ''}; train.py {' '.join(options)}"
+    return f"python benchmarks/real_faces.py --data_root {args.data_root} --train_on {' '.join(args.train_on)} --img_size {args.img_size} --patch_size {args.patch_size} --seeds {args.seeds}{' --main_only' if args.main_only else ''}; train.py {' '.join(options)}"
 
 
 # --------------------------------------------------------------------------------------------------------------------- script
@@ -407,8 +447,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_options(args: argparse.Namespace, options: list[str], data_sets: list[str]) -> None:
-    if taken := [option for option in options if option.split("=")[0] in SET_HERE]:
+def check_options(args: argparse.Namespace, options: list[str], data_sets: list[str]) -> list[str]:
+    """The options of train.py, complete. Raises ValueError where those of either script make no sense."""
+    if taken := [option for option in options if option.startswith("--") and any(name.startswith(option.split("=")[0]) for name in SET_HERE)]:
         raise ValueError(f"{', '.join(taken)}: this script sets it")
     generators = [data_set.split("/")[1] for data_set in data_sets if data_set.startswith("fake/")]
     if unknown := [name for name in args.train_on if name not in generators]:
@@ -417,12 +458,19 @@ def check_options(args: argparse.Namespace, options: list[str], data_sets: list[
         raise ValueError(f"{args.data_root}: real images are needed, and a generator that is not in --train_on; there are {', '.join(data_sets)}")
     if min(args.seeds, args.workers, args.jobs) < 1 or args.img_size % args.patch_size:
         raise ValueError("--seeds, --workers and --jobs have to be at least 1, --img_size a multiple of --patch_size")
+    given = {option.split("=")[0] for option in options}
+    options = [*(part for pair in RECIPE.items() if pair[0] not in given for part in pair), "--patch_size", str(args.patch_size), *options]
+    try:
+        train.check_options(train.get_args_parser().parse_args(options))
+    except SystemExit as error:  # argparse has printed why
+        raise ValueError(f"train.py does not take these options: {' '.join(options)}") from error
     settings = args.output_dir / "settings.json"
     now = {"data_root": str(args.data_root.resolve()), "train_on": args.train_on, "img_size": args.img_size, "patch_size": args.patch_size, "options": options}
     if settings.exists() and json.loads(settings.read_text()) != now:
         raise ValueError(f"{args.output_dir}: holds results with other options ({settings}); give another --output_dir")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps(now, indent=2) + "\n")
+    return [*options, "--device", args.device]
 
 
 def main(args: argparse.Namespace, options: list[str]) -> dict:
@@ -433,10 +481,15 @@ def main(args: argparse.Namespace, options: list[str]) -> dict:
     if not on_gpu:  # models this small wait for a second thread
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // args.jobs)))
     data_sets = data_sets_of(args.data_root)
-    check_options(args, options, data_sets)
-    given = {option.split("=")[0] for option in options}
-    options = [*(part for pair in RECIPE.items() if pair[0] not in given for part in pair), "--patch_size", str(args.patch_size), "--device", args.device, *options]
+    options = check_options(args, options, data_sets)
+    with lock(args.output_dir):
+        summary = compare(args, data_sets, options)
+    print(f"{(time.perf_counter() - started) / 60:.0f} minutes; written to {args.output_dir / 'results.md'}")
+    return summary
 
+
+def compare(args: argparse.Namespace, data_sets: list[str], options: list[str]) -> dict:
+    """From files to tables."""
     prepare(args, data_sets)
     kept, dropped = sift(args, data_sets)
     extract(args, data_sets)
@@ -444,9 +497,7 @@ def main(args: argparse.Namespace, options: list[str]) -> dict:
     probes = {treatment: probe(args, data_sets, treatment) for treatment in TREATMENTS}
     jobs = plan_jobs(args)
     announce(args, jobs, options)
-    summary = write_tables(args, sizes, dropped, probes, jobs, train_all(args, jobs, options), options)
-    print(f"{(time.perf_counter() - started) / 60:.0f} minutes; written to {args.output_dir / 'results.md'}")
-    return summary
+    return write_tables(args, sizes, dropped, probes, jobs, train_all(args, jobs, options), options)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from metrics import (
     choose_threshold,
     compare_aucs,
     draw_multiplicities,
+    draw_real_multiplicities,
     interval,
     weighted_metrics,
     win_matrix,
@@ -303,11 +304,42 @@ def test_the_paired_test_agrees_with_the_bootstrap_and_with_a_known_case():
     assert (found.high - found.low) / 3.92 == pytest.approx(differences.std(), rel=0.06)
     swapped = compare_aucs(labels, second, first)
     assert (swapped.difference, swapped.low, swapped.p_value) == pytest.approx((-found.difference, -found.high, found.p_value))
-    assert compare_aucs(labels, first, first) == (0, 0, 0, 1)
+    assert compare_aucs(labels, first, first).difference == 0
     # By hand, from the placements: reals 0 and 1, fakes 0.5 and 2; wins [[1, 1], [0, 1]] against [[0, 1], [1, 1]]
     labels, first, second = np.array([0, 0, 1, 1]), np.array([[0, 1, 0.5, 2]]), np.array([[1, 0, 0.5, 2]])
     found = compare_aucs(labels, first, second)
     assert found.difference == 0 and found.high == pytest.approx(1.96 * np.sqrt(0.5 / 2), rel=1e-3)
+
+
+def test_where_the_images_cannot_tell_there_is_no_p_value():
+    labels = np.repeat([0, 1], 20)
+    for case in ((labels, labels[None], np.zeros((1, 40))), (labels[19:], np.arange(21.0)[None], np.zeros((1, 21)))):
+        found = compare_aucs(*case)
+        assert found.difference == 0.5 and np.isnan([found.low, found.high, found.p_value]).all()
+
+
+def test_a_mean_over_generators_keeps_what_they_have_in_common():
+    """Two generators stand against 200 real images and against the first 90 of these. The standard error of their mean is the true one;
+    with the reals drawn for each alone it is a quarter too small, as the fakes are much alike."""
+    rng, means, right, apart = np.random.default_rng(0), [], [], []
+    for seed in range(300):
+        real, fakes = rng.normal(size=200), [1 + 0.2 * rng.normal(size=size) for size in (200, 90)]
+        wins = [(fake[None] > real[: len(fake), None]).astype(float) for fake in fakes]
+        means.append(np.mean([of.mean() for of in wins]))
+        if seed < 40:
+            right.append(np.mean([auc_replicates(of, 400, seed, stream, pool=200) for stream, of in enumerate(wins, 1)], axis=0).std())
+            apart.append(np.mean([auc_replicates(of, 400, seed + stream, stream) for stream, of in enumerate(wins, 1)], axis=0).std())
+    assert np.mean(right) == pytest.approx(np.std(means), rel=0.1) and np.mean(apart) < 0.85 * np.mean(right)
+
+
+def test_real_images_of_a_smaller_comparison_follow_the_larger_ones_draws():
+    large, small, alone = (np.stack(list(draw_real_multiplicities(300, size, pool, 7))) for size, pool in ((50, 50), (20, 50), (50, 50)))
+    assert np.array_equal(large, alone) and (small.sum(axis=1) == 20).all() and (large.sum(axis=1) == 50).all()
+    assert np.mean([np.corrcoef(a, b[:20])[0, 1] for a, b in zip(small, large)]) > 0.85
+    assert np.abs(small.mean(axis=0) - 1).max() < 0.25 and np.abs(small.var(axis=0).mean() - 0.95) < 0.05, "as if drawn alone"
+    labels, scores = draw(30, 20, seed=0)
+    with pytest.raises(ValueError, match="the first ones of the order"):
+        bootstrap_replicates(labels, scores, 0.5, 5, seed=0, places=np.arange(50) + 1)
 
 
 def test_the_paired_test_is_right_as_often_as_it_says():

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, picture, run_script
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from demo import draw_face
@@ -436,13 +436,58 @@ def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     assert "--target_height and --target_width have to be equal" in error_line(run_script(*command, "--target_width", 100, cwd=tmp_path, expect=1))
     assert contents(tmp_path / "O") == before
 
-    aligned = run_script("preprocess.py", "--directory", "D", "--align", 0.6, "--recompress", 80, cwd=tmp_path)  # in place
-    assert "2 written, 0 unchanged, 1 rejected" in aligned.stdout
-    before = contents(tmp_path / "D")
-    again = run_script("preprocess.py", "--directory", "D", "--align", 0.6, "--recompress", 80, cwd=tmp_path)
-    assert "0 written, 2 unchanged, 0 rejected" in again.stdout
-    assert "is aligned 0.6, JPEG 80 already; take the originals for aligned 0.6" in error_line(run_script("preprocess.py", "--directory", "D", "--align", 0.6, cwd=tmp_path, expect=1))
+    (tmp_path / "D/nobody.png").unlink()
+    closer = run_script("preprocess.py", "--directory", "D", "--output_dir", "P", "--align", 0.6, "--recompress", 80, "--target_height", 400, "--target_width", 400, cwd=tmp_path)
+    assert "2 written, 0 unchanged, 0 rejected" in closer.stdout and "2 of the 2 written were enlarged" in closer.stdout
+    assert "enlarged" not in done.stdout and not (tmp_path / "P_rejected").exists()
+
+
+def test_a_file_that_was_mended_is_no_longer_listed_as_rejected(tmp_path):
+    (tmp_path / "D").mkdir()
+    picture(300, 300).save(tmp_path / "D/a.png")
+    command = ("preprocess.py", "--directory", "D", "--output_dir", "O", "--align")
+    run_script(*command, cwd=tmp_path)
+    assert rejections(tmp_path / "O_rejected") == {"a.png": NO_FACE}
+    drawn_in(700, 1, 0, (0, 0), 0).save(tmp_path / "D/a.png")
+    assert "1 written" in run_script(*command, cwd=tmp_path).stdout and not (tmp_path / "O_rejected/rejected.csv").exists()
+
+
+def test_only_originals_are_aligned_and_none_in_place(tmp_path):
+    """A second crop of a crop, or one of a picture that was squashed to a square, would not be what the options say."""
+    (tmp_path / "D").mkdir()
+    drawn_in(600, 1, 0, (0, 0), 0).crop((0, 50, 600, 550)).save(tmp_path / "D/a.jpg")
+    align, before = ("--align", "--recompress", 80), contents(tmp_path / "D")
+    assert "need --output_dir" in error_line(run_script("preprocess.py", "--directory", "D", *align, cwd=tmp_path, expect=1))
     assert contents(tmp_path / "D") == before
+    run_script("preprocess.py", "--directory", "D", "--output_dir", "aligned", *align, cwd=tmp_path)
+    run_script("preprocess.py", "--directory", "D", "--output_dir", "squashed", cwd=tmp_path)
+    again = run_script("preprocess.py", "--directory", "aligned", "--output_dir", "twice", *align, cwd=tmp_path, expect=1)
+    assert "a.png: is aligned 0.6, JPEG 80 already; take the originals for aligned 0.6, JPEG 80" in error_line(again)
+    again = run_script("preprocess.py", "--directory", "squashed", "--output_dir", "again", "--align", cwd=tmp_path, expect=1)
+    assert "a.png: was resized already, it was a JPEG 600x500; take the originals" in error_line(again)
+    run_script("preprocess.py", "--directory", "aligned", "--output_dir", "kept", cwd=tmp_path)
+    assert (tmp_path / "kept/a.png").read_bytes() == (tmp_path / "aligned/a.png").read_bytes(), "without the options it stays what it is"
+
+
+def test_what_travels_with_a_picture_neither_stops_a_run_nor_names_the_class(tmp_path):
+    (tmp_path / "D").mkdir()
+    text = PngInfo()
+    text.add_text("comment", "x" * 100_000)
+    text.add_text(TREATMENT, "none")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    face = drawn_in(600, 1, 0, (0, 0), 0)
+    face.save(tmp_path / "D/a.png", pnginfo=text, icc_profile=profile)
+    face.save(tmp_path / "D/b.png")
+    run_script("preprocess.py", "--directory", "D", "--output_dir", "O", "--align", "--recompress", 80, cwd=tmp_path)
+    assert (tmp_path / "O/a.png").read_bytes() == (tmp_path / "O/b.png").read_bytes()
+
+
+def test_a_predictor_that_is_none_is_named(tmp_path):
+    (tmp_path / "D").mkdir()
+    picture(300, 300).save(tmp_path / "D/a.png")
+    (tmp_path / "p.dat").write_text("no predictor")
+    command = ("preprocess.py", "--directory", "D", "--output_dir", "O", "--align", "--predictor", "p.dat")
+    assert error_line(run_script(*command, cwd=tmp_path, expect=1)).startswith("p.dat: not a dlib shape predictor")
 
 
 def test_recompression_depends_on_the_content_alone(tmp_path):

@@ -111,6 +111,12 @@ def test_what_is_left_out_leaves_no_pair_and_spares_small_sets():
     assert leave_out(pairs, [9, 9, 9, 1]).keys() == {2, 1} and leave_out([], [0]) == {}
 
 
+def test_reasons_are_counted_by_what_they_say():
+    reasons = {real_faces.NOT_AGAIN: real_faces.NOT_AGAIN, real_faces.NO_FACE: real_faces.NO_FACE, "near-duplicate, 2 of 63 bits: a": "near-duplicate",
+               f"{real_faces.BEYOND} 3 pixels beyond the border": real_faces.BEYOND, "face at a distance of 0.20: a": "face at a distance", "truncated": "unusable"}  # fmt: skip
+    assert {reason: real_faces.kind_of(reason) for reason in reasons} == reasons
+
+
 def test_a_pair_on_both_sides_of_a_split_is_an_error(features):
     paths = {}
     for split in SPLITS:
@@ -200,7 +206,7 @@ def test_from_files_to_tables(data_root, tmp_path, calls, capsys):
     assert summary["probes"]["raw"]["files"]["New"] > 0.95 and summary["probes"]["equalised"]["files"]["New"] < 0.9
     for name in real_faces.MAIN:
         for treatment in ("raw", "equalised"):
-            folders = [output / "models" / treatment / name.replace(" ", "_") / f"seed_{seed}" for seed in (0, 1)]
+            folders = [next((output / "models").glob(f"{treatment}_*")) / name.replace(" ", "_") / f"seed_{seed}" for seed in (0, 1)]
             aucs = [json.loads((folder / "prediction_results.json").read_text())["New"]["auc"] for folder in folders]
             assert summary["detectors"][treatment][name]["New"] == aucs == summary["detectors"][treatment][name]["unseen"]
     first, second = (np.mean(summary["detectors"]["equalised"][name]["New"]) for name in real_faces.MAIN)
@@ -211,9 +217,35 @@ def test_from_files_to_tables(data_root, tmp_path, calls, capsys):
 
     calls.clear()
     assert compare(data_root, output, *OPTIONS, "--main_only") == summary and "train" not in calls
-    shutil.rmtree(output / "models/equalised/LAMM-ViT/seed_1")
+    shutil.rmtree(next((output / "models").glob("equalised_*")) / "LAMM-ViT/seed_1")
     assert compare(data_root, output, *OPTIONS, "--main_only") == summary, "the same numbers, trained again"
     assert calls.count("train") == 2, "to foretell the time, and the model that was missing"
+
+
+def test_other_images_other_models(data_root, tmp_path, calls, capsys):
+    """Images that come, go or change are in the next run's tables, and models of earlier ones are not taken for its own."""
+    root, output = tmp_path / "datasets", tmp_path / "out"
+    shutil.copytree(data_root, root)
+    options = (*OPTIONS[:8], 1, *OPTIONS[9:], "--main_only")
+    first = compare(root, output, *options)
+    (root / "real/Photos/01.jpg").unlink()
+    shutil.copy(root / "fake/Gan/05.png", root / "fake/Gan/nobody.png")  # was no face, is a copy now
+    (root / "fake/.cache").mkdir()
+    (root / "fake/Gan/notes.txt").write_text("no image")
+    for i in range(6):
+        Image.fromarray(draw_face(np.random.default_rng(100 + i), "NoseLight", 240)).save(root / f"fake/New/more_{i}.png")
+    capsys.readouterr(), calls.clear()
+    second = compare(root, output, *options)
+    assert "4 models, 0 of them are there already" in capsys.readouterr().out and calls.count("train") == 5
+    count = {name: sum(of["dropped"].values()) + sum(of[split] for split in SPLITS) for name, of in second["data"].items()}
+    assert count["real/Photos"] == 39 and count["fake/Gan"] == 26 and second["data"]["fake/New"]["test"] == first["data"]["fake/New"]["test"] + 6
+    assert second["data"]["fake/Gan"]["dropped"] == {"near-duplicate": 2}
+    assert len(list((output / "models").glob("equalised_*"))) == 2, "the earlier ones are left alone"
+
+    scores = next((output / "models").glob("raw_*")) / "plain_ViT/seed_0/prediction_results.csv"
+    scores.write_text(scores.read_text().replace("Photos/0", "Photos/9"))
+    with pytest.raises(ValueError, match="tested on other images than"):
+        real_faces.read_scores([scores.parent, *(path.parent for path in (output / "models").glob("raw_*/LAMM-ViT/seed_0/prediction_results.csv"))])
 
 
 def test_what_it_refuses(data_root, tmp_path, calls):
@@ -221,6 +253,9 @@ def test_what_it_refuses(data_root, tmp_path, calls):
         (("--train_on", "Gam"), "no such generator in .*; there are Diffusion, Gan, New"),
         (("--train_on", "Gan", "Diffusion", "New"), "a generator that is not in --train_on"),
         (("--train_on", "Gan", "--seed", 3), "--seed: this script sets it"),
+        (("--train_on", "Gan", "--with", "lamm"), "--with: this script sets it"),
+        (("--train_on", "Gan", "--lrr", 3), "train.py does not take these options"),
+        (("--train_on", "Gan", "--lr", -3), "cannot be negative"),
         (("--train_on", "Gan", "--seeds", 0), "at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
