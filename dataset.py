@@ -26,7 +26,7 @@ import cv2
 import h5py
 import numpy as np
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SPARE = 4 * 2**20  # bytes on the disk for what HDF5 writes of itself
 CLASSES = ("real", "fake")  # the label is the index
 SPLITS = ("train", "val", "test")
@@ -159,7 +159,8 @@ def face_frame(landmarks: np.ndarray) -> np.ndarray:
 
 # --------------------------------------------------------------------------------------------------------- feature files
 
-PER_SAMPLE = ("images", "landmarks", "region_masks", "labels", "paths", "originals", "found_by", "sha256")
+PER_SAMPLE = ("images", "landmarks", "region_masks", "labels", "paths", "originals", "treatments", "found_by", "sha256")
+TEXTS = ("paths", "originals", "treatments")
 
 
 def write_features(
@@ -174,12 +175,13 @@ def write_features(
         labels        uint8 (N,)                         0 real, 1 fake
         paths         str (N,)                           of the source image, below the data root
         originals     str (N,)                           format and size of the source before preprocess.py, "JPEG 1024x768"
+        treatments    str (N,)                           what preprocess.py did to it: "aligned 0.6, JPEG 75-95, 224x224"; "" for resized alone
         found_by      enum (N,)                          index into FOUND_BY
         sha256        uint8 (N, 32)                      of the stored image
 
     Args:
         attributes: of the file, beside schema_version, regions and mask_style.
-        table: labels, paths, originals, found_by and sha256, whole.
+        table: labels, paths, originals, treatments, found_by and sha256, whole.
         blocks: images, landmarks and region_masks, some samples at a time.
         compress: images in gzip, which any HDF5 library reads.
 
@@ -194,7 +196,7 @@ def write_features(
     found_by = h5py.enum_dtype({name: code for code, name in enumerate(FOUND_BY)}, basetype="u1")
     columns = {"images": ((img_size, img_size, 3), "u1", 1), "landmarks": ((68, 2), "f4", 64)}
     columns |= {"region_masks": ((len(REGIONS), grid_size, grid_size), "f4", 1), "labels": ((), "u1", 4096)}
-    columns |= {"paths": ((), h5py.string_dtype(), 1024), "originals": ((), h5py.string_dtype(), 1024), "found_by": ((), found_by, 4096), "sha256": ((32,), "u1", 1024)}
+    columns |= {**{name: ((), h5py.string_dtype(), 1024) for name in TEXTS}, "found_by": ((), found_by, 4096), "sha256": ((32,), "u1", 1024)}
     if not compress:
         check_space(path, count * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype, _ in columns.values()))
     try:
@@ -207,7 +209,7 @@ def write_features(
                     options.set_deflate(1)  # higher levels take longer and save no more than half a percent of a photograph
                 else:  # all chunks at once, hence one after another in the order of samples
                     options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-                if name not in ("paths", "originals"):
+                if name not in TEXTS:
                     options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
                 space, kind = h5py.h5s.create_simple((count, *shape)), h5py.h5t.py_create(np.dtype(dtype), logical=True)
                 h5py.h5d.create(file.id, name.encode(), kind, space, options)
@@ -570,11 +572,11 @@ class FaceDataset:
             return self._open[number]
 
     def column(self, name: str) -> np.ndarray:
-        """One of the small per-sample datasets (labels, paths, originals, found_by, sha256) over all files, in the order of samples."""
+        """One of the small per-sample datasets (labels, paths, originals, treatments, found_by, sha256) over all files, in the order of samples."""
         columns = []
         for path in self.files:
             with open_features(path) as file:
-                columns.append(file[name].asstr("utf-8", "surrogateescape")[:] if name in ("paths", "originals") else file[name][:])
+                columns.append(file[name].asstr("utf-8", "surrogateescape")[:] if name in TEXTS else file[name][:])
         return np.concatenate(columns)
 
     def read(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from preprocess import BEYOND, ENLARGED, NO_FACE
+from preprocess import BEYOND, CORNERS, ENLARGED, NO_FACE
 
 PREDICTOR_FILE = "shape_predictor_68_face_landmarks.dat"
 PREDICTOR_URL = f"http://dlib.net/files/{PREDICTOR_FILE}.bz2"
@@ -176,7 +176,7 @@ def align_face(image: Image.Image, finder: FaceFinder, side: int, crop: float) -
         crop: side of the square in parts of FFHQ's.
 
     Returns:
-        RGB image, side x side, with info[ENLARGED] where its crop has fewer pixels; or the reason why there is none.
+        RGB image, side x side, with CORNERS and ENLARGED in its info; or the reason why there is none.
     """
     shrink = min(1, SEARCH_SIDE / max(image.size))
     search = image.resize([max(1, round(length * shrink)) for length in image.size], Image.Resampling.BICUBIC, reducing_gap=2) if shrink < 1 else image
@@ -203,5 +203,5 @@ def align_face(image: Image.Image, finder: FaceFinder, side: int, crop: float) -
     flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
     grid = cv2.warpAffine(part, np.column_stack([step, origin]), (side * fine, side * fine), flags=flags, borderMode=cv2.BORDER_REPLICATE)
     aligned = Image.fromarray(cv2.resize(grid, (side, side), interpolation=cv2.INTER_AREA))
-    aligned.info[ENLARGED] = bool(2 * np.linalg.norm(right) < side)
+    aligned.info |= {CORNERS: corners, ENLARGED: bool(2 * np.linalg.norm(right) < side)}
     return aligned

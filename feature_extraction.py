@@ -58,6 +58,7 @@ from preprocess import (
     NO_IMAGE_BY_NAME,
     ORIGINAL,
     REJECTED_SUFFIX,
+    TREATMENT,
     Rejected,
     default_workers,
     end_with,
@@ -261,7 +262,7 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
     """
     img_size, grid_size = settings["img_size"], settings["img_size"] // settings["patch_size"]
     images = np.empty((len(sources), img_size, img_size, 3), np.uint8)
-    used, originals, faces, skipped = [], [], [], {}
+    used, originals, treatments, faces, skipped = [], [], [], [], {}
     for source in sources:
         try:
             image = load_rgb(data_root / source.path)
@@ -272,6 +273,7 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
             continue
         used.append(source)
         originals.append(image.info[ORIGINAL])
+        treatments.append(image.info[TREATMENT])
         faces.append(face)
     if not used:
         return skipped
@@ -284,6 +286,7 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
         "labels": [CLASSES.index(source.data_set.split("/")[0]) for source in used],
         "paths": [source.path.encode("utf-8", "surrogateescape") for source in used],
         "originals": originals,
+        "treatments": treatments,
         "found_by": [FOUND_BY.index("mean" if face is None else face.found_by) for face in faces],
         "sha256": [np.frombuffer(hashlib.sha256(image).digest(), np.uint8) for image in images],
     }
@@ -424,7 +427,7 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
     if not sources:
         raise FeatureFileError(f"{args.data_root}: none of the images can be used; the reasons are in {args.output_dir / SKIPPED}")
     store = FaceDataset(files, mapped=False)
-    sha256, found_by, originals = (store.column(name)[rows] for name in ("sha256", "found_by", "originals"))
+    sha256, found_by, originals, treatments = (store.column(name)[rows] for name in ("sha256", "found_by", "originals", "treatments"))
     data_sets, contents = [source.data_set for source in sources], [row.tobytes() for row in sha256]
     # real/FFHQ/person/video/1.png: the person, whatever folders are below
     in_folder = [args.group_by_folder and source.path.count("/") > 2 for source in sources]
@@ -468,7 +471,7 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
             attributes["source_stats"] = np.array([sources[i].stat for i in members], np.int64).reshape(-1, 2)
             table = {"labels": store.labels[rows[members]], "found_by": found_by[members], "sha256": sha256[members]}
             table["paths"] = [sources[i].path.encode("utf-8", "surrogateescape") for i in members]
-            table["originals"] = originals[members]
+            table |= {"originals": originals[members], "treatments": treatments[members]}
             write_features(path, args.img_size, grid_size, attributes, table, read_blocks(members), args.compress)
 
 
@@ -521,17 +524,21 @@ def report_duplicates(data_sets: Sequence[str], contents: Sequence[bytes]) -> No
 def report(output_dir: Path, data_sets: Sequence[str]) -> None:
     """Prints how the faces were found, per data set and class. A class with more failures than the other is a shortcut."""
     print(f"\n{'data set':<28}{'images':>8}{'train':>8}{'val':>8}{'test':>8}" + "".join(f"{way:>11}" for way in FOUND_BY) + f"{'not found':>12}")
-    by_class = defaultdict(Counter)
+    by_class, treatments = defaultdict(Counter), defaultdict(set)
     for data_set in data_sets:
         ways, sizes = Counter(), []
         for split in SPLITS:
             with open_features(output_dir / data_set / f"{split}_features.h5") as file:
                 found_by = file["found_by"][:]
+                for treatment in set(file["treatments"].asstr()[:]):
+                    treatments[treatment or "resized alone"].add(data_set)
             sizes.append(len(found_by))
             ways.update(FOUND_BY[code] for code in found_by)
         by_class[data_set.split("/")[0]] += ways
         rate = f"{ways['mean'] / max(sum(sizes), 1):>12.1%}"
         print(f"{data_set:<28}{sum(sizes):>8}" + "".join(f"{n:>8}" for n in sizes) + "".join(f"{ways[way]:>11}" for way in FOUND_BY) + rate)
+    if len(treatments) > 1:
+        print("WARNING: preprocess.py treated images differently: " + "; ".join(f"{', '.join(sorted(names))}: {treatment}" for treatment, names in sorted(treatments.items())))
     for kind, ways in by_class.items():
         print(f"{'all ' + kind:<28}{ways.total():>8}{'':>24}" + "".join(f"{ways[way]:>11}" for way in FOUND_BY) + f"{ways['mean'] / max(ways.total(), 1):>12.1%}")
 

@@ -53,7 +53,7 @@ from preprocess import default_workers, gather, join_processes, map_ahead, under
 if TYPE_CHECKING:
     from report import Mistake
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
 METRICS = tuple(METRIC_RANGE)
 HEADS = ("ACC %", "at val. threshold", "real ACC %", "fake ACC %", "AP", "AUC", "EER")  # of METRICS

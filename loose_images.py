@@ -6,6 +6,9 @@ This is what `python inference.py --images` runs. A picture whose face stands in
 taken whole, as feature_extraction.py takes it: it gets the score that it has by way of the features. Of any other picture, and
 for any further face, a square is cut out with the margin that the training images have. Nothing is filled up: a cut that would
 reach over the border is moved inside, or made smaller.
+
+A model that was trained on images of `preprocess.py --align` gets the largest face of each picture, aligned and recompressed in
+the same way; a picture with which that cannot be done has no score, as it would not have been trained on.
 """
 
 import csv
@@ -32,7 +35,7 @@ from tqdm import tqdm
 from dataset import draw_region_masks, face_frame, face_size
 from faces import FaceFinder, detect_face, find_predictor, predict_landmarks
 from model import LAMMViT
-from preprocess import NO_IMAGE_BY_NAME, Rejected, end_with, list_files, load_rgb, map_ahead
+from preprocess import CORNERS, NO_IMAGE_BY_NAME, TREATMENT, Rejected, end_with, list_files, load_rgb, map_ahead, parse_treatment, recompress, treat
 
 COLUMNS = ("path", "left", "top", "right", "bottom", "probability", "verdict", "face", "framing", "explanation", "reason")
 SEARCH_SIDE = 1600  # longer side of the copy in which the faces of a large picture are searched: those from a twentieth of it on
@@ -50,7 +53,7 @@ class Face(NamedTuple):
     landmarks: np.ndarray  # (68, 2) in pixels of the image
     region_masks: np.ndarray  # (8, G, G)
     found_by: str  # one of dataset.FOUND_BY
-    framing: str  # "whole" or "cut"
+    framing: str  # "whole", "cut" or "aligned"
 
 
 class Framing(NamedTuple):
@@ -62,12 +65,13 @@ class Framing(NamedTuple):
     mean_landmarks: np.ndarray  # (68, 2) in pixels of the input
     usual: np.ndarray  # (2, 2) dataset.face_frame of training faces, in units of the side: its 1st and 99th percentile
     whole_image: bool  # score pictures without a face
+    treatment: str  # what preprocess.py did to the training images
 
 
 def framing_of(model: LAMMViT, checkpoint: dict, whole_image: bool) -> Framing:
     side = model.config.img_size
     mean, usual = (checkpoint["framing"][name].double().numpy() for name in ("mean_landmarks", "usual"))
-    return Framing(side, model.config.grid_size, checkpoint["mask_style"], mean * side, usual, whole_image)
+    return Framing(side, model.config.grid_size, checkpoint["mask_style"], mean * side, usual, whole_image, checkpoint["framing"]["treatment"])
 
 
 # --------------------------------------------------------------------------------------------------------- faces of a picture
@@ -153,6 +157,21 @@ def cut_out(image: Image.Image, landmarks: np.ndarray, box: tuple, finder: FaceF
     return as_face(box, stored, expected.astype(np.float32), "original", framing, "cut")
 
 
+def aligned_face(image: Image.Image, finder: FaceFinder, framing: Framing) -> Face:
+    """The face of a picture that treat has aligned, as feature_extraction.py takes it."""
+    stored, detection = detect_face(image, finder, framing.side)
+    first, right, _, below = image.info[CORNERS]
+    unit = framing.side
+    inside = np.array([(0, 0), (unit, 0), (unit, unit), (0, unit)], float)
+    if detection:
+        left, top, end, bottom = detection.box.left(), detection.box.top(), detection.box.right(), detection.box.bottom()
+        inside = detection.to_stored(np.array([(left, top), (end, top), (end, bottom), (left, bottom)], float)) + 0.5
+    outside = first + inside / unit @ np.array([right - first, below - first])  # (4, 2) in pixels of the upright picture
+    box = tuple(np.rint([*outside.min(axis=0), *outside.max(axis=0)]).astype(int).tolist())
+    landmarks = predict_landmarks(detection, finder) if detection else framing.mean_landmarks.astype(np.float32)
+    return as_face(box, stored, landmarks, detection.found_by if detection else "mean", framing, "aligned")
+
+
 # ------------------------------------------------------------------------------------------------------------ worker processes
 
 _work: tuple[FaceFinder, Framing] | None = None  # of a worker process
@@ -169,9 +188,19 @@ def start_worker(predictor: Path, framing: Framing, parent: int) -> None:
 
 def faces_in_file(path: Path) -> list[Face] | str:
     """The faces of an image file, or the reason why there is none."""
+    finder, framing = _work
     try:
-        return find_faces(load_rgb(path), *_work) or NO_FACE
-    except (Rejected, OSError) as reason:
+        image = load_rgb(path)
+        if framing.treatment == image.info[TREATMENT]:
+            return find_faces(image, finder, framing) or NO_FACE
+        if not framing.treatment:
+            return f"is {image.info[TREATMENT]}, and the training images are not; take the original"
+        options = parse_treatment(framing.treatment)
+        if options.align:
+            return [aligned_face(treat(image, path, options, finder), finder, framing)]
+        faces = find_faces(image, finder, framing)
+        return [face._replace(image=np.asarray(recompress(Image.fromarray(face.image), path, options.recompress))) for face in faces] or NO_FACE
+    except (Rejected, OSError, ValueError) as reason:
         return str(reason)
     except (MemoryError, RuntimeError, cv2.error) as error:  # of one picture; the others have their rows
         return f"could not be searched ({type(error).__name__}: {error})"

@@ -66,10 +66,11 @@ WORKER_MEMORY = 600 * 2**20  # bytes for one worker of any stage: an image of 10
 # In image.info, and as a text chunk in the PNGs written here: what the file was at first. Those PNGs are all alike, and the
 # formats and sizes that they came from may name the class: feature_extraction.py keeps them, inference.py warns.
 ORIGINAL = "Original"
-TREATMENT = "Treatment"  # the same for what --align and --recompress did: "aligned 0.75, JPEG 75-95"
+TREATMENT = "Treatment"  # the same for what --align and --recompress did: "aligned 0.6, JPEG 75-95, 224x224"
 ORIGINAL_PATTERN = r"\w+ \d+x\d+"  # "JPEG 1024x768", width x height
-TREATMENT_PATTERN = r"aligned [\d.]+(, JPEG \d+(-\d+)?)?|JPEG \d+(-\d+)?"
+TREATMENT_PATTERN = r"(?=aligned|JPEG)(?:aligned ([\d.]+), )?(?:JPEG (\d+)(?:-(\d+))?, )?(\d+)x(\d+)"
 ENLARGED = "enlarged"  # in image.info, and an outcome's reason: the aligned crop has fewer pixels than the result
+CORNERS = "corners"  # in image.info: (4, 2) of the aligned crop in pixels of the image, from the top left one clockwise
 
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
 UPRIGHT = {
@@ -381,9 +382,16 @@ class Outcome(NamedTuple):
 
 
 def treatment_of(args: argparse.Namespace) -> str:
-    """What --align and --recompress ask for, as TREATMENT has it."""
+    """What --align and --recompress ask for, as TREATMENT has it; "" for neither."""
     parts = [f"aligned {args.align:g}"] if args.align else []
-    return ", ".join(parts + ([f"JPEG {'-'.join(map(str, dict.fromkeys(args.recompress)))}"] if args.recompress else []))
+    parts += [f"JPEG {'-'.join(map(str, dict.fromkeys(args.recompress)))}"] if args.recompress else []
+    return ", ".join([*parts, f"{args.target_width}x{args.target_height}"]) if parts else ""
+
+
+def parse_treatment(treatment: str) -> argparse.Namespace:
+    """The options that treatment_of has made it from."""
+    crop, low, high, width, height = re.fullmatch(TREATMENT_PATTERN, treatment).groups()
+    return argparse.Namespace(align=float(crop or 0), recompress=(int(low), int(high or low)) if low else None, target_width=int(width), target_height=int(height))
 
 
 def recompress(image: Image.Image, source: Path, qualities: tuple[int, int]) -> Image.Image:
@@ -397,7 +405,7 @@ def recompress(image: Image.Image, source: Path, qualities: tuple[int, int]) -> 
     return decoded
 
 
-def treat(image: Image.Image, source: Path, args: argparse.Namespace) -> Image.Image:
+def treat(image: Image.Image, source: Path, args: argparse.Namespace, finder: Any) -> Image.Image:
     """An upright RGB image in its new size, aligned and recompressed where that is asked for.
 
     Raises:
@@ -412,14 +420,14 @@ def treat(image: Image.Image, source: Path, args: argparse.Namespace) -> Image.I
     if args.align:
         from faces import align_face
 
-        aligned = align_face(image, _finder, args.target_width, args.align)
+        aligned = align_face(image, finder, args.target_width, args.align)
         if isinstance(aligned, str):
             raise Rejected(aligned)
         image = aligned
     else:
         image = image.resize(size, Image.Resampling.LANCZOS)  # Pillow widens the filter when it shrinks: antialiased
     if treatment:  # comments and colour profiles go: they could name the class
-        info = {ORIGINAL: info[ORIGINAL], TREATMENT: treatment, ENLARGED: image.info.get(ENLARGED, False)}
+        info = {ORIGINAL: info[ORIGINAL], TREATMENT: treatment} | (image.info if args.align else {})
     image.info = info
     if args.recompress:
         image = recompress(image, source, args.recompress)
@@ -441,7 +449,7 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
             raise Rejected(f"{image.width}x{image.height} pixels, under the minimum of {args.min_width}x{args.min_height}")
         prepared = is_prepared(source, size) and not treatment_of(args)
         if not prepared:
-            image = treat(image, source, args)
+            image = treat(image, source, args, _finder)
     except Rejected as error:
         if not in_place:
             target.unlink(missing_ok=True)  # made when the file, or the minimum, was another

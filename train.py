@@ -198,13 +198,20 @@ def load_data(args: argparse.Namespace) -> tuple[FaceDataset, FaceDataset, list[
 
 
 def measure_framing(train_set: FaceDataset) -> dict:
-    """How the faces stand in the training images: mean landmarks (68, 2), and the 1st and 99th percentile of face_frame (2, 2). In
-    units of the image's side."""
+    """How the faces stand in the training images: mean landmarks (68, 2), and the 1st and 99th percentile of face_frame (2, 2), in
+    units of the image's side; and what preprocess.py did to the images.
+
+    Raises:
+        FeatureFileError: not the same to all.
+    """
+    treatments = sorted(set(train_set.column("treatments")))
+    if len(treatments) > 1:
+        raise FeatureFileError(f"the training images are not treated alike ({'; '.join(one or 'resized alone' for one in treatments)}): that may tell the class; run preprocess.py with the same --align, --recompress and size over all")
     stored = FaceDataset(train_set.files, mapped=False)  # without the transform
     some = np.unique(np.linspace(0, len(stored) - 1, 1000).astype(int))
     found = some[stored.column("found_by")[some] != FOUND_BY.index("mean")]
     frames = [face_frame(landmarks) for landmarks in stored.read(found)["landmarks"] / stored.img_size] or [face_frame(stored.mean_landmarks / stored.img_size)]
-    return {"mean_landmarks": torch.from_numpy(stored.mean_landmarks / stored.img_size), "usual": torch.from_numpy(np.percentile(frames, (1, 99), axis=0))}
+    return {"treatment": treatments[0], "mean_landmarks": torch.from_numpy(stored.mean_landmarks / stored.img_size), "usual": torch.from_numpy(np.percentile(frames, (1, 99), axis=0))}
 
 
 # -------------------------------------------------------------------------------------------------------------- the model

@@ -143,6 +143,7 @@ def write_file(path, count: int, label: int = 0, side: int = 32, fail_after: int
     rng = np.random.default_rng(count)
     table = {"labels": [label] * count, "paths": [f"real/X/{i}.png" for i in range(count)], "found_by": [0] * count}
     table["originals"] = [f"JPEG {i + 1}x{side}" for i in range(count)]
+    table["treatments"] = [""] * count
     table["sha256"] = rng.integers(0, 256, (count, 32), dtype=np.uint8)
 
     def blocks():

@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import cv2
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 import inference
 import loose_images
 from dataset import FaceDataset, face_size, find_feature_files
-from demo import render, sample_face
+from demo import draw_face, render, sample_face
 from faces import FaceFinder, find_predictor
 from inference import load_checkpoint, predict_scores
 from loose_images import COLUMNS, find_faces, framing_of, list_pictures
@@ -224,3 +226,74 @@ def test_no_more_pictures_are_held_than_the_model_is_behind(trained, monkeypatch
     time.sleep(0.5)
     assert len(looked_at) < 50
     rows.close()
+
+
+# ---------------------------------------------------------------------------------------------------- models of aligned images
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    """Turned faces in pictures of another shape, their aligned and recompressed copies, and a model of these."""
+    root = tmp_path_factory.mktemp("aligned")
+    rng = np.random.default_rng(0)
+    for name, generator in (("real/Photos", None), ("fake/Gan", "OffAxisMouth")):
+        (root / "raw" / name).mkdir(parents=True)
+        for i in range(15):
+            canvas = Image.new("RGB", (520, 400), (120, 130, 140))
+            canvas.paste(Image.fromarray(draw_face(rng, generator, 360)).rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=(120, 130, 140)), (70, 20))
+            canvas.save(root / "raw" / name / f"{i:02}.jpg", quality=90)
+        run_script("preprocess.py", "--directory", root / "raw" / name, "--output_dir", root / "data" / name, "--align", "--recompress", "60-90",
+                   "--target_height", 160, "--target_width", 160, cwd=root)  # fmt: skip
+    run_script("feature_extraction.py", "--data_root", "data", "--output_dir", "features", "--img_size", 112, "--patch_size", 28, cwd=root)
+    run_script("train.py", "--features", "features", "--output_dir", "model", "--patch_size", 28, "--embed_dim", 24, "--depth", 2, "--epochs", 1, "--batch_size", 8, cwd=root)
+    return root
+
+
+def test_loose_pictures_are_aligned_for_a_model_of_aligned_images(aligned, finder, tmp_path):
+    """Originals and their prepared copies have the score that they have by way of the features."""
+    model, checkpoint = load_checkpoint(aligned / "model/best_model.pth")
+    assert checkpoint["framing"]["treatment"] == "aligned 0.6, JPEG 60-90, 160x160"
+    expected = {}
+    for split in ("train", "val", "test"):
+        dataset = FaceDataset(list(find_feature_files(aligned / "features", split).values()), model.config.grid_size, checkpoint["mask_style"])
+        expected |= dict(zip((path.removesuffix(".png") for path in dataset.column("paths")), predict_scores(model, dataset)))
+    picture = drawn(1, 360)
+    picture.crop((100, 80, 270, 270)).save(tmp_path / "close.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / "nobody.png")
+    picture.resize((500, 360)).save(tmp_path / "squashed.jpg")
+    run_script("preprocess.py", "--directory", tmp_path, "--output_dir", tmp_path.with_name("prepared"), cwd=tmp_path)
+    shutil.copy(tmp_path.with_name("prepared") / "squashed.png", tmp_path / "squashed.png")
+    done = run_script("inference.py", "--images", aligned / "raw", aligned / "data", tmp_path, "--checkpoint", aligned / "model/best_model.pth", cwd=tmp_path, expect=3)
+    rows = {row["path"]: row for row in rows_of(done.stdout)}
+    framings = Counter()
+    for name, score in expected.items():
+        original, copy = rows[str(aligned / "raw" / f"{name}.jpg")], rows[str(aligned / "data" / f"{name}.png")]
+        assert original["framing"] == "aligned" and float(original["probability"]) == pytest.approx(score, abs=1e-4)
+        framings[copy["framing"]] += 1
+        if copy["framing"] == "whole":
+            assert float(copy["probability"]) == pytest.approx(score, abs=1e-4)
+        box = finder.detect(np.asarray(Image.open(original["path"])))
+        left, top, right, bottom = (int(original[side]) for side in ("left", "top", "right", "bottom"))
+        if original["face"] == "frontal":  # dlib's boxes lie on a coarse grid
+            assert np.hypot((left + right - box.left() - box.right()) / 2, (top + bottom - box.top() - box.bottom()) / 2) < 0.25 * box.width()
+            assert 0.7 < (right - left) / box.width() < 1.6
+    assert framings["whole"] >= 0.9 * len(expected) > 20
+    assert "the aligned crop would reach" in rows[str(tmp_path / "close.png")]["reason"] and rows[str(tmp_path / "nobody.png")]["reason"] == "no face found"
+    assert "was resized already, it was a JPEG 500x360" in rows[str(tmp_path / "squashed.png")]["reason"]
+
+
+def test_what_was_treated_otherwise_than_the_training_images_has_no_score(aligned, trained):
+    copy = next((aligned / "data/fake/Gan").iterdir())
+    done = run_script("inference.py", "--images", copy, "--checkpoint", trained / "best_model.pth", cwd=aligned, expect=3)
+    assert rows_of(done.stdout)[0]["reason"] == "is aligned 0.6, JPEG 60-90, 160x160, and the training images are not; take the original"
+
+
+def test_images_that_were_not_treated_alike_are_named_and_not_trained_on(aligned, tmp_path):
+    shutil.copytree(aligned / "data", tmp_path / "data")
+    shutil.rmtree(tmp_path / "data/fake/Gan")
+    run_script("preprocess.py", "--directory", aligned / "raw/fake/Gan", "--output_dir", tmp_path / "data/fake/Gan", cwd=tmp_path)
+    options = ("--data_root", "data", "--output_dir", "features", "--img_size", 112, "--patch_size", 28)
+    done = run_script("feature_extraction.py", *options, cwd=tmp_path)
+    assert "WARNING: preprocess.py treated images differently: real/Photos: aligned 0.6, JPEG 60-90, 160x160; fake/Gan: resized alone" in done.stdout
+    refused = run_script("train.py", "--features", "features", "--patch_size", 28, "--embed_dim", 24, "--depth", 1, cwd=tmp_path, expect=1)
+    assert "not treated alike (resized alone; aligned 0.6, JPEG 60-90, 160x160)" in error_line(refused)

@@ -25,7 +25,21 @@ from PIL.PngImagePlugin import PngInfo
 
 from demo import draw_face
 from faces import FaceFinder, align_face, alignment_square, find_face, find_predictor
-from preprocess import BEYOND, NO_FACE, ORIGINAL, TREATMENT, Rejected, agree_on_start, list_images, load_rgb, map_ahead, plan_names
+from preprocess import (
+    BEYOND,
+    NO_FACE,
+    ORIGINAL,
+    TREATMENT,
+    Rejected,
+    agree_on_start,
+    get_args_parser,
+    list_images,
+    load_rgb,
+    map_ahead,
+    parse_treatment,
+    plan_names,
+    treatment_of,
+)
 
 
 @functools.cache
@@ -415,6 +429,14 @@ def test_alignment_samples_all_pixels():
     assert np.abs(np.asarray(aligned[0], float) - np.asarray(aligned[1], float)).mean() < 3
 
 
+def test_a_treatment_says_which_options_it_was():
+    for options in (["--align"], ["--align", "0.55", "--recompress", "80"], ["--recompress", "75-95", "--target_width", "100"]):
+        args = get_args_parser().parse_args(["--directory", "D", *options])
+        again = parse_treatment(treatment_of(args))
+        assert vars(again).items() <= vars(args).items() and treatment_of(again) == treatment_of(args)
+    assert treatment_of(get_args_parser().parse_args(["--directory", "D"])) == ""
+
+
 def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     (tmp_path / "D").mkdir()
     whole = drawn_in(700, 1, 0, (0, 0), 0)
@@ -428,11 +450,11 @@ def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     reasons = rejections(tmp_path / "O_rejected")
     assert reasons["nobody.png"] == NO_FACE and reasons["close.jpg"].startswith(BEYOND)
     with Image.open(tmp_path / "O/whole.png") as image:
-        assert (image.size, image.mode, image.info[TREATMENT]) == ((96, 96), "RGB", "aligned 1")
+        assert (image.size, image.mode, image.info[TREATMENT]) == ((96, 96), "RGB", "aligned 1, 96x96")
     before = contents(tmp_path / "O")
     assert "0 written, 1 unchanged, 2 rejected" in run_script(*command, cwd=tmp_path).stdout
     refused = run_script(*command[:-6], "--align", 0.6, cwd=tmp_path, expect=1)
-    assert "holds images that are aligned 1; name another --output_dir" in error_line(refused)
+    assert "holds images that are aligned 1, 96x96; name another --output_dir" in error_line(refused)
     assert "--target_height and --target_width have to be equal" in error_line(run_script(*command, "--target_width", 100, cwd=tmp_path, expect=1))
     assert contents(tmp_path / "O") == before
 
@@ -462,7 +484,7 @@ def test_only_originals_are_aligned_and_none_in_place(tmp_path):
     run_script("preprocess.py", "--directory", "D", "--output_dir", "aligned", *align, cwd=tmp_path)
     run_script("preprocess.py", "--directory", "D", "--output_dir", "squashed", cwd=tmp_path)
     again = run_script("preprocess.py", "--directory", "aligned", "--output_dir", "twice", *align, cwd=tmp_path, expect=1)
-    assert "a.png: is aligned 0.6, JPEG 80 already; take the originals for aligned 0.6, JPEG 80" in error_line(again)
+    assert "a.png: is aligned 0.6, JPEG 80, 224x224 already; take the originals for aligned 0.6, JPEG 80, 224x224" in error_line(again)
     again = run_script("preprocess.py", "--directory", "squashed", "--output_dir", "again", "--align", cwd=tmp_path, expect=1)
     assert "a.png: was resized already, it was a JPEG 600x500; take the originals" in error_line(again)
     run_script("preprocess.py", "--directory", "aligned", "--output_dir", "kept", cwd=tmp_path)
@@ -501,7 +523,7 @@ def test_recompression_depends_on_the_content_alone(tmp_path):
     qualities = set()
     for i in range(12):
         stored = Image.open(tmp_path / f"D_out/{i}.png")
-        assert stored.info[TREATMENT] == "JPEG 40-90" and stored.format == "PNG"
+        assert stored.info[TREATMENT] == "JPEG 40-90, 224x224" and stored.format == "PNG"
         assert np.array_equal(stored, Image.open(tmp_path / f"E_out/other_{i:02}.png"))
         source = Image.open(tmp_path / f"D/{i}.png").resize((224, 224), Image.Resampling.LANCZOS)
         made = {}
