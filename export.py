@@ -15,7 +15,8 @@ Both files hold the same function, for any number of images B:
     probability   (B,) float32, of a fake
 
 Models without region guidance take region_masks, too, and do not look at them. The metadata are text, numbers and lists in
-JSON: val_threshold, img_size, patch_size, mask_style, regions, datasets (what the model was trained on), checkpoint_sha256.
+JSON: val_threshold, img_size, patch_size, mask_style, treatment (what preprocess.py did to the training images, and has to do to
+others: "aligned 0.6, JPEG 75-95, 224x224"; "": resized alone), regions, datasets (what the model was trained on), checkpoint_sha256.
 
     session.get_modelmeta().custom_metadata_map                     in onnxruntime
     metadata = {"val_threshold": ""}                                in PyTorch: all of them, but only if one is asked for
@@ -107,7 +108,7 @@ def describe(model: LAMMViT, checkpoint: dict, path: Path) -> dict[str, str]:
     """The metadata: what one has to know to use the file, and where it comes from."""
     facts = {
         "val_threshold": float(checkpoint["val_threshold"]), "img_size": model.config.img_size, "patch_size": model.config.patch_size,
-        "mask_style": checkpoint["mask_style"], "regions": list(REGIONS), "datasets": checkpoint["datasets"],
+        "mask_style": checkpoint["mask_style"], "treatment": checkpoint["framing"]["treatment"], "regions": list(REGIONS), "datasets": checkpoint["datasets"],
         "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }  # fmt: skip
     return {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}

@@ -566,7 +566,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--img_size", type=int, default=224, help="side of the stored images in pixels (default: 224)")
     parser.add_argument("--patch_size", type=int, default=16, help="side of a patch in pixels, for the stored masks; train.py may use another (default: 16)")
     parser.add_argument("--group_by_folder", action="store_true", help="keep the images of each sub-folder of a data set (an identity) in one split")
-    parser.add_argument("--test_only", nargs="+", default=[], metavar="NAME", help="data sets whose images all go to the test split: generators that training must not see (default: none)")
+    parser.add_argument("--test_only", nargs="+", type=lambda name: name.rstrip("/"), default=[], metavar="NAME", help="data sets whose images all go to the test split: generators that training must not see (default: none)")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
     parser.add_argument("--compress", action="store_true", help="lossless gzip of the stored images: about a fifth smaller, but slower to read; README has the figures")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: one a core, fewer where memory is short)")

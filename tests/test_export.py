@@ -94,7 +94,7 @@ def test_the_files_say_what_they_are(exported, trained):
     metadata = onnxruntime.InferenceSession(exported.folder / "model.onnx").get_modelmeta().custom_metadata_map
     assert float(metadata["val_threshold"]) == checkpoint["val_threshold"]
     assert (int(metadata["img_size"]), int(metadata["patch_size"])) == (224, 56) == (model.config.img_size, model.config.patch_size)
-    assert metadata["mask_style"] == checkpoint["mask_style"]
+    assert (metadata["mask_style"], metadata["treatment"]) == (checkpoint["mask_style"], checkpoint["framing"]["treatment"])
     assert json.loads(metadata["regions"]) == list(REGIONS)
     assert json.loads(metadata["datasets"]) == list(checkpoint["datasets"]) and "real/Consistent" in metadata["datasets"]
     assert metadata["checkpoint_sha256"] == hashlib.sha256(checkpoint_file.read_bytes()).hexdigest()

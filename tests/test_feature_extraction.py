@@ -300,7 +300,7 @@ def test_generators_that_are_only_tested(datasets, features, tmp_path):
     options = ("--data_root", tmp_path / "datasets", "--output_dir", tmp_path / "features", "--workers", 1)
     refused = run_script("feature_extraction.py", *options, "--test_only", "Iris", cwd=tmp_path, expect=1)
     assert "--test_only Iris: no such data set" in error_line(refused)
-    done = run_script("feature_extraction.py", *options, "--test_only", "IrisMismatch", cwd=tmp_path)
+    done = run_script("feature_extraction.py", *options, "--test_only", "fake/IrisMismatch/", cwd=tmp_path)
     assert "--test_only" in done.stdout and "going on: " in done.stdout, "nothing is extracted again"
 
     paths = {}
