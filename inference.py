@@ -57,7 +57,7 @@ CHECKPOINT_VERSION = 4
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
 METRICS = tuple(METRIC_RANGE)
 HEADS = ("ACC %", "at val. threshold", "real ACC %", "fake ACC %", "AP", "AUC", "EER")  # of METRICS
-SUMMARIES = ("Mean", "Std", "Worst", "Run", "Robustness")  # keys of the results beside the generators
+SUMMARIES = ("Mean", "Std", "Worst", "Run", "Robustness", "corruption", "level")  # keys of the results beside the generators
 ALIGNED_QUALITY = 96  # of the protocols fakes_jpeg96 and all_jpeg96 (arXiv 2403.17608)
 # The grid of the field; level 0 of blur and noise and 1 of resize are the clean images.
 ROBUSTNESS = {"jpeg": (100, 90, 80, 70, 60, 50, 40, 30), "blur": (1, 2, 3, 4, 5), "noise": (0.05, 0.1, 0.15, 0.2, 0.25), "resize": (0.75, 0.5, 0.25)}
@@ -87,7 +87,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:  # torch's words are about how to load it all the same
         raise CheckpointError(f"{path}: not a checkpoint of train.py: it holds more than tensors and settings; run train.py again") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever torch.load makes of a damaged or foreign file
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"{path}: not a whole checkpoint ({cause}); take another one or run train.py again") from error
     if not isinstance(checkpoint, dict) or not {"version", "config", "model", "mask_style", "val_threshold", "framing"} <= checkpoint.keys():
@@ -97,7 +97,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
     try:
         model = LAMMViT(LAMMViTConfig(**checkpoint["config"])).to(device)
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         lines = " ".join(str(error).split())
         raise CheckpointError(f"{path}: its weights are of another architecture than its config {checkpoint['config']}: {lines[:400]}") from error
     return model.eval(), checkpoint
@@ -225,7 +225,7 @@ def load_test_set(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
         raise FeatureFileError(f"{args.features}: the {args.split} split of {', '.join(files)} holds one class only; both are needed")
     comparisons = draw_comparisons(dataset, list(files), args.seed)
     if taken := [name for name in SUMMARIES if name in comparisons]:
-        raise FeatureFileError(f"{args.features}/fake/{taken[0]}: this name is taken by a row of the table; give the data set another")
+        raise FeatureFileError(f"{args.features}/fake/{taken[0]}: this name means something else in the results; give the data set another")
     return TestSet(dataset, files, comparisons)
 
 
@@ -393,7 +393,7 @@ def table_rows(results: dict[str, dict]) -> list[list[str]]:
     rows = []
     for name, row in results.items():
         if name != "Run":
-            title = f"Worst: {row['generator']}" if name == "Worst" else name
+            title = " ".join((f"Worst: {row['generator']}" if name == "Worst" else name).split())  # a line break would make two rows of it
             seen = {True: "seen", False: "unseen"}.get(row.get("seen"), "")
             rows.append([title, seen, *cells(row), str(row["n_real"] + row["n_fake"]) if "n_real" in row else ""])
     return rows
@@ -429,7 +429,8 @@ def as_latex(results: dict[str, dict]) -> str:
         if name not in ("Run", "Std"):
             values, spread = ([row_of[metric] * (100 if METRIC_RANGE[metric] == 1 else 1) for metric in METRICS] for row_of in (row, results["Std"]))
             shown = [f"{value:.1f}" + (f" $\\pm$ {spread[i]:.1f}" if name == "Mean" else "") for i, value in enumerate(values)]
-            title = "".join(LATEX.get(letter, letter) for letter in (f"Worst: {row['generator']}" if name == "Worst" else name))
+            title = " ".join((f"Worst: {row['generator']}" if name == "Worst" else name).split())
+            title = "".join(LATEX.get(letter, letter) for letter in title)
             seen = {True: "seen", False: "unseen"}.get(row.get("seen"), "")
             lines += ([r"\midrule"] if name == "Mean" else []) + [" & ".join([title, seen, *shown, str(row["n_real"] + row["n_fake"]) if "n_real" in row else ""]) + r" \\"]
     return "\n".join(lines) + "\n"
@@ -471,12 +472,14 @@ def find_mistakes(test_set: TestSet, scores: np.ndarray, threshold: float) -> li
 
 
 def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespace) -> None:
-    """The whole evaluation. All processes score, the first one prints and writes."""
+    """The whole evaluation. All processes score, the first one writes and prints."""
     test_set = load_test_set(model, checkpoint, args)
     for folder in (args.output.parent, *([args.report] if args.report else [])):  # before hours are spent
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise ValueError(f"{folder}: nothing can be written there; name another folder")
+    if taken := [path for path in (args.output.with_suffix(suffix) for suffix in (".json", ".csv", ".md", ".tex")) if path.is_dir()]:
+        raise ValueError(f"{taken[0]}: is a folder; give --output another name")
     warnings = warn_of_traces(test_set, args.protocol)
     scores = score(model, test_set, args)
     results = tabulate(test_set, scores, checkpoint, args.bootstrap, args.seed) if rank == 0 else None
@@ -484,19 +487,13 @@ def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespa
     if rank > 0:
         return
     results["Run"] = describe_run(checkpoint, test_set, warnings, args)
-    print_table(results)
-    if robustness:
-        print_robustness(robustness)
-    for warning in warnings:
-        print(f"WARNING: {warning}")
-    out = args.output
+    out = args.output  # written before anything is printed: a reader that has gone costs no results
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(json.dumps(results | ({"Robustness": robustness} if robustness else {}), indent=2) + "\n")
     partial.replace(out)
     write_scores(out.with_suffix(".csv"), test_set, scores, checkpoint["val_threshold"])
     out.with_suffix(".md").write_text(as_markdown(results, robustness), encoding="utf-8", errors="backslashreplace")
     out.with_suffix(".tex").write_text(as_latex(results), encoding="utf-8", errors="backslashreplace")
-    print(f"written to {out}; scores in {out.with_suffix('.csv').name}, rows for a paper in .md and .tex")
     if robustness:
         import figures
 
@@ -506,6 +503,13 @@ def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespa
 
         mistakes = find_mistakes(test_set, scores, checkpoint["val_threshold"])
         write_report(args.report / "report.html", results, test_set.labels_and_scores(scores), mistakes, robustness)
+    print_table(results)
+    if robustness:
+        print_robustness(robustness)
+    for warning in warnings:
+        print(f"WARNING: {warning}")
+    print(f"written to {out}; scores in {out.with_suffix('.csv').name}, rows for a paper in .md and .tex")
+    if args.report:
         print(f"report in {args.report / 'report.html'}")
 
 

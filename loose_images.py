@@ -349,12 +349,15 @@ def explain_rows(model: LAMMViT, threshold: float, rows: Iterator[Row], folder: 
     """Draws a picture for each face and passes the rows on, with its name. A picture that cannot be written ends nothing."""
     from explain import draw_explanation, explain
 
-    names: Counter[str] = Counter()
+    times, taken = Counter(), set()
     for row in rows:
         if row.face:
             name = os.fsencode(row.path.name).decode("utf-8", "replace")[:80]
-            names[name] += 1
-            path = folder / f"{name}{f'_{names[name]}' if names[name] > 1 else ''}.png"
+            times[name] += 1
+            while (unique := name if times[name] == 1 else f"{name}_{times[name]}") in taken:
+                times[name] += 1
+            taken.add(unique)
+            path = folder / f"{unique}.png"
             images, masks = torch.from_numpy(row.face.image.copy()).permute(2, 0, 1)[None], torch.from_numpy(row.face.region_masks)[None]
             title = f"{row.path.name}: {row.verdict}, P(fake) = {row.probability:.4f}, fake from {threshold:.4f} on"
             try:

@@ -333,10 +333,12 @@ def load_torchvision_vit(model: LAMMViT, state: dict[str, Tensor]) -> list[str]:
     parameters, unused = model.state_dict(), []
     for theirs, tensor in state.items():
         ours = names.get(theirs)
+        if ours and not isinstance(tensor, Tensor):
+            raise ValueError(f"{theirs} is no tensor but {type(tensor).__name__}")
         if ours is None or (ours.startswith("head.") and parameters[ours].shape != tensor.shape):
             unused.append(theirs)
             continue
-        if ours == "pos_embed":
+        if ours == "pos_embed" and tensor.ndim == 3:
             tensor = interpolate_positions(tensor, model.config.grid_size)
         if parameters[ours].shape != tensor.shape:
             raise ValueError(f"{theirs} is {tuple(tensor.shape)}, but the model's {ours} is {tuple(parameters[ours].shape)}; choose its width and patch size")
@@ -350,6 +352,8 @@ def load_torchvision_vit(model: LAMMViT, state: dict[str, Tensor]) -> list[str]:
 def interpolate_positions(pos_embed: Tensor, grid_size: int) -> Tensor:
     """(1, 1 + g * g, D) -> (1, 1 + grid_size², D), bicubic; the class token's position, the first, stays."""
     old = math.isqrt(pos_embed.shape[1] - 1)
+    if old * old != pos_embed.shape[1] - 1:
+        raise ValueError(f"encoder.pos_embedding has {pos_embed.shape[1]} positions, which are no square and a class token")
     if old == grid_size:
         return pos_embed
     patches = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (old, old))  # (1, P, D) -> (1, D, P) -> (1, D, g, g)

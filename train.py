@@ -427,7 +427,7 @@ def validate(run: Run) -> tuple[dict[str, float], np.ndarray, torch.Tensor | Non
     labels = run.val_set.labels
     if not np.isfinite(scores).all():
         bad = torch.from_numpy(np.flatnonzero(~np.isfinite(scores)))
-        raise FloatingPointError(f"epoch {run.epoch}: in validation, no finite score for {listed(run.val_set, bad)}; the last good checkpoint is kept in {run.path(LAST)}")
+        raise FloatingPointError(f"epoch {run.epoch}: in validation, no finite score for {listed(run.val_set, bad)}; {run.path(LAST)} holds the weights that fail, {BEST} and {PREVIOUS} are of before; start anew with a lower --lr or --precision fp32")
     threshold = choose_threshold(labels, scores)
     metrics = binary_metrics(labels, scores, threshold)
     loss = log_loss(labels, scores.clip(1e-12, 1 - 1e-12), labels=[0, 1])

@@ -5,6 +5,8 @@ import csv
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import GENERATORS, SMALL, error_line, refusal, run_here, run_script
+from conftest import GENERATORS, ROOT, SMALL, error_line, refusal, run_here, run_script
 from PIL import Image
 from sklearn.metrics import accuracy_score, average_precision_score, recall_score, roc_auc_score
 
@@ -116,6 +118,8 @@ def spoiled(checkpoint: dict, how: str) -> object:
         return checkpoint["model"]
     if how == "other version":
         return checkpoint | {"version": 99}
+    if how == "numbered weights":
+        return checkpoint | {"model": dict(enumerate(checkpoint["model"].values()))}
     return [1, 2]
 
 
@@ -124,6 +128,7 @@ def spoiled(checkpoint: dict, how: str) -> object:
     [
         ("other architecture", "another architecture than its config"),
         ("unknown option", "another architecture than its config"),
+        ("numbered weights", "another architecture than its config"),
         ("bare weights", "not a checkpoint of train.py"),
         ("other version", "checkpoint version 99"),
         ("a list", "not a checkpoint of train.py"),
@@ -236,6 +241,8 @@ def test_names_that_mean_something_to_markdown_and_latex(evaluated):
     odd = {r"A & B_50%, v|2 ~x^y\z {#1} $": results[GENERATORS[0]]} | {name: results[name] for name in ("Mean", "Std")}
     assert {line.replace(r"\|", "").count("|") for line in inference.as_markdown(odd, None).splitlines()} == {11}
     row = inference.as_latex(odd).splitlines()[1]
+    broken = {"new\nline": results[GENERATORS[0]]} | {name: results[name] for name in ("Mean", "Std")}
+    assert all(text.count("new line") == 1 for text in (inference.as_markdown(broken, None), inference.as_latex(broken)))
     assert row.startswith(r"A \& B\_50\%, v|2 \textasciitilde{}x\textasciicircum{}y\textbackslash{}z \{\#1\} \$ & seen")
 
 
@@ -327,7 +334,10 @@ def test_generators_kept_from_training_are_marked(features, tmp_path, capsys):
 def test_refusals(features, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "taken.csv").mkdir()
     shutil.copytree(features, tmp_path / "cut")
+    shutil.copytree(features, tmp_path / "reserved")
+    (tmp_path / "reserved/fake/OffAxisMouth").rename(tmp_path / "reserved/fake/level")
     victim = tmp_path / "cut/fake/OffAxisMouth/test_features.h5"
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     checkpoint = ("--checkpoint", trained / "best_model.pth")
@@ -339,6 +349,8 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
         (("--images", "empty"), ("empty: no images there",)),
         (("--features", features, "--output", "scores.csv"), ("has to end in .json",)),
         (("--features", features, "--report", checkpoint[1]), ("File exists",)),
+        (("--features", features, "--output", "taken.json"), ("taken.csv: is a folder",)),
+        (("--features", "reserved"), ("reserved/fake/level: this name means something else",)),
         (("--features", features, "--bootstrap", 5), ("--bootstrap 0 or at least 100",)),
         (("--device", "cuda"), ("no GPU",)) if not torch.cuda.is_available() else (("--features", "nowhere"), ("nowhere",)),
     ):
@@ -346,6 +358,14 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
         assert all(message in line for message in messages), line
     assert "nowhere" in error_line(run_script("inference.py", "--checkpoint", "nowhere.pth", cwd=tmp_path, expect=1))
     assert not (tmp_path / "prediction_results.json").exists()
+
+
+def test_a_reader_that_leaves_costs_no_results(features, trained, tmp_path):
+    command = [sys.executable, "-u", str(ROOT / "inference.py"), "--features", features, "--checkpoint", trained / "best_model.pth", "--bootstrap", 0]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, cwd=tmp_path)
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert {f"prediction_results.{kind}" for kind in ("json", "csv", "md", "tex")} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_features_of_another_size_are_refused(datasets, trained, tmp_path):

@@ -173,6 +173,17 @@ def test_json_lines_patterns_and_pictures_of_the_reasons(datasets, trained, tmp_
     assert all((tmp_path / row["explanation"]).exists() for row in rows[:3])
 
 
+def test_each_face_has_a_picture_of_its_own(datasets, trained, tmp_path):
+    for name in ("a", "sub/a", "a_2", "sub/a_2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(datasets / "real/Consistent/000.png", tmp_path / name)
+    names = (tmp_path / "a", tmp_path / "sub/a", tmp_path / "a_2", tmp_path / "sub/a_2")
+    run_script("inference.py", "--checkpoint", trained / "best_model.pth", "--explain", "why", "--output", "rows.csv", "--images", *names, cwd=tmp_path)
+    with open(tmp_path / "rows.csv", newline="") as file:
+        pictures = [row["explanation"] for row in csv.DictReader(file)]
+    assert len(set(pictures)) == 4 and all((tmp_path / picture).exists() for picture in pictures)
+
+
 def test_a_file_is_listed_once_and_a_missing_one_is_named(datasets, tmp_path):
     one = datasets / "real/Consistent/000.png"
     listed = list(list_pictures([str(one), str(datasets / "real"), str(tmp_path / "no.png"), str(tmp_path / "*.png")]))

@@ -342,6 +342,10 @@ def test_what_has_a_counterpart_is_mapped_and_the_rest_told():
         load_torchvision_vit(LAMMViT(replace(SMALL, embed_dim=96, depth=2)), state)
     with pytest.raises(ValueError, match="not a state dict of a torchvision vit_b_16"):
         load_torchvision_vit(model, {"fc.weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match="class_token is no tensor but int"):
+        load_torchvision_vit(model, vit.state_dict() | {"class_token": 1})
+    with pytest.raises(ValueError, match="20 positions, which are no square"):
+        interpolate_positions(torch.zeros(1, 20, 24), 7)
 
 
 def test_positions_are_interpolated_to_another_grid():

@@ -254,6 +254,14 @@ def test_weights_that_run_away_stop_the_run(features, tmp_path):
     assert "is not finite with " in line and line.count(".png") == 32 and "lower --lr" in line
 
 
+def test_scores_that_are_not_finite_say_which_checkpoint_is_of_before(features, tmp_path):
+    one_step = ("--batch_size", 64, "--accum_steps", 2, "--clip_grad", 0)
+    line = error_line(run_script("train.py", "--features", features, *SMALL, *one_step, "--lr", 1e30, "--epochs", 3, cwd=tmp_path, expect=1))
+    assert "in validation, no finite score for " in line and "previous.pth are of before" in line
+    kept = torch.load(tmp_path / "output_model/previous.pth", weights_only=True)["model"]
+    assert all(values.abs().max() < 1e3 for values in kept.values())
+
+
 # --------------------------------------------------------------------------------------------------------- going on exactly
 
 # Long enough to be stopped in many places: five steps an epoch, each saved.
