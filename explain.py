@@ -126,19 +126,22 @@ def explain(model: LAMMViT, images: Tensor, region_masks: Tensor) -> list[Explan
 # ---------------------------------------------------------------------------------------------------------------- picture
 
 
-def draw_explanation(image: np.ndarray, landmarks: np.ndarray, explanation: Explanation, title: str, path: Path) -> None:
+def draw_explanation(image: np.ndarray, landmarks: np.ndarray | None, explanation: Explanation, title: str, path: Path) -> None:
     """Writes the picture, a PNG of 1500 x 1140 pixels.
 
     Args:
         image: (h, w, 3) uint8 RGB, as the model got it.
-        landmarks: (68, 2) x and y in pixels of the image; may lie outside of it.
+        landmarks: (68, 2) x and y in pixels of the image; may lie outside of it. None: the model has no region guidance.
         title: verdict and score, any text; a very long one loses its middle.
     """
     figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08, w_pad=0.06)
     faces, bars = figure.subfigures(2, 1, height_ratios=(1.4, 1))
     left, right = faces.subplots(1, 2)
-    draw_regions(left, image, landmarks)
+    if landmarks is None:
+        show(left, image, f"What it saw: {image.shape[1]} x {image.shape[0]} pixels, and no regions")
+    else:
+        draw_regions(left, image, landmarks)
     draw_heat(right, image, explanation.heat)
     draw_weights(bars.subplots(), explanation.lamm_weights)
     text = figure.suptitle(fit_title(title), fontsize=12, fontweight="bold", parse_math=False)

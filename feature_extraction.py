@@ -437,9 +437,10 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
 
     # A fallback of each data set's own would name the class; one over all splits would tell training about the test set.
     found = found_by != FOUND_BY.index("mean")
-    mean_landmarks = mean_over(files, rows[found & (splits == SPLITS.index("train"))])
+    in_train = splits == SPLITS.index("train")
+    mean_landmarks = mean_over(files, rows[found & (in_train if in_train.any() else True)])  # all are for the test of a model from elsewhere
     if mean_landmarks is None:
-        raise FeatureFileError(f"{args.data_root}: no face found in any image of the train split; are these pictures of faces?")
+        raise FeatureFileError(f"{args.data_root}: no face found in any image{' of the train split' if in_train.any() else ''}; are these pictures of faces?")
     grid_size = args.img_size // args.patch_size
     mean_masks = draw_region_masks(mean_landmarks, (args.img_size, args.img_size), grid_size)
 

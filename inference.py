@@ -53,7 +53,7 @@ from preprocess import default_workers, gather, join_processes, map_ahead, under
 if TYPE_CHECKING:
     from report import Mistake
 
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
 METRICS = tuple(METRIC_RANGE)
 HEADS = ("ACC %", "at val. threshold", "real ACC %", "fake ACC %", "AP", "AUC", "EER")  # of METRICS
@@ -90,7 +90,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
     except Exception as error:  # whatever torch.load makes of a damaged or foreign file
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(f"{path}: not a whole checkpoint ({cause}); take another one or run train.py again") from error
-    if not isinstance(checkpoint, dict) or not {"version", "config", "model", "mask_style", "val_threshold", "framing"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"version", "config", "model", "mask_style", "val_threshold", "framing", "images"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: not a checkpoint of train.py: it does not say what model it is; run train.py again")
     if checkpoint["version"] != CHECKPOINT_VERSION:
         raise CheckpointError(f"{path}: checkpoint version {checkpoint['version']}, this program reads {CHECKPOINT_VERSION}; run train.py again")
@@ -226,7 +226,17 @@ def load_test_set(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
     comparisons = draw_comparisons(dataset, list(files), args.seed)
     if taken := [name for name in SUMMARIES if name in comparisons]:
         raise FeatureFileError(f"{args.features}/fake/{taken[0]}: this name means something else in the results; give the data set another")
+    if args.split == "test" and (known := int(np.isin(image_ids(dataset), checkpoint["images"].cpu().numpy()).sum())):
+        raise FeatureFileError(
+            f"{args.features}: {args.checkpoint} was trained or validated on {known} of these {len(dataset)} test images, since the splits were dealt anew; "
+            "train again on these features, or give those of its training"
+        )
     return TestSet(dataset, files, comparisons)
+
+
+def image_ids(dataset: FaceDataset) -> np.ndarray:
+    """(N,) int64: of each image eight bytes of the SHA-256 of what is stored of it."""
+    return np.ascontiguousarray(dataset.column("sha256")[:, :8]).view(np.int64).ravel()
 
 
 def draw_comparisons(dataset: FaceDataset, names: list[str], seed: int) -> dict[str, np.ndarray]:
@@ -312,6 +322,12 @@ def count_originals(test_set: TestSet) -> dict[str, Counter]:
     return {name: Counter(dict(count.most_common())) for name, count in counts.items() if count}
 
 
+def warn_of_treatment(test_set: TestSet, trained_on: str) -> list[str]:
+    """A sentence where preprocess.py has treated some of the images otherwise than those of the training."""
+    others = set(test_set.dataset.column("treatments")[test_set.needed]) - {trained_on}
+    return [f"the model was trained on images that were {trained_on or 'resized alone'}; images tested here are {', '.join(one or 'resized alone' for one in sorted(others))}"] if others else []
+
+
 def warn_of_traces(test_set: TestSet, protocol: str) -> list[str]:
     """A sentence where the formats or sizes of the original files differ between a generator and the real images. What no --protocol
     makes alike, sizes, is told under all of them."""
@@ -328,7 +344,7 @@ def warn_of_traces(test_set: TestSet, protocol: str) -> list[str]:
             traces.remove("format")
         if traces:
             shown = [", ".join(f"{name} {100 * n / len(labels) * 2:.0f} %" for name, n in Counter(originals[chosen[labels == label]]).most_common(3)) for label in (0, 1)]
-            warnings.append(f"{generator}: the {' and '.join(traces)} of its files tell it from the real ones ({shown[1]}; real: {shown[0]}){'; --protocol all_jpeg96 makes formats more alike' if 'format' in traces else ''}")
+            warnings.append(f"{generator}: the {' and '.join(traces)} of its files tell{'' if len(traces) > 1 else 's'} it from the real ones ({shown[1]}; real: {shown[0]}){'; --protocol all_jpeg96 makes formats more alike' if 'format' in traces else ''}")
     return warnings
 
 
@@ -480,7 +496,7 @@ def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespa
             raise ValueError(f"{folder}: nothing can be written there; name another folder")
     if taken := [path for path in (args.output.with_suffix(suffix) for suffix in (".json", ".csv", ".md", ".tex")) if path.is_dir()]:
         raise ValueError(f"{taken[0]}: is a folder; give --output another name")
-    warnings = warn_of_traces(test_set, args.protocol)
+    warnings = warn_of_treatment(test_set, checkpoint["framing"]["treatment"]) + warn_of_traces(test_set, args.protocol)
     scores = score(model, test_set, args)
     results = tabulate(test_set, scores, checkpoint, args.bootstrap, args.seed) if rank == 0 else None
     robustness = test_robustness(model, checkpoint, test_set, results or tabulate(test_set, scores, checkpoint, 0, args.seed), args) if args.robustness else None

@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import draw_region_masks, face_frame, face_size
-from faces import FaceFinder, detect_face, find_predictor, predict_landmarks
+from faces import FaceFinder, detect_face, find_face, find_predictor, predict_landmarks
 from model import LAMMViT
 from preprocess import CORNERS, NO_IMAGE_BY_NAME, TREATMENT, Rejected, end_with, list_files, load_rgb, map_ahead, parse_treatment, recompress, treat
 
@@ -197,7 +197,15 @@ def faces_in_file(path: Path) -> list[Face] | str:
             return f"is {image.info[TREATMENT]}, and the training images are not; take the original"
         options = parse_treatment(framing.treatment)
         if options.align:
-            return [aligned_face(treat(image, path, options, finder), finder, framing)]
+            try:
+                return [aligned_face(treat(image, path, options, finder), finder, framing)]
+            except Rejected:  # no face, or one too near to the border
+                if not framing.whole_image:
+                    raise
+            options.align = 0.0
+            stored, landmarks, found_by = find_face(treat(image, path, options, finder), finder, framing.side)
+            landmarks = framing.mean_landmarks.astype(np.float32) if landmarks is None else landmarks
+            return [as_face(None, stored, landmarks, found_by, framing, "whole")]
         faces = find_faces(image, finder, framing)
         return [face._replace(image=np.asarray(recompress(Image.fromarray(face.image), path, options.recompress))) for face in faces] or NO_FACE
     except (Rejected, OSError, ValueError) as reason:
@@ -359,9 +367,11 @@ def explain_rows(model: LAMMViT, threshold: float, rows: Iterator[Row], folder: 
             taken.add(unique)
             path = folder / f"{unique}.png"
             images, masks = torch.from_numpy(row.face.image.copy()).permute(2, 0, 1)[None], torch.from_numpy(row.face.region_masks)[None]
-            title = f"{row.path.name}: {row.verdict}, P(fake) = {row.probability:.4f}, fake from {threshold:.4f} on"
+            doubt = ", mean landmarks: dlib found none" if row.face.found_by == "mean" else ""
+            title = f"{row.path.name}: {row.verdict}, P(fake) = {row.probability:.4f}, fake from {threshold:.4f} on{doubt}"
+            landmarks = row.face.landmarks if model.config.region_guidance else None
             try:
-                draw_explanation(row.face.image, row.face.landmarks, explain(model, images, masks)[0], title, path)
+                draw_explanation(row.face.image, landmarks, explain(model, images, masks)[0], title, path)
                 row = row._replace(explanation=str(path))
             except OSError as error:
                 print(f"WARNING: {path}: not written ({error})", file=sys.stderr)

@@ -605,8 +605,10 @@ def plan_work(args: argparse.Namespace, directory: Path, locks: contextlib.ExitS
         sys.exit(f"{args.directory}: no such folder; --directory takes a folder of images")
     if min(args.target_height, args.target_width, args.workers) < 1:
         sys.exit("--target_height, --target_width and --workers have to be at least 1")
-    if args.align and (args.target_height != args.target_width or not 0.2 <= args.align <= 2):
-        sys.exit("--align makes squares, from 0.2 to 2 times FFHQ's: --target_height and --target_width have to be equal")
+    if args.align and not 0.2 <= args.align <= 2:
+        sys.exit(f"--align {args.align:g}: has to be from 0.2 to 2, in parts of FFHQ's square")
+    if args.align and args.target_height != args.target_width:
+        sys.exit("--align makes squares: --target_height and --target_width have to be equal")
     if treatment_of(args) and args.output_dir is None:
         sys.exit("--align and --recompress need --output_dir: the originals are wanted again when another crop or quality is")
     output = directory

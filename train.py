@@ -46,6 +46,7 @@ from dataset import FOUND_BY, MASK_STYLES, FaceDataset, FeatureFileError, TrainS
 from inference import (
     CHECKPOINT_VERSION,
     CheckpointError,
+    image_ids,
     load_batches,
     load_checkpoint,
     normalize,
@@ -90,6 +91,7 @@ class Run:
     world: int
     datasets: list[str]
     framing: dict  # of the faces in the training images, for inference.py --images
+    images: torch.Tensor  # image_ids of training and validation, so that inference.py does not test on them
     train_set: FaceDataset
     val_set: FaceDataset
     model: LAMMViT
@@ -443,7 +445,7 @@ def describe(run: Run) -> dict:
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run.args).items() if name not in ("resume", "output_dir")}
     return {
         "version": CHECKPOINT_VERSION, "config": dataclasses.asdict(run.model.config), "model": run.model.state_dict(), "mask_style": run.args.mask_style,
-        "datasets": run.datasets, "framing": run.framing, "features": run.train_set.fingerprint, "arguments": arguments, "val_threshold": run.val_threshold,
+        "datasets": run.datasets, "framing": run.framing, "images": run.images, "features": run.train_set.fingerprint, "arguments": arguments, "val_threshold": run.val_threshold,
         "sizes": [len(run.train_set), len(run.val_set)], "window": run.window, "dtype": str(run.dtype).removeprefix("torch."),
         "epoch": run.epoch, "samples": run.samples, "best_auc": run.best_auc,
     }  # fmt: skip
@@ -685,8 +687,9 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     model = build_model(args, train_set.img_size).to(device)
     dtype = pick_precision(args.precision, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
+    images = torch.from_numpy(np.concatenate([image_ids(train_set), image_ids(val_set)]))
     return Run(
-        args, device, rank, world, datasets, measure_framing(train_set), train_set, val_set, model, model, optimizer,
+        args, device, rank, world, datasets, measure_framing(train_set), images, train_set, val_set, model, model, optimizer,
         plateau=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=args.lr_patience, min_lr=MIN_LR),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         dtype=dtype,

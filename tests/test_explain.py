@@ -52,9 +52,9 @@ def make_explanation(layers: int | None, grid_size: int = 7, seed: int = 0) -> E
     return Explanation(heat / heat.sum(), None if layers is None else rng.random((layers, 12), dtype=np.float32))
 
 
-def draw(path: Path, explanation: Explanation, shift: float = 0, size: int = 112, title: str = "fake, P(fake) = 0.97") -> np.ndarray:
+def draw(path: Path, explanation: Explanation, shift: float | None = 0, size: int = 112, title: str = "fake, P(fake) = 0.97") -> np.ndarray:
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    draw_explanation(image, make_landmarks(size) + shift, explanation, title, path)
+    draw_explanation(image, None if shift is None else make_landmarks(size) + shift, explanation, title, path)
     with Image.open(path) as picture:
         assert picture.format == "PNG" and picture.size == (WIDTH, HEIGHT)
         return np.asarray(picture.convert("RGB")).astype(int)
@@ -194,6 +194,8 @@ def test_the_picture_shows_what_differs(tmp_path):
     outside = draw(path, base, shift=120, size=224) != plain  # in part; clipped to the panel
     assert outside[:, :565].any() and not outside[:, 565:].any() and not outside[680:].any()
     draw(path, base, shift=1e5, size=224)
+    unguided = draw(path, base, shift=None, size=224) != plain  # no regions, and no list of them
+    assert unguided[60:680, :565].any() and unguided[60:680, 565:740].any() and not unguided[:60, 760:].any() and not unguided[700:].any()
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,13 @@ def test_generators_that_are_only_tested(datasets, features, tmp_path):
     results = json.loads((tmp_path / "prediction_results.json").read_text())
     assert not results["IrisMismatch"]["seen"] and results["OffAxisMouth"]["seen"]
 
+    # All for the test: of a model from elsewhere
+    run_script("feature_extraction.py", *options, "--test_only", "IrisMismatch", "OffAxisMouth", "Consistent", cwd=tmp_path)
+    with open_features(tmp_path / "features/real/Consistent/test_features.h5") as file:
+        assert len(file["labels"]) == 60 and np.isfinite(file.attrs["mean_landmarks"]).all()
+    refused = error_line(run_script("inference.py", "--features", tmp_path / "features", "--checkpoint", folder / "best_model.pth", cwd=tmp_path, expect=1))
+    assert "was trained or validated on " in refused and "of these " in refused
+
 
 def test_a_full_disk_loses_nothing(datasets, features, tmp_path):
     """A limit on the size of files, which fails writes as a full disk does: first in the shards, then in the feature files."""

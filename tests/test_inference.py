@@ -368,6 +368,23 @@ def test_a_reader_that_leaves_costs_no_results(features, trained, tmp_path):
     assert {f"prediction_results.{kind}" for kind in ("json", "csv", "md", "tex")} == {path.name for path in tmp_path.iterdir()}
 
 
+def test_images_of_the_training_are_not_tested_on(features, trained, tmp_path):
+    shutil.copytree(features, tmp_path / "features")
+    for path in (tmp_path / "features").glob("*/*/test_features.h5"):
+        shutil.copy(path.with_name("val_features.h5"), path)
+    counts = [len(FaceDataset([path], grid_size=4)) for path in (tmp_path / "features").glob("*/*/test_features.h5")]
+    line = refusal(inference, "--features", tmp_path / "features", "--checkpoint", trained / "best_model.pth")
+    assert f"was trained or validated on {sum(counts)} of these {sum(counts)} test images" in line and "best_model.pth" in line
+    inference.main(options("--features", tmp_path / "features", "--checkpoint", trained / "best_model.pth", "--split", "val", "--output", tmp_path / "out.json", "--bootstrap", 0))
+
+
+def test_images_treated_otherwise_than_the_training_images_are_told(features, trained, tmp_path):
+    checkpoint = torch.load(trained / "best_model.pth", weights_only=True)
+    torch.save(checkpoint | {"framing": checkpoint["framing"] | {"treatment": "aligned 0.6, 160x160"}}, tmp_path / "aligned.pth")
+    inference.main(options("--features", features, "--checkpoint", tmp_path / "aligned.pth", "--output", tmp_path / "out.json", "--bootstrap", 0))
+    assert json.loads((tmp_path / "out.json").read_text())["Run"]["warnings"] == ["the model was trained on images that were aligned 0.6, 160x160; images tested here are resized alone"]
+
+
 def test_features_of_another_size_are_refused(datasets, trained, tmp_path):
     run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", "--img_size", 112, cwd=tmp_path)
     line = refusal(inference, "--checkpoint", trained / "best_model.pth", "--features", tmp_path / "features")

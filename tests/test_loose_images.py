@@ -290,6 +290,9 @@ def test_loose_pictures_are_aligned_for_a_model_of_aligned_images(aligned, finde
             assert 0.7 < (right - left) / box.width() < 1.6
     assert framings["whole"] >= 0.9 * len(expected) > 20
     assert "the aligned crop would reach" in rows[str(tmp_path / "close.png")]["reason"] and rows[str(tmp_path / "nobody.png")]["reason"] == "no face found"
+    whole = run_script("inference.py", "--images", tmp_path / "close.png", tmp_path / "nobody.png", "--whole_image", "--checkpoint", aligned / "model/best_model.pth", cwd=tmp_path)
+    assert [(row["face"] == "mean", row["framing"], row["left"]) for row in rows_of(whole.stdout)] == [(False, "whole", ""), (True, "whole", "")]
+    assert all(0 < float(row["probability"]) < 1 for row in rows_of(whole.stdout))
     assert "was resized already, it was a JPEG 500x360" in rows[str(tmp_path / "squashed.png")]["reason"]
 
 
