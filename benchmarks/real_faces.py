@@ -13,7 +13,8 @@ One command from the files to the tables:
     probe      how far a linear model gets on what is not worth learning: file size, format, mean spectrum, a thumbnail
     train      LAMM-ViT and a plain ViT, then LAMM-ViT without each of its parts, with several seeds each, on equalised images; the
                first two once more on raw ones
-    compare    AUC over seeds with bootstrap intervals, and the paired test of LAMM-ViT against the plain ViT
+    compare    AUC over seeds with bootstrap intervals, what other faces' masks change, and the paired test of LAMM-ViT against
+               the plain ViT
 
 Before the training starts it says how long that will take. It can be stopped at any time; the same command goes on, and on a CPU
 ends with the same numbers.
@@ -53,6 +54,7 @@ from near_duplicates import Fingerprint, find_network, find_pairs, leave_out, ta
 import train  # noqa: E402
 from dataset import CLASSES, SPLITS, FaceDataset, find_feature_files, open_features  # noqa: E402
 from faces import FaceFinder, detect_face, find_predictor  # noqa: E402
+from inference import fake_probability, load_checkpoint  # noqa: E402
 from metrics import auc_replicates, compare_aucs, interval, win_matrix  # noqa: E402
 from preprocess import (  # noqa: E402
     BEYOND,
@@ -352,6 +354,25 @@ def read_scores(folders: list[Path]) -> tuple[dict[str, tuple[np.ndarray, np.nda
     return scores, sum(label == 0 for label, _ in times)
 
 
+def swap_masks(args: argparse.Namespace, folder: Path) -> tuple[float, float, float]:
+    """What a model of equalised images makes of faces with the region masks of other faces: the mean change of a score, and the mean AUC
+    over generators with the own masks and with others'."""
+    model, checkpoint = load_checkpoint(folder / "best_model.pth")
+    data = FaceDataset(list(find_feature_files(features_of(args, "equalised"), "test").values()), model.config.grid_size, checkpoint["mask_style"])
+    samples = data.read(np.arange(len(data)))
+    images, masks = torch.from_numpy(samples["image"]), torch.from_numpy(samples["region_masks"][np.random.default_rng(0).permutation(len(data))])
+    with torch.inference_mode():
+        swapped = np.concatenate([fake_probability(model, *part) for part in zip(images.split(64), masks.split(64))])
+    scores, by_generator = dict(zip(data.column("paths"), swapped)), defaultdict(list)
+    with open(folder / "prediction_results.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        for line in csv.DictReader(file):
+            by_generator[line["generator"]].append((int(line["label"]), float(line["score"]), scores[line["path"]]))
+    tables = [np.array(rows).T for rows in by_generator.values()]  # (3, N): label, score, score with another's masks
+    changes = [np.abs(own - others).mean() for _, own, others in tables]
+    aucs = [[roc_auc_score(labels, values) for values in (own, others)] for labels, own, others in tables]
+    return float(np.mean(changes)), *np.mean(aucs, axis=0).tolist()
+
+
 def markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}", *(f"| {' | '.join(cells)} |" for cells in rows), ""]
 
@@ -405,7 +426,13 @@ def write_tables(args: argparse.Namespace, sizes: dict, dropped: dict, probes: d
     lines += [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]
     lines += [row(f"{name}, {treatment}", runs, list(args.train_on), unseen, sum(values.numel() for values in parameters[name].values())) for (treatment, name), runs in results.items()]
 
-    lines += ["", "## LAMM-ViT against a plain ViT", "", "Same width, depth, data, budget and seeds; equalised images. Difference of AUC, 95 % interval and p by DeLong's paired test on the", "images' win rates over all seeds: what other test images would change. The differences seed by seed stand beside it.", ""]
+    lines += ["", "## Do the masks count?", "", "Each test image with its own region masks and with those of another face, drawn at random; equalised images, mean over generators and seeds.", ""]
+    guided = [name for treatment, name in results if treatment == "equalised" and "region_guidance" not in VARIANTS[name]]
+    summary["masks"] = {name: dict(zip(("change", "auc", "auc_swapped"), np.mean([swap_masks(args, folder) for folder in folders["equalised", name]], axis=0).tolist())) for name in guided}
+    table = [[name, f"{of['change']:.4f}", f"{of['auc']:.4f}", f"{of['auc_swapped']:.4f}"] for name, of in summary["masks"].items()]
+    lines += markdown(["", "change of a score, mean", "AUC, own masks", "AUC, another's"], table)
+
+    lines += ["## LAMM-ViT against a plain ViT", "", "Same width, depth, data, budget and seeds; equalised images. Difference of AUC, 95 % interval and p by DeLong's paired test on the", "images' win rates over all seeds: what other test images would change. The differences seed by seed stand beside it.", ""]
     table = []
     for generator in generators:
         (labels, first), (_, second) = (scores["equalised", name][0][generator] for name in MAIN)

@@ -212,6 +212,10 @@ def test_from_files_to_tables(data_root, tmp_path, calls, capsys):
     first, second = (np.mean(summary["detectors"]["equalised"][name]["New"]) for name in real_faces.MAIN)
     gain = summary["comparison"]["New"]
     assert gain["difference"] == pytest.approx(first - second) and gain["low"] <= gain["difference"] <= gain["high"]
+    masks = summary["masks"]
+    assert masks.keys() == {"LAMM-ViT"}, "the plain ViT has none"
+    every = [summary["detectors"]["equalised"]["LAMM-ViT"][name] for name in ("Gan", "Diffusion", "New") if name in summary["detectors"]["equalised"]["LAMM-ViT"]]
+    assert masks["LAMM-ViT"]["auc"] == pytest.approx(np.mean(every)) and 0 < masks["LAMM-ViT"]["change"] < 1
     tables = (output / "results.md").read_text()
     assert tables in printed and f"| LAMM-ViT, equalised | {0:.0f}"[:22] in tables
 
