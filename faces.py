@@ -165,6 +165,12 @@ def alignment_square(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return eyes + 0.1 * eye_to_mouth, right
 
 
+def search_copy(image: Image.Image, side: int) -> Image.Image:
+    """The image, or a smaller copy whose longer side is `side`, made without one in full size."""
+    shrink = min(1, side / max(image.size))
+    return image if shrink == 1 else image.resize([max(1, round(length * shrink)) for length in image.size], Image.Resampling.BICUBIC, reducing_gap=2)
+
+
 def align_face(image: Image.Image, finder: FaceFinder, side: int, crop: float) -> Image.Image | str:
     """Cuts out the largest face, turned so that the eyes are level. One antialiased resampling, nothing is filled up.
 
@@ -178,8 +184,7 @@ def align_face(image: Image.Image, finder: FaceFinder, side: int, crop: float) -
     Returns:
         RGB image, side x side, with CORNERS and ENLARGED in its info; or the reason why there is none.
     """
-    shrink = min(1, SEARCH_SIDE / max(image.size))
-    search = image.resize([max(1, round(length * shrink)) for length in image.size], Image.Resampling.BICUBIC, reducing_gap=2) if shrink < 1 else image
+    search = search_copy(image, SEARCH_SIDE)
     picture = np.asarray(search)
     box = next((box for upsampling in (0, 1) if (box := finder.detect(picture, upsampling)) is not None), None)
     if box is None:

@@ -61,6 +61,7 @@ from preprocess import (
     TREATMENT,
     Rejected,
     default_workers,
+    describe_treatment,
     end_with,
     gather,
     join_processes,
@@ -110,6 +111,12 @@ def state(path: Path) -> tuple[int, int]:
         return -1, -1
 
 
+def data_set_folders(data_root: Path, kind: str) -> list[Path]:
+    """The folders of the "real" or "fake" data sets, by name; not hidden ones, nor what preprocess.py has set aside."""
+    folders = sorted(path for path in (data_root / kind).glob("*") if path.is_dir() and not path.name.startswith("."))
+    return [folder for folder in folders if not folder.name.endswith(REJECTED_SUFFIX)]
+
+
 def find_sources(data_root: Path) -> tuple[list[Source], list[Path]]:
     """All images in the order of data sets, real first, and paths; and the files that are no images by their names.
 
@@ -124,9 +131,7 @@ def find_sources(data_root: Path) -> tuple[list[Source], list[Path]]:
         loose = sorted(path for path in (data_root / kind).glob("*.*") if path.is_file() and path.suffix.lower() in IMAGE_EXTENSIONS)
         if loose:
             raise FileNotFoundError(f"{loose[0]}: {len(loose)} images lie in no data set's folder; {layout}")
-        for folder in sorted(path for path in (data_root / kind).glob("*") if path.is_dir() and not path.name.startswith(".")):
-            if folder.name.endswith(REJECTED_SUFFIX):
-                continue
+        for folder in data_set_folders(data_root, kind):
             if folder.name != os.fsencode(folder.name).decode("utf-8", "replace"):
                 raise FileNotFoundError(f"{folder}: its name is no text; rename it")
             images, rest = list_files(folder)
@@ -532,7 +537,7 @@ def report(output_dir: Path, data_sets: Sequence[str]) -> None:
             with open_features(output_dir / data_set / f"{split}_features.h5") as file:
                 found_by = file["found_by"][:]
                 for treatment in set(file["treatments"].asstr()[:]):
-                    treatments[treatment or "resized alone"].add(data_set)
+                    treatments[describe_treatment(treatment)].add(data_set)
             sizes.append(len(found_by))
             ways.update(FOUND_BY[code] for code in found_by)
         by_class[data_set.split("/")[0]] += ways

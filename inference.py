@@ -48,7 +48,7 @@ from tqdm import tqdm
 from dataset import FaceDataset, FeatureFileError, TestTransform, draw_region_masks, find_feature_files
 from metrics import METRIC_RANGE, binary_metrics, bootstrap_replicates, interval
 from model import LAMMViT, LAMMViTConfig
-from preprocess import default_workers, gather, join_processes, map_ahead, under_torchrun
+from preprocess import default_workers, describe_treatment, gather, join_processes, map_ahead, under_torchrun
 
 if TYPE_CHECKING:
     from report import Mistake
@@ -57,7 +57,7 @@ CHECKPOINT_VERSION = 5
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
 METRICS = tuple(METRIC_RANGE)
 HEADS = ("ACC %", "at val. threshold", "real ACC %", "fake ACC %", "AP", "AUC", "EER")  # of METRICS
-SUMMARIES = ("Mean", "Std", "Worst", "Run", "Robustness", "corruption", "level")  # keys of the results beside the generators
+SUMMARIES = ("Mean", "Std", "Worst", "Run", "Robustness", "corruption", "level")  # keys beside the generators, of the results and of Robustness' rows
 ALIGNED_QUALITY = 96  # of the protocols fakes_jpeg96 and all_jpeg96 (arXiv 2403.17608)
 # The grid of the field; level 0 of blur and noise and 1 of resize are the clean images.
 ROBUSTNESS = {"jpeg": (100, 90, 80, 70, 60, 50, 40, 30), "blur": (1, 2, 3, 4, 5), "noise": (0.05, 0.1, 0.15, 0.2, 0.25), "resize": (0.75, 0.5, 0.25)}
@@ -280,7 +280,7 @@ def tabulate(test_set: TestSet, scores: np.ndarray, checkpoint: dict, bootstrap:
     """The metrics of each generator, with their intervals if bootstrap > 0, and the summaries: "Mean", "Std", "Worst"."""
     results, replicates = {}, {}
     threshold = checkpoint["val_threshold"]
-    places, pool = order_reals(test_set, scores)
+    places, pool = order_reals(test_set, scores) if bootstrap else (None, 0)
     for generator, (labels, of_generator) in test_set.labels_and_scores(scores).items():
         row = binary_metrics(labels, of_generator, threshold)
         row["seen"] = f"fake/{generator}" in checkpoint["datasets"]
@@ -325,7 +325,7 @@ def count_originals(test_set: TestSet) -> dict[str, Counter]:
 def warn_of_treatment(test_set: TestSet, trained_on: str) -> list[str]:
     """A sentence where preprocess.py has treated some of the images otherwise than those of the training."""
     others = set(test_set.dataset.column("treatments")[test_set.needed]) - {trained_on}
-    return [f"the model was trained on images that were {trained_on or 'resized alone'}; images tested here are {', '.join(one or 'resized alone' for one in sorted(others))}"] if others else []
+    return [f"the model was trained on images that were {describe_treatment(trained_on)}; images tested here are {', '.join(map(describe_treatment, sorted(others)))}"] if others else []
 
 
 def warn_of_traces(test_set: TestSet, protocol: str) -> list[str]:
@@ -404,14 +404,18 @@ def aligned(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def title_of(name: str, row: dict) -> str:
+    """A row's first cell, in one line whatever the data set is called."""
+    return " ".join((f"Worst: {row['generator']}" if name == "Worst" else name).split())
+
+
 def table_rows(results: dict[str, dict]) -> list[list[str]]:
     """The table as text, a row for each generator and the summaries: name, seen or unseen, the numbers, images."""
     rows = []
     for name, row in results.items():
         if name != "Run":
-            title = " ".join((f"Worst: {row['generator']}" if name == "Worst" else name).split())  # a line break would make two rows of it
             seen = {True: "seen", False: "unseen"}.get(row.get("seen"), "")
-            rows.append([title, seen, *cells(row), str(row["n_real"] + row["n_fake"]) if "n_real" in row else ""])
+            rows.append([title_of(name, row), seen, *cells(row), str(row["n_real"] + row["n_fake"]) if "n_real" in row else ""])
     return rows
 
 
@@ -445,8 +449,7 @@ def as_latex(results: dict[str, dict]) -> str:
         if name not in ("Run", "Std"):
             values, spread = ([row_of[metric] * (100 if METRIC_RANGE[metric] == 1 else 1) for metric in METRICS] for row_of in (row, results["Std"]))
             shown = [f"{value:.1f}" + (f" $\\pm$ {spread[i]:.1f}" if name == "Mean" else "") for i, value in enumerate(values)]
-            title = " ".join((f"Worst: {row['generator']}" if name == "Worst" else name).split())
-            title = "".join(LATEX.get(letter, letter) for letter in title)
+            title = "".join(LATEX.get(letter, letter) for letter in title_of(name, row))
             seen = {True: "seen", False: "unseen"}.get(row.get("seen"), "")
             lines += ([r"\midrule"] if name == "Mean" else []) + [" & ".join([title, seen, *shown, str(row["n_real"] + row["n_fake"]) if "n_real" in row else ""]) + r" \\"]
     return "\n".join(lines) + "\n"
@@ -496,12 +499,12 @@ def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespa
             raise ValueError(f"{folder}: nothing can be written there; name another folder")
     if taken := [path for path in (args.output.with_suffix(suffix) for suffix in (".json", ".csv", ".md", ".tex")) if path.is_dir()]:
         raise ValueError(f"{taken[0]}: is a folder; give --output another name")
-    warnings = warn_of_treatment(test_set, checkpoint["framing"]["treatment"]) + warn_of_traces(test_set, args.protocol)
     scores = score(model, test_set, args)
     results = tabulate(test_set, scores, checkpoint, args.bootstrap, args.seed) if rank == 0 else None
     robustness = test_robustness(model, checkpoint, test_set, results or tabulate(test_set, scores, checkpoint, 0, args.seed), args) if args.robustness else None
     if rank > 0:
         return
+    warnings = warn_of_treatment(test_set, checkpoint["framing"]["treatment"]) + warn_of_traces(test_set, args.protocol)
     results["Run"] = describe_run(checkpoint, test_set, warnings, args)
     out = args.output  # written before anything is printed: a reader that has gone costs no results
     partial = out.with_name(f".{out.name}.partial")

@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import draw_region_masks, face_frame, face_size
-from faces import FaceFinder, detect_face, find_face, find_predictor, predict_landmarks
+from faces import FaceFinder, detect_face, find_face, find_predictor, predict_landmarks, search_copy
 from model import LAMMViT
 from preprocess import CORNERS, NO_IMAGE_BY_NAME, TREATMENT, Rejected, end_with, list_files, load_rgb, map_ahead, parse_treatment, recompress, treat
 
@@ -95,7 +95,7 @@ def find_faces(image: Image.Image, finder: FaceFinder, framing: Framing) -> list
             faces.append(cut_out(image, points, box, finder, framing))
             boxes.append(box)
     if not faces and framing.whole_image:
-        faces = [as_face(None, stored, framing.mean_landmarks.astype(np.float32), "mean", framing, "whole")]
+        faces = [as_face(None, stored, None, "mean", framing, "whole")]
     return faces
 
 
@@ -120,16 +120,16 @@ def as_box(corners: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, i
     return tuple(np.clip(np.rint(corners), 0, size).astype(int).ravel().tolist())
 
 
-def as_face(box: tuple | None, stored: np.ndarray, landmarks: np.ndarray, found_by: str, framing: Framing, how: str) -> Face:
+def as_face(box: tuple | None, stored: np.ndarray, landmarks: np.ndarray | None, found_by: str, framing: Framing, how: str) -> Face:
+    """landmarks None: none were found, the mean ones stand in."""
+    landmarks = framing.mean_landmarks.astype(np.float32) if landmarks is None else landmarks
     return Face(box, stored, landmarks, draw_region_masks(landmarks, stored.shape[:2], framing.grid_size, framing.mask_style), found_by, how)
 
 
 def search(image: Image.Image, finder: FaceFinder, thorough: bool) -> list[tuple[np.ndarray, tuple]]:
     """(landmarks (68, 2), box) of all faces in a picture, both in its pixels, the largest first; if thorough, small ones, too, where there
     are no others."""
-    shrink = min(1, SEARCH_SIDE / max(image.size))
-    size = tuple(max(1, round(side * shrink)) for side in image.size)
-    copy = image if shrink == 1 else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)  # not of a copy in full size
+    copy = search_copy(image, SEARCH_SIDE)
     picture, unit = np.asarray(copy), np.array(image.size) / copy.size
     found = finder.detector(picture, int(max(copy.size) <= UPSAMPLED_SIDE))
     if not found and thorough:
@@ -168,7 +168,7 @@ def aligned_face(image: Image.Image, finder: FaceFinder, framing: Framing) -> Fa
         inside = detection.to_stored(np.array([(left, top), (end, top), (end, bottom), (left, bottom)], float)) + 0.5
     outside = first + inside / unit @ np.array([right - first, below - first])  # (4, 2) in pixels of the upright picture
     box = tuple(np.rint([*outside.min(axis=0), *outside.max(axis=0)]).astype(int).tolist())
-    landmarks = predict_landmarks(detection, finder) if detection else framing.mean_landmarks.astype(np.float32)
+    landmarks = predict_landmarks(detection, finder) if detection else None
     return as_face(box, stored, landmarks, detection.found_by if detection else "mean", framing, "aligned")
 
 
@@ -204,7 +204,6 @@ def faces_in_file(path: Path) -> list[Face] | str:
                     raise
             options.align = 0.0
             stored, landmarks, found_by = find_face(treat(image, path, options, finder), finder, framing.side)
-            landmarks = framing.mean_landmarks.astype(np.float32) if landmarks is None else landmarks
             return [as_face(None, stored, landmarks, found_by, framing, "whole")]
         faces = find_faces(image, finder, framing)
         return [face._replace(image=np.asarray(recompress(Image.fromarray(face.image), path, options.recompress))) for face in faces] or NO_FACE

@@ -388,6 +388,11 @@ def treatment_of(args: argparse.Namespace) -> str:
     return ", ".join([*parts, f"{args.target_width}x{args.target_height}"]) if parts else ""
 
 
+def describe_treatment(treatment: str) -> str:
+    """For messages."""
+    return treatment or "resized alone"
+
+
 def parse_treatment(treatment: str) -> argparse.Namespace:
     """The options that treatment_of has made it from."""
     crop, low, high, width, height = re.fullmatch(TREATMENT_PATTERN, treatment).groups()

@@ -55,7 +55,7 @@ from inference import (
 )  # fmt: skip
 from metrics import binary_metrics, choose_threshold
 from model import NUM_HEADS, NUM_REGIONS, TORCHVISION_NORM_EPS, LAMMLoss, LAMMViT, LAMMViTConfig, load_torchvision_vit
-from preprocess import gather, join_processes, lock
+from preprocess import describe_treatment, gather, join_processes, lock
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -208,7 +208,7 @@ def measure_framing(train_set: FaceDataset) -> dict:
     """
     treatments = sorted(set(train_set.column("treatments")))
     if len(treatments) > 1:
-        raise FeatureFileError(f"the training images are not treated alike ({'; '.join(one or 'resized alone' for one in treatments)}): that may tell the class; run preprocess.py with the same --align, --recompress and size over all")
+        raise FeatureFileError(f"the training images are not treated alike ({'; '.join(map(describe_treatment, treatments))}): that may tell the class; run preprocess.py with the same --align, --recompress and size over all")
     stored = FaceDataset(train_set.files, mapped=False)  # without the transform
     some = np.unique(np.linspace(0, len(stored) - 1, 1000).astype(int))
     found = some[stored.column("found_by")[some] != FOUND_BY.index("mean")]

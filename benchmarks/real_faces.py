@@ -54,6 +54,7 @@ from near_duplicates import Fingerprint, find_network, find_pairs, leave_out, ta
 import train  # noqa: E402
 from dataset import CLASSES, SPLITS, FaceDataset, find_feature_files, open_features  # noqa: E402
 from faces import FaceFinder, detect_face, find_predictor  # noqa: E402
+from feature_extraction import data_set_folders  # noqa: E402
 from inference import fake_probability, load_checkpoint  # noqa: E402
 from metrics import auc_replicates, compare_aucs, interval, win_matrix  # noqa: E402
 from preprocess import (  # noqa: E402
@@ -85,8 +86,7 @@ LIKE_CHANCE = (0.45, 0.60)  # AUC of a probe that has found nothing
 
 def data_sets_of(data_root: Path) -> list[str]:
     """["real/FFHQ", "fake/StyleGAN1", ...]"""
-    folders = [folder for kind in CLASSES for folder in sorted((data_root / kind).glob("*")) if folder.is_dir() and not folder.name.startswith(".")]
-    return [f"{folder.parent.name}/{folder.name}" for folder in folders if not folder.name.endswith(REJECTED_SUFFIX)]
+    return [f"{kind}/{folder.name}" for kind in CLASSES for folder in data_set_folders(data_root, kind)]
 
 
 def prepare(args: argparse.Namespace, data_sets: list[str]) -> None:
@@ -193,12 +193,6 @@ def features_of(args: argparse.Namespace, treatment: str) -> Path:
     return args.output_dir / "features" / treatment
 
 
-def fingerprint_of(features: Path) -> str:
-    """Of everything that the feature files depend on."""
-    with open_features(next(iter(find_feature_files(features, "test").values()))) as file:
-        return str(file.attrs["fingerprint"])
-
-
 def check_splits(features: Path, kept: dict[str, Fingerprint]) -> dict[str, tuple[int, int, int]]:
     """That nothing stands on both sides of a split that is near each other. Returns {data set: images in train, val, test}.
 
@@ -290,7 +284,8 @@ def plan_jobs(args: argparse.Namespace) -> list[tuple[str, str, int, Path]]:
     jobs += [("equalised", name, seed) for seed in range(args.seeds) for name in others]
     jobs += [("raw", name, seed) for seed in range(args.seeds) for name in MAIN]
     # Other images, other models: those of earlier ones stay beside them
-    folders = {treatment: args.output_dir / "models" / f"{treatment}_{fingerprint_of(features_of(args, treatment))[:8]}" for treatment in TREATMENTS}
+    prints = {treatment: FaceDataset(list(find_feature_files(features_of(args, treatment), "test").values())).fingerprint for treatment in TREATMENTS}
+    folders = {treatment: args.output_dir / "models" / f"{treatment}_{prints[treatment][:8]}" for treatment in TREATMENTS}
     return [(treatment, name, seed, folders[treatment] / name.split(" (")[0].replace(" ", "_") / f"seed_{seed}") for treatment, name, seed in jobs]
 
 
@@ -331,6 +326,15 @@ def train_all(args: argparse.Namespace, jobs: list, options: list[str]) -> dict[
 # --------------------------------------------------------------------------------------------------------------------- tables
 
 
+def read_table(folder: Path) -> dict[str, dict[tuple[int, str], float]]:
+    """{generator: {(label, path): score}} of a model, from inference.py's CSV file."""
+    table = defaultdict(dict)
+    with open(folder / "prediction_results.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        for line in csv.DictReader(file):
+            table[line["generator"]][int(line["label"]), line["path"]] = float(line["score"])
+    return table
+
+
 def read_scores(folders: list[Path]) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], int]:
     """{generator: labels (N,) and the scores of all seeds (S, N) of the images that stand against each other}, and how many real images
     there are in all. These are in an order in which each generator has the first ones.
@@ -340,10 +344,7 @@ def read_scores(folders: list[Path]) -> tuple[dict[str, tuple[np.ndarray, np.nda
     """
     tables = []
     for folder in folders:
-        tables.append(defaultdict(dict))
-        with open(folder / "prediction_results.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            for line in csv.DictReader(file):
-                tables[-1][line["generator"]][int(line["label"]), line["path"]] = float(line["score"])
+        tables.append(read_table(folder))
         if {name: of.keys() for name, of in tables[-1].items()} != {name: of.keys() for name, of in tables[0].items()}:
             raise ValueError(f"{folder}: tested on other images than {folders[0]}; remove it and run the same command again")
     times = Counter(image for of in tables[0].values() for image in of)
@@ -363,11 +364,9 @@ def swap_masks(args: argparse.Namespace, folder: Path) -> tuple[float, float, fl
     images, masks = torch.from_numpy(samples["image"]), torch.from_numpy(samples["region_masks"][np.random.default_rng(0).permutation(len(data))])
     with torch.inference_mode():
         swapped = np.concatenate([fake_probability(model, *part) for part in zip(images.split(64), masks.split(64))])
-    scores, by_generator = dict(zip(data.column("paths"), swapped)), defaultdict(list)
-    with open(folder / "prediction_results.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        for line in csv.DictReader(file):
-            by_generator[line["generator"]].append((int(line["label"]), float(line["score"]), scores[line["path"]]))
-    tables = [np.array(rows).T for rows in by_generator.values()]  # (3, N): label, score, score with another's masks
+    scores = dict(zip(data.column("paths"), swapped))
+    # (3, N) for each generator: label, score, score with another's masks
+    tables = [np.array([(label, own, scores[path]) for (label, path), own in of.items()]).T for of in read_table(folder).values()]
     changes = [np.abs(own - others).mean() for _, own, others in tables]
     aucs = [[roc_auc_score(labels, values) for values in (own, others)] for labels, own, others in tables]
     return float(np.mean(changes)), *np.mean(aucs, axis=0).tolist()
@@ -381,6 +380,7 @@ def write_tables(args: argparse.Namespace, sizes: dict, dropped: dict, probes: d
     """results.md and results.json. Returns the latter."""
     generators = [*args.train_on, *sorted(data_set.split("/")[1] for data_set in sizes if data_set.startswith("fake/") and data_set.split("/")[1] not in args.train_on)]
     unseen = generators[len(args.train_on) :]
+    titles = {generator: generator if generator in unseen else f"{generator} (seen)" for generator in generators}
     folders = {key: [folder for treatment, name, _, folder in jobs if (treatment, name) == key] for key in results}
     scores = {key: read_scores(of) for key, of in folders.items()}
     summary: dict = {"data": {}, "probes": probes, "detectors": {}, "comparison": {}}
@@ -401,7 +401,7 @@ def write_tables(args: argparse.Namespace, sizes: dict, dropped: dict, probes: d
         return "–" if auc is None else f"{auc:.3f}" if LIKE_CHANCE[0] <= auc <= LIKE_CHANCE[1] else f"**{auc:.3f}**"
 
     table = [[f"{name}, {treatment}", *(shown(aucs[column]) for column in (*generators, REAL_SIZES))] for treatment in TREATMENTS for name, aucs in probes[treatment].items()]
-    lines += markdown(["probe", *(f"{generator}{'' if generator in unseen else ' (seen)'}" for generator in generators), REAL_SIZES], table)
+    lines += markdown(["probe", *titles.values(), REAL_SIZES], table)
 
     lines += ["## Detectors", "", f"AUC, mean ± standard deviation over {args.seeds} seeds; in brackets 95 % bootstrap intervals of the mean over these seeds: what other images would change.", ""]
     table = []
@@ -418,7 +418,7 @@ def write_tables(args: argparse.Namespace, sizes: dict, dropped: dict, probes: d
         cells.append(with_interval(per_seed, np.mean([replicates[generator] for generator in unseen], axis=0), smallest))
         summary["detectors"][treatment][name]["unseen"] = list(map(float, per_seed))
         table.append([f"{name}, {treatment}", *cells])
-    lines += markdown(["", *(f"{generator}{'' if generator in unseen else ' (seen)'}" for generator in generators), "mean of unseen"], table)
+    lines += markdown(["", *titles.values(), "mean of unseen"], table)
 
     parameters = {name: torch.load(of[0] / "best_model.pth", map_location="cpu", weights_only=True)["model"] for (_, name), of in folders.items()}
     lines += ["The same runs, all metrics; mean ± standard deviation over seeds of the mean over generators. ACC is at 0.5.", ""]
@@ -440,7 +440,7 @@ def write_tables(args: argparse.Namespace, sizes: dict, dropped: dict, probes: d
         by_seed = [a[generator]["auc"] - b[generator]["auc"] for a, b in zip(*(results["equalised", name] for name in MAIN))]
         known = np.isfinite(gain.p_value)
         summary["comparison"][generator] = {**{name: value if np.isfinite(value) else None for name, value in gain._asdict().items()}, "by_seed": by_seed}
-        table.append([f"{generator}{'' if generator in unseen else ' (seen)'}", f"{gain.difference:+.3f}", *((f"[{gain.low:+.3f}, {gain.high:+.3f}]", f"{gain.p_value:.2g}") if known else ("–", "–")), ", ".join(f"{value:+.3f}" for value in by_seed)])
+        table.append([titles[generator], f"{gain.difference:+.3f}", *((f"[{gain.low:+.3f}, {gain.high:+.3f}]", f"{gain.p_value:.2g}") if known else ("–", "–")), ", ".join(f"{value:+.3f}" for value in by_seed)])
     lines += markdown(["generator", "AUC, LAMM-ViT − plain ViT", "95 %", "p", "by seed"], table)
     lines += [f"`{command_line(args, options)}`", ""]
 
