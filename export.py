@@ -11,15 +11,19 @@ It needs three packages more: pip install onnx onnxscript onnxruntime
 Both files hold the same function, for any number of images B:
 
     images        (B, 3, h, w) uint8, RGB, of the metadata's img_size; normalised inside
-    region_masks  (B, 8, G, G) float32, of dataset.draw_region_masks in the metadata's mask_style, G = img_size / patch_size
+    region_masks  (B, 8, G, G) float32, of faces.regions.draw_region_masks in the metadata's mask_style, G = img_size /
+    patch_size
     probability   (B,) float32, of a fake
 
-Models without region guidance take region_masks, too, and do not look at them. The metadata are text, numbers and lists in
-JSON: val_threshold, img_size, patch_size, mask_style, treatment (what preprocess.py did to the training images, and has to do to
-others: "aligned 0.6, JPEG 75-95, 224x224"; "": resized alone), regions, datasets (what the model was trained on), checkpoint_sha256.
+Models without region guidance take region_masks, too, and do not look at them. The metadata are text, numbers and lists
+in
+JSON: val_threshold, img_size, patch_size, mask_style, treatment (what preprocess.py did to the training images, and has
+to do to
+others: "aligned 0.6, JPEG 75-95, 224x224"; "": resized alone), regions, datasets (what the model was trained on),
+checkpoint_sha256.
 
     session.get_modelmeta().custom_metadata_map                     in onnxruntime
-    metadata = {"val_threshold": ""}                                in PyTorch: all of them, but only if one is asked for
+    metadata = {"val_threshold": ""}                                in PyTorch: all of them, but only if asked for one
     program = torch.export.load("model.pt2", extra_files=metadata)
 
 Before the files get their names they are loaded again, and have to agree with the model that inference.py runs.
@@ -39,9 +43,11 @@ import torch
 from torch import Tensor, nn
 
 from attention import force_path
-from dataset import REGIONS, check_space
-from inference import fake_probability, load_checkpoint, normalize
-from model import NUM_REGIONS, LAMMViT
+from evaluation.scoring import fake_probability
+from faces.regions import REGIONS
+from model import NUM_REGIONS, LAMMViT, normalize
+from runtime.checkpoint import load_checkpoint
+from runtime.files import check_space
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18  # the oldest that torch writes; onnxruntime reads it from 1.14 on, and is no faster with 20 or 23
@@ -63,21 +69,29 @@ class Detector(nn.Module):
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """F.scaled_dot_product_attention of three or four dimensions as a formula: torch translates it to ONNX for four only."""
+    """F.scaled_dot_product_attention of three or four dimensions as a formula: torch translates it to ONNX for four
+    only.
+    """
     return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
 
 
 def random_batch(model: LAMMViT, size: int) -> tuple[Tensor, Tensor]:
     side, grid = model.config.img_size, model.config.grid_size
     generator = torch.Generator().manual_seed(size)
-    return torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator), torch.rand(size, NUM_REGIONS, grid, grid, generator=generator)
+    return torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator), torch.rand(
+        size, NUM_REGIONS, grid, grid, generator=generator
+    )
 
 
 def write_exports(model: LAMMViT, metadata: dict[str, str], onnx_file: Path, pt2_file: Path) -> None:
     """Writes both files of a model that is on the CPU and in eval mode."""
     batch = torch.export.Dim("batch")
-    with force_path("textbook"), torch.no_grad():  # operators of PyTorch alone, not attention.py's own
-        program = torch.export.export(Detector(model).eval().requires_grad_(False), random_batch(model, 2), dynamic_shapes=({0: batch}, {0: batch}))
+    with force_path("textbook"), torch.no_grad():  # operators of PyTorch alone, not attention's own
+        program = torch.export.export(
+            Detector(model).eval().requires_grad_(False),
+            random_batch(model, 2),
+            dynamic_shapes=({0: batch}, {0: batch}),
+        )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names files of this machine
     torch.export.save(program, pt2_file, extra_files=metadata)
@@ -92,7 +106,9 @@ def write_exports(model: LAMMViT, metadata: dict[str, str], onnx_file: Path, pt2
 
 
 def compare(model: LAMMViT, onnx_file: Path, pt2_file: Path) -> tuple[float, float]:
-    """The largest difference in probability between each file and the model, on another number of images than they were made with."""
+    """The largest difference in probability between each file and the model, on another number of images than they were
+    made with.
+    """
     import onnxruntime
 
     images, region_masks = random_batch(model, 3)
@@ -107,17 +123,29 @@ def compare(model: LAMMViT, onnx_file: Path, pt2_file: Path) -> tuple[float, flo
 def describe(model: LAMMViT, checkpoint: dict, path: Path) -> dict[str, str]:
     """The metadata: what one has to know to use the file, and where it comes from."""
     facts = {
-        "val_threshold": float(checkpoint["val_threshold"]), "img_size": model.config.img_size, "patch_size": model.config.patch_size,
-        "mask_style": checkpoint["mask_style"], "treatment": checkpoint["framing"]["treatment"], "regions": list(REGIONS), "datasets": checkpoint["datasets"],
+        "val_threshold": float(checkpoint["val_threshold"]),
+        "img_size": model.config.img_size,
+        "patch_size": model.config.patch_size,
+        "mask_style": checkpoint["mask_style"],
+        "treatment": checkpoint["framing"]["treatment"],
+        "regions": list(REGIONS),
+        "datasets": checkpoint["datasets"],
         "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }  # fmt: skip
+    }
     return {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=Path("output_model/best_model.pth"), help="model to export (default: output_model/best_model.pth)")
-    parser.add_argument("--output_dir", type=Path, help="where model.onnx and model.pt2 go (default: the folder of the checkpoint)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=Path("output_model/best_model.pth"),
+        help="model to export (default: output_model/best_model.pth)",
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, help="where model.onnx and model.pt2 go (default: the folder of the checkpoint)"
+    )
     return parser
 
 
@@ -127,7 +155,10 @@ def main(args: argparse.Namespace) -> None:
     model, checkpoint = load_checkpoint(args.checkpoint)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     if weights + GRAPH_BYTES > MAX_ONNX_BYTES:
-        raise ValueError(f"{args.checkpoint}: its weights take {weights / 1e9:.2f} GB, but one .onnx file holds no more than 2.1 GB; train a smaller model (--embed_dim, --depth)")
+        raise ValueError(
+            f"{args.checkpoint}: its weights take {weights / 1e9:.2f} GB, but one .onnx file holds no more than 2.1 GB;"
+            " train a smaller model (--embed_dim, --depth)"
+        )
 
     output_dir = args.output_dir or args.checkpoint.parent
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -138,13 +169,19 @@ def main(args: argparse.Namespace) -> None:
         differences = compare(model, *files)
         for file, difference in zip(files, differences):
             if not difference <= TOLERANCE:  # nan is not
-                raise ValueError(f"{file.name}: differs from {args.checkpoint} by {difference:.1e} in probability, more than {TOLERANCE:.0e}; not written. Install the versions in requirements.txt")
+                raise ValueError(
+                    f"{file.name}: differs from {args.checkpoint} by {difference:.1e} in probability, more than"
+                    f" {TOLERANCE:.0e}; not written. Install the versions in requirements.txt"
+                )
         for file, difference in zip(files, differences):
             with open(file, "rb+") as written:
                 os.fsync(written.fileno())
             size = file.stat().st_size / 1e6
             os.replace(file, output_dir / file.name)
-            print(f"{output_dir / file.name}: {size:.1f} MB, largest difference from the checkpoint in probability {difference:.1e}")
+            print(
+                f"{output_dir / file.name}: {size:.1f} MB, largest difference from the checkpoint in probability"
+                f" {difference:.1e}"
+            )
 
 
 if __name__ == "__main__":

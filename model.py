@@ -1,31 +1,35 @@
-"""LAMM-ViT: a Vision Transformer whose attention is guided by facial regions (Zhang et al., ECAI 2025, arXiv 2505.07734).
+"""LAMM-ViT: a Vision Transformer whose attention is guided by facial regions (Zhang et al., ECAI 2025, arXiv
+2505.07734).
 
     images (B, 3, h, w) + region masks (B, 8, G, G)  ->  {"logits": (B, 2), "mask_weights": 3 x (B, 12)}
 
-Read it from the bottom up: LAMMViT stacks Blocks; a Block is RG-MHA, head interaction and an MLP; LAMM decides, once per
-layer, how strongly each head (each region) counts. Greek letters are those of the paper. Letters in shape comments:
+Read it from the bottom up: LAMMViT stacks Blocks; a Block is RG-MHA, head interaction and an MLP; LAMM decides, once
+per layer, how strongly each head (each region) counts. Greek letters are those of the paper. Letters in shape comments:
 
     B  batch          R  regions, 8            H   heads, 12           D   embedding width
     G  patch grid     P  patches, G * G        N   tokens, P + 1       Dh  head width, D / H
 
-Parameter names are those of the authors' code, so that checkpoints can be exchanged with it. Each part of the method can be
-left out (LAMMViTConfig); without all of them the model is the plain Vision Transformer of torchvision.
+Parameter names are those of the authors' code, so that checkpoints can be exchanged with it. Each part of the method
+can be left out (LAMMViTConfig); without all of them the model is the plain Vision Transformer of torchvision.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
-from attention import dropout, region_gated_attention
+from attention import region_gated_attention
+from attention.dropout import dropout
 
-NUM_REGIONS = 8  # left_eye, right_eye, nose, upper_lip, lower_lip, mouth_corners, face_outline, eyebrows (dataset.REGIONS)
+NUM_REGIONS = (
+    8  # left_eye, right_eye, nose, upper_lip, lower_lip, mouth_corners, face_outline, eyebrows (faces/regions.py)
+)
 NUM_HEADS = 12  # one head per region + four learned mixtures of regions
 LAYER_EMBED_DIM = 64
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
 FIXED_LAMBDA, FIXED_THETA = 1.0, 0.0  # of every gate in a model without LAMM; there, w = 1
-TORCHVISION_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,18 @@ class LAMMViTConfig:
                 f"regions and {NUM_HEADS - NUM_REGIONS} for mixtures of them"
             )
         if self.embed_dim <= 0 or self.embed_dim % NUM_HEADS:
-            raise ValueError(f"embed_dim is {self.embed_dim}, but has to be a positive multiple of {NUM_HEADS}, the number of heads")
+            raise ValueError(
+                f"embed_dim is {self.embed_dim}, but has to be a positive multiple of {NUM_HEADS}, the number of heads"
+            )
         if self.patch_size <= 0 or self.img_size <= 0 or self.img_size % self.patch_size:
-            raise ValueError(f"img_size is {self.img_size}, but has to be a positive multiple of patch_size, {self.patch_size}")
+            raise ValueError(
+                f"img_size is {self.img_size}, but has to be a positive multiple of patch_size, {self.patch_size}"
+            )
         if self.depth < 1 or self.num_classes < 2 or self.mlp_ratio <= 0:
-            raise ValueError(f"depth {self.depth}, num_classes {self.num_classes} and mlp_ratio {self.mlp_ratio} have to be at least 1, 2 and above 0")
+            raise ValueError(
+                f"depth {self.depth}, num_classes {self.num_classes} and mlp_ratio {self.mlp_ratio} have to be at least"
+                " 1, 2 and above 0"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but has to be in [0, 1)")
 
@@ -68,6 +79,13 @@ class LAMMViTConfig:
     def grid_size(self) -> int:
         """G, the number of patches along one side of the image."""
         return self.img_size // self.patch_size
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, h, w) uint8 RGB -> float32, zero mean and unit variance over ImageNet. On the device that the images are
+    on.
+    """
+    return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), IMAGE_MEAN, IMAGE_STD)
 
 
 class MaskProcessor(nn.Module):
@@ -88,7 +106,9 @@ class MaskProcessor(nn.Module):
     def forward(self, region_masks: Tensor) -> Tensor:
         """region_masks (B, R, G, G) in [0, 1] -> M (B, H, N); the class token's entry, the first, is 0."""
         flat = region_masks.flatten(2)  # (B, R, G, G) -> (B, R, P)
-        regions = torch.stack([project(flat[:, r]) for r, project in enumerate(self.mask_projection)], dim=1)  # (B, R, P)
+        # (B, R, P)
+        regions = torch.stack([project(flat[:, r]) for r, project in enumerate(self.mask_projection)], dim=1)
+        # (B, 4, P)
         mixtures = torch.stack(
             [
                 torch.einsum("brp,r->bp", regions[:, self.EYE_FOREHEAD], self.combine_weights_eye_forehead),
@@ -97,12 +117,13 @@ class MaskProcessor(nn.Module):
                 torch.einsum("brp,r->bp", regions, self.combine_weights_all.softmax(dim=0)),
             ],
             dim=1,
-        )  # (B, 4, P)
+        )
         return F.pad(torch.cat([regions, mixtures], dim=1), (1, 0))  # (B, H, P) -> (B, H, N)
 
 
 class LAMM(nn.Module):
-    """Layer-aware mask modulation: one module, shared by all layers, that sets each head's weight and gate at each layer.
+    """Layer-aware mask modulation: one module, shared by all layers, that sets each head's weight and gate at each
+    layer.
 
     Where attention has no gates (region_guidance False) it sets the weights alone.
     """
@@ -112,18 +133,29 @@ class LAMM(nn.Module):
         self.region_guidance = region_guidance
         self.layer_embeddings = nn.Parameter(torch.randn(depth, LAYER_EMBED_DIM))
         self.global_feature_fusion = nn.Linear(2 * embed_dim, embed_dim)
-        self.context_mlp = nn.Sequential(nn.Linear(embed_dim + LAYER_EMBED_DIM, embed_dim), nn.GELU(), nn.LayerNorm(embed_dim))
-        self.region_importance_mlp = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 64), nn.GELU(), nn.Linear(64, NUM_HEADS))
+        self.context_mlp = nn.Sequential(
+            nn.Linear(embed_dim + LAYER_EMBED_DIM, embed_dim), nn.GELU(), nn.LayerNorm(embed_dim)
+        )
+        self.region_importance_mlp = nn.Sequential(
+            nn.Linear(embed_dim + NUM_HEADS, 64), nn.GELU(), nn.Linear(64, NUM_HEADS)
+        )
         self.memory_gate = nn.Linear(embed_dim, 1)
         self.new_info_gate = nn.Linear(embed_dim, 1)
         if region_guidance:
-            self.lambda_generator = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 32), nn.Tanh(), nn.Linear(32, NUM_HEADS))
-            self.theta_generator = nn.Sequential(nn.Linear(embed_dim + NUM_HEADS, 32), nn.Tanh(), nn.Linear(32, NUM_HEADS))
+            self.lambda_generator = nn.Sequential(
+                nn.Linear(embed_dim + NUM_HEADS, 32), nn.Tanh(), nn.Linear(32, NUM_HEADS)
+            )
+            self.theta_generator = nn.Sequential(
+                nn.Linear(embed_dim + NUM_HEADS, 32), nn.Tanh(), nn.Linear(32, NUM_HEADS)
+            )
             self.base_theta = nn.Parameter(torch.zeros(1, NUM_HEADS))
 
     def forward(self, x: Tensor, layer: int, previous: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x (B, N, D), the block's input, and w of the layer before (B, H) -> w, λ, θ, each (B, H); λ and θ None without gates."""
-        peak = x.max(dim=1).values if x.requires_grad else x.amax(dim=1)  # max has the fast backward, amax the fast forward
+        """x (B, N, D), the block's input, and w of the layer before (B, H) -> w, λ, θ, each (B, H); λ and θ None
+        without gates.
+        """
+        # max has the fast backward, amax the fast forward
+        peak = x.max(dim=1).values if x.requires_grad else x.amax(dim=1)
         pooled = torch.cat([x.mean(dim=1), peak], dim=-1)  # (B, 2D)
         layer_embedding = self.layer_embeddings[layer].expand(x.shape[0], -1)  # (64,) -> (B, 64)
         context = self.context_mlp(torch.cat([self.global_feature_fusion(pooled), layer_embedding], dim=-1))  # c (B, D)
@@ -150,11 +182,16 @@ class RegionGuidedAttention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.dropout = dropout
 
-    def forward(self, x: Tensor, masks: Tensor | None, weights: Tensor | None, lam: Tensor | None, theta: Tensor | None) -> Tensor:
-        """x (B, N, D), masks M (B, H, N), weights w, lam λ and theta θ (B, H) -> (B, N, D). Without masks: no gates; weights None: all 1."""
+    def forward(
+        self, x: Tensor, masks: Tensor | None, weights: Tensor | None, lam: Tensor | None, theta: Tensor | None
+    ) -> Tensor:
+        """x (B, N, D), masks M (B, H, N), weights w, lam λ and theta θ (B, H) -> (B, N, D). Without masks: no gates;
+        weights None: all 1.
+        """
         B, N, D = x.shape
         dropout_p = self.dropout if self.training else 0.0
-        q, k, v = (x.transpose(1, 2) for x in self.qkv(x).view(B, N, 3, NUM_HEADS, D // NUM_HEADS).unbind(2))  # 3 x (B, H, N, Dh)
+        # 3 x (B, H, N, Dh)
+        q, k, v = (x.transpose(1, 2) for x in self.qkv(x).view(B, N, 3, NUM_HEADS, D // NUM_HEADS).unbind(2))
         if masks is None:
             heads = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)  # (B, H, N, Dh)
         else:  # dropout(softmax(S ⊙ Γ)) V with S = Q Kᵀ / √Dh and the gate Γ_ij = σ(λ (M_i M_j − θ))
@@ -165,7 +202,9 @@ class RegionGuidedAttention(nn.Module):
 
 
 class HeadInteraction(nn.Module):
-    """Self-attention among the heads' mean outputs. Its result is the same for every token, so it is computed once per image."""
+    """Self-attention among the heads' mean outputs. Its result is the same for every token, so it is computed once per
+    image.
+    """
 
     def __init__(self, embed_dim: int):
         super().__init__()
@@ -176,7 +215,8 @@ class HeadInteraction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
         B, N, D = x.shape
-        heads = (x.sum(dim=1) / N).view(B, NUM_HEADS, D // NUM_HEADS)  # (B, N, D) -> (B, D) -> (B, H, Dh); mean() would widen a bfloat16 x
+        # (B, N, D) -> (B, D) -> (B, H, Dh); mean() would widen a bfloat16 x
+        heads = (x.sum(dim=1) / N).view(B, NUM_HEADS, D // NUM_HEADS)
         q, k, v = self.qkv_heads(heads).chunk(3, dim=-1)  # 3 x (B, H, Dh)
         mixed = F.scaled_dot_product_attention(q, k, v)  # (B, H, Dh), scale 1/√Dh
         return x + self.proj(mixed.reshape(B, 1, D))  # (B, N, D) + (B, 1, D)
@@ -203,7 +243,9 @@ class Block(nn.Module):
             nn.Linear(D, hidden), nn.GELU(), Dropout(config.dropout), nn.Linear(hidden, D), Dropout(config.dropout)
         )
 
-    def forward(self, x: Tensor, masks: Tensor | None, weights: Tensor | None, lam: Tensor | None, theta: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, masks: Tensor | None, weights: Tensor | None, lam: Tensor | None, theta: Tensor | None
+    ) -> Tensor:
         """x (B, N, D) -> (B, N, D); the other arguments as for RegionGuidedAttention."""
         x = x + self.head_interaction(self.attn(self.norm1(x), masks, weights, lam, theta))
         return x + self.mlp(self.norm2(x))
@@ -236,8 +278,8 @@ class LAMMViT(nn.Module):
 
     def forward(self, images: Tensor, region_masks: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """Args:
-            images: (B, 3, h, w) float, RGB, normalised by inference.normalize.
-            region_masks: (B, 8, G, G) float in [0, 1], in the order of dataset.REGIONS.
+            images: (B, 3, h, w) float, RGB, from normalize.
+            region_masks: (B, 8, G, G) float in [0, 1], in the order of faces.regions.REGIONS.
 
         Returns:
             logits: (B, num_classes), class 1 = fake.
@@ -250,7 +292,10 @@ class LAMMViT(nn.Module):
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
             raise ValueError(f"images are {tuple(images.shape)}, but this model takes (B, 3, {side}, {side})")
         if region_masks.shape != (images.shape[0], NUM_REGIONS, grid, grid):
-            raise ValueError(f"region_masks are {tuple(region_masks.shape)}, but {len(images)} images want ({len(images)}, {NUM_REGIONS}, {grid}, {grid})")
+            raise ValueError(
+                f"region_masks are {tuple(region_masks.shape)}, but {len(images)} images want ({len(images)},"
+                f" {NUM_REGIONS}, {grid}, {grid})"
+            )
 
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, D, G, G) -> (B, D, P) -> (B, P, D)
         x = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.pos_embed  # (B, N, D)
@@ -260,7 +305,11 @@ class LAMMViT(nn.Module):
         if self.lamm:
             weights = x.new_full((x.shape[0], NUM_HEADS), 1 / NUM_HEADS)  # w_0
         else:
-            weights, lam, theta = None, x.new_full((x.shape[0], NUM_HEADS), FIXED_LAMBDA), x.new_full((x.shape[0], NUM_HEADS), FIXED_THETA)
+            weights, lam, theta = (
+                None,
+                x.new_full((x.shape[0], NUM_HEADS), FIXED_LAMBDA),
+                x.new_full((x.shape[0], NUM_HEADS), FIXED_THETA),
+            )
         for layer, block in enumerate(self.blocks):
             if self.lamm:
                 weights, lam, theta = self.lamm(x, layer, weights)
@@ -270,7 +319,9 @@ class LAMMViT(nn.Module):
 
 
 class LAMMLoss(nn.Module):
-    """Cross entropy + diversity_weight · diversity, the second asking the samples of a batch to weight heads differently."""
+    """Cross entropy + diversity_weight · diversity, the second asking the samples of a batch to weight heads
+    differently.
+    """
 
     def __init__(self, diversity_weight: float = 0.2):
         super().__init__()
@@ -288,7 +339,8 @@ class LAMMLoss(nn.Module):
     def forward(self, outputs: dict[str, Tensor | list[Tensor]], labels: Tensor) -> dict[str, Tensor]:
         """outputs of LAMMViT and labels (B,) int64 -> scalars {"total", "ce", "diversity"}, total = ce + diversity.
 
-        mask_weights may have more rows than there are labels: train.py gathers them from all processes. A model without LAMM
+        mask_weights may have more rows than there are labels: train.py gathers them from all processes. A model without
+            LAMM
         has no weights, and no diversity loss.
 
         As in the authors' code, "diversity" is what diversity adds to the total: it has its weight on.
@@ -297,65 +349,3 @@ class LAMMLoss(nn.Module):
         per_layer = [self.diversity(w.float()) for w in outputs["mask_weights"]]
         weighted = self.diversity_weight * (torch.stack(per_layer).mean() if per_layer else torch.zeros_like(ce))
         return {"total": ce + weighted, "ce": ce, "diversity": weighted}
-
-
-def load_torchvision_vit(model: LAMMViT, state: dict[str, Tensor]) -> list[str]:
-    """Copies the weights of a torchvision Vision Transformer (vit_b_16 for the default model) to their counterparts.
-
-    Position embeddings are interpolated where the grids differ. The classifier is copied where it has as many classes. The
-    model takes over torchvision's eps of LayerNorm, with which the weights were made. What belongs to the masks, LAMM and the
-    head interaction has no counterpart and keeps its initial values.
-
-    Args:
-        state: a state dict of torchvision.models.vit_*.
-
-    Returns:
-        The names of the tensors in `state` that were not used.
-
-    Raises:
-        ValueError: no Vision Transformer of torchvision, or one of another width or patch size.
-    """
-    names = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed"}
-    for part in ("weight", "bias"):
-        names |= {f"conv_proj.{part}": f"patch_embed.{part}", f"encoder.ln.{part}": f"norm.{part}", f"heads.head.{part}": f"head.{part}"}
-        for i in range(model.config.depth):
-            theirs, ours = f"encoder.layers.encoder_layer_{i}", f"blocks.{i}"
-            names |= {f"{theirs}.ln_1.{part}": f"{ours}.norm1.{part}", f"{theirs}.ln_2.{part}": f"{ours}.norm2.{part}"}
-            names |= {f"{theirs}.self_attention.in_proj_{part}": f"{ours}.attn.qkv.{part}", f"{theirs}.self_attention.out_proj.{part}": f"{ours}.attn.proj.{part}"}
-            names |= {f"{theirs}.mlp.{layer}.{part}": f"{ours}.mlp.{layer}.{part}" for layer in (0, 3)}
-            names |= {f"{theirs}.mlp.linear_{n}.{part}": f"{ours}.mlp.{layer}.{part}" for n, layer in ((1, 0), (2, 3))}  # older files
-    if not isinstance(state, dict) or not {"conv_proj.weight", "class_token", "encoder.pos_embedding"} <= state.keys():
-        what = f"its entries are {', '.join(map(str, list(state)[:5])) or 'none'}" if isinstance(state, dict) else f"it is a {type(state).__name__}"
-        raise ValueError(f"not a state dict of a torchvision vit_b_16: {what}")
-    if missing := sorted({ours for ours in names.values() if not ours.startswith("head.")} - {names.get(theirs) for theirs in state}):
-        raise ValueError(f"has nothing for {missing[0]} and {len(missing) - 1} more; choose a --depth of no more than its layers")
-
-    parameters, unused = model.state_dict(), []
-    for theirs, tensor in state.items():
-        ours = names.get(theirs)
-        if ours and not isinstance(tensor, Tensor):
-            raise ValueError(f"{theirs} is no tensor but {type(tensor).__name__}")
-        if ours is None or (ours.startswith("head.") and parameters[ours].shape != tensor.shape):
-            unused.append(theirs)
-            continue
-        if ours == "pos_embed" and tensor.ndim == 3:
-            tensor = interpolate_positions(tensor, model.config.grid_size)
-        if parameters[ours].shape != tensor.shape:
-            raise ValueError(f"{theirs} is {tuple(tensor.shape)}, but the model's {ours} is {tuple(parameters[ours].shape)}; choose its width and patch size")
-        parameters[ours].copy_(tensor)
-    model.config = replace(model.config, norm_eps=TORCHVISION_NORM_EPS)
-    for norm in (model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))):
-        norm.eps = TORCHVISION_NORM_EPS
-    return unused
-
-
-def interpolate_positions(pos_embed: Tensor, grid_size: int) -> Tensor:
-    """(1, 1 + g * g, D) -> (1, 1 + grid_size², D), bicubic; the class token's position, the first, stays."""
-    old = math.isqrt(pos_embed.shape[1] - 1)
-    if old * old != pos_embed.shape[1] - 1:
-        raise ValueError(f"encoder.pos_embedding has {pos_embed.shape[1]} positions, which are no square and a class token")
-    if old == grid_size:
-        return pos_embed
-    patches = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (old, old))  # (1, P, D) -> (1, D, P) -> (1, D, g, g)
-    patches = F.interpolate(patches.float(), size=(grid_size, grid_size), mode="bicubic", antialias=True)
-    return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)

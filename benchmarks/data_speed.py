@@ -3,16 +3,16 @@
     python benchmarks/data_speed.py                       draws its faces; about eight minutes on two cores
     python benchmarks/data_speed.py --faces FOLDER        with images of your own, 1,000 or more
 
-stage        ours                       beside it, as many bare processes as workers
-preprocess   preprocess.py              Pillow: decode, resize, encode as PNG
-extraction   feature_extraction.py      decode; dlib's detector, with the upsampling at which the face is found, known beforehand; predictor
-loading      inference.load_batches     h5py: file["images"][i] and so on of random samples, out of a file that is open
+stage        ours                      beside it, as many bare processes as workers
+preprocess   preprocess.py             Pillow: decode, resize, encode as PNG
+extraction   feature_extraction.py     decode; dlib's detector, at the size at which it finds the face; its predictor
+loading      scoring.load_batches      h5py: file["images"][i] and so on of random samples, out of a file that is open
 
 Scripts are timed as a user runs them, on a part of the images and on all: images/s is the difference of images over the
-difference of seconds, for both sides alike, and what is left of the smaller run is the start-up. In each round each side
-runs once, one right after the other; the figures are medians of the rounds, the ratios those of the medians. Memory is the
-largest resident set of any one process of a run, its shared pages included. All files lie in a temporary folder below the
-current one.
+difference of seconds, for both sides alike, and what is left of the smaller run is the start-up. In each round each
+side runs once, one right after the other; the figures are medians of the rounds, the ratios those of the medians.
+Memory is the largest resident set of any one process of a run, its shared pages included. All files lie in a temporary
+folder below the current one.
 """
 
 import argparse
@@ -39,16 +39,18 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dataset import FOUND_BY, SPLITS, FaceDataset, TrainTransform  # noqa: E402
-from demo import draw_file  # noqa: E402
-from faces import FaceFinder, find_predictor  # noqa: E402
-from preprocess import list_images  # noqa: E402
+from dataset import FaceDataset
+from drawing.render import draw_file
+from faces.finder import FOUND_BY, FaceFinder, find_predictor
+from faces.images import list_images
+from samples.feature_files import SPLITS
+from samples.transforms import TrainTransform
 
 BATCH_SIZE, SECONDS = 32, 2.0  # of the loader: samples a batch, and how long it is watched
 PART = 0.2  # of the images in the smaller run
 
 
-# ---------------------------------------------------------------------------------------------------------- bare processes
+# ------------------------------------------------------------------------------------------------------- bare processes
 
 
 def bare_preprocess(job: list, target: str) -> None:
@@ -68,7 +70,9 @@ def bare_extraction(job: list, target: str) -> None:
 
 
 def bare_loading(job: list, target: str) -> None:
-    """Prints samples/s of one process that reads chunk after chunk. `target` is a feature file, `job` the seed of the order."""
+    """Prints samples/s of one process that reads chunk after chunk. `target` is a feature file, `job` the seed of the
+    order.
+    """
     with h5py.File(target) as file:
         columns = [file[name] for name in ("images", "region_masks", "landmarks")]
 
@@ -83,7 +87,7 @@ def bare_loading(job: list, target: str) -> None:
 
 def our_loading(job: list, target: str) -> None:
     """Prints samples/s of our loader: job is the number of threads, and whether with the train-time transforms."""
-    from inference import load_batches
+    from evaluation.scoring import load_batches
 
     num_workers, with_transforms = job
     dataset = FaceDataset([target], transform=TrainTransform() if with_transforms else None)
@@ -116,20 +120,27 @@ def samples_per_second(batches: Iterator) -> float:
     return count / (time.perf_counter() - start)
 
 
-BARE = {function.__name__: function for function in (bare_preprocess, bare_extraction, bare_loading, torch_loading, our_loading)}
+BARE = {
+    function.__name__: function
+    for function in (bare_preprocess, bare_extraction, bare_loading, torch_loading, our_loading)
+}
 
 
-# ------------------------------------------------------------------------------------------------------------------- timing
+# --------------------------------------------------------------------------------------------------------------- timing
 
 
 def run_together(commands: list[list[str]], watch: bool = True) -> tuple[float, float, list[str]]:
-    """Runs programs side by side. Returns seconds, the largest resident set of any of their processes in MB, and what they said.
+    """Runs programs side by side. Returns seconds, the largest resident set of any of their processes in MB, and what
+    they said.
 
     To look at memory takes a little time; `watch` says whether to.
     """
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    programs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) for command in commands]
+    programs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+        for command in commands
+    ]
     peak = 0
     while any(program.poll() is None for program in programs):
         for program in programs if watch else ():
@@ -184,7 +195,7 @@ class Measured:
         return [statistics.median(values) for values in self.memory]
 
 
-# ------------------------------------------------------------------------------------------------------------------- stages
+# --------------------------------------------------------------------------------------------------------------- stages
 
 
 def draw_originals(folder: Path, count: int) -> None:
@@ -192,7 +203,10 @@ def draw_originals(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     jobs = [(folder / f"{i:05}.png", None, [0, 0, i]) for i in range(count)]
     with ProcessPoolExecutor() as pool:
-        for path, *_ in zip((job[0] for job in jobs), tqdm(pool.map(partial(draw_file, size=224), jobs), total=count, desc="drawing", leave=False)):
+        for path, *_ in zip(
+            (job[0] for job in jobs),
+            tqdm(pool.map(partial(draw_file, size=224), jobs), total=count, desc="drawing", leave=False),
+        ):
             Image.open(path).resize((512, 512), Image.Resampling.BICUBIC).save(path.with_suffix(".jpg"), quality=92)
             path.unlink()
 
@@ -204,32 +218,50 @@ def link(paths: list[Path], folder: Path) -> Path:
     return folder
 
 
-def measure_preprocess(originals: Path, sizes: list[int], workers: int, rounds: int, scratch: Path) -> tuple[Measured, Measured]:
+def measure_preprocess(
+    originals: Path, sizes: list[int], workers: int, rounds: int, scratch: Path
+) -> tuple[Measured, Measured]:
     ours, floor, paths = Measured(sizes), Measured(sizes), list_images(originals)
     parts = [link(paths[:size], scratch / f"originals_{size}") for size in sizes]
-    for _, (which, size) in tqdm(list(itertools.product(range(rounds), enumerate(sizes))), desc=f"preprocess, {workers} workers", leave=False):
+    for _, (which, size) in tqdm(
+        list(itertools.product(range(rounds), enumerate(sizes))), desc=f"preprocess, {workers} workers", leave=False
+    ):
         for output in ("bare", "ours"):
             shutil.rmtree(scratch / output, ignore_errors=True)
             (scratch / output).mkdir()
         jobs = [[str(path) for path in paths[:size][i::workers]] for i in range(workers)]
         floor.add(which, run_together(bare("bare_preprocess", jobs, scratch / "bare", scratch)))
-        ours.add(which, run_together(script("preprocess.py", "--directory", parts[which], "--output_dir", scratch / "ours", "--workers", workers)))
+        ours.add(
+            which,
+            run_together(
+                script(
+                    "preprocess.py", "--directory", parts[which], "--output_dir", scratch / "ours", "--workers", workers
+                )
+            ),
+        )
     return ours, floor
 
 
-def measure_extraction(prepared: Path, sizes: list[int], workers: int, rounds: int, scratch: Path) -> tuple[Measured, Measured, Path]:
+def measure_extraction(
+    prepared: Path, sizes: list[int], workers: int, rounds: int, scratch: Path
+) -> tuple[Measured, Measured, Path]:
     """Also returns the features folder of all images."""
     ours, floor, paths = Measured(sizes), Measured(sizes), list_images(prepared)
     roots = [link(paths[:size], scratch / f"data_{size}/real/Faces").parent.parent for size in sizes]
     features = scratch / "features"
-    command = [script("feature_extraction.py", "--data_root", root, "--output_dir", features, "--workers", workers) for root in roots]
+    command = [
+        script("feature_extraction.py", "--data_root", root, "--output_dir", features, "--workers", workers)
+        for root in roots
+    ]
     run_together(command[1])
     upsampling = {}
     for split in SPLITS:
         with h5py.File(features / f"real/Faces/{split}_features.h5") as file:
             for path, code in zip(file["paths"].asstr()[:], file["found_by"][:]):
                 upsampling[Path(path).name] = 0 if FOUND_BY[code] in ("frontal", "original") else 1
-    for _, (which, size) in tqdm(list(itertools.product(range(rounds), enumerate(sizes))), desc=f"extraction, {workers} workers", leave=False):
+    for _, (which, size) in tqdm(
+        list(itertools.product(range(rounds), enumerate(sizes))), desc=f"extraction, {workers} workers", leave=False
+    ):
         shutil.rmtree(features)
         jobs = [[(str(path), upsampling[path.name]) for path in paths[:size][i::workers]] for i in range(workers)]
         floor.add(which, run_together(bare("bare_extraction", jobs, prepared, scratch)))
@@ -238,20 +270,24 @@ def measure_extraction(prepared: Path, sizes: list[int], workers: int, rounds: i
 
 
 def measure_loading(file: Path, rounds: int, scratch: Path) -> dict[str, float]:
-    """Samples/s: of h5py in 1 and 2 processes, our loader with 0 to 2 threads, with transforms, and torch's DataLoader."""
+    """Samples/s of h5py in 1 and 2 processes, our loader with 0 to 2 threads and transforms, torch's DataLoader."""
     runs = {
-        "bare 0": bare("bare_loading", [[0]], file, scratch / "a"), "bare 2": bare("bare_loading", [[0], [1]], file, scratch / "b"),
-        "ours 0": bare("our_loading", [[0, False]], file, scratch / "c"), "ours 2": bare("our_loading", [[2, False]], file, scratch / "d"),
-        "transforms 0": bare("our_loading", [[0, True]], file, scratch / "e"), "transforms 2": bare("our_loading", [[2, True]], file, scratch / "f"),
-        "torch 0": bare("torch_loading", [[0]], file, scratch / "g"), "torch 2": bare("torch_loading", [[2]], file, scratch / "h"),
-    }  # fmt: skip
+        "bare 0": bare("bare_loading", [[0]], file, scratch / "a"),
+        "bare 2": bare("bare_loading", [[0], [1]], file, scratch / "b"),
+        "ours 0": bare("our_loading", [[0, False]], file, scratch / "c"),
+        "ours 2": bare("our_loading", [[2, False]], file, scratch / "d"),
+        "transforms 0": bare("our_loading", [[0, True]], file, scratch / "e"),
+        "transforms 2": bare("our_loading", [[2, True]], file, scratch / "f"),
+        "torch 0": bare("torch_loading", [[0]], file, scratch / "g"),
+        "torch 2": bare("torch_loading", [[2]], file, scratch / "h"),
+    }
     rates = {name: [] for name in runs}
     for _, (name, commands) in tqdm(list(itertools.product(range(rounds), runs.items())), desc="loading", leave=False):
         rates[name].append(sum(float(said) for said in run_together(commands, watch=False)[2]))
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------------- script
+# --------------------------------------------------------------------------------------------------------------- script
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -277,36 +313,68 @@ def main(args: argparse.Namespace) -> None:
             draw_originals(work / "originals", args.images)
         count = len(list_images(work / "originals"))
         sizes = [int(count * PART), count]
-        print(f"{count} images, {count * PART:.0f} in the smaller run; {psutil.cpu_count()} cores; medians of {args.rounds} rounds\n")
-        print("| stage | workers | images/s | bare | ratio | start-up, bare | peak memory of a process, smaller run and all |")
+        print(
+            f"{count} images, {count * PART:.0f} in the smaller run; {psutil.cpu_count()} cores; medians of"
+            f" {args.rounds} rounds\n"
+        )
+        print(
+            "| stage | workers | images/s | bare | ratio | start-up, bare | peak memory of a process, smaller run and"
+            " all |"
+        )
         print("|---|--:|--:|--:|--:|--:|--:|")
 
         def show(stage: str, workers: int, ours: Measured, floor: Measured) -> None:
             memory = f"{ours.peak[0]:.0f} MB, {ours.peak[1]:.0f} MB ({ours.peak[1] / ours.peak[0]:.2f})"
             start_up = f"{ours.start_up:.1f} s, {floor.start_up:.1f} s"
-            print(f"| {stage} | {workers} | {ours.rate:.0f} | {floor.rate:.0f} | **{ours.rate / floor.rate:.2f}** | {start_up} | {memory} |", flush=True)
+            print(
+                f"| {stage} | {workers} | {ours.rate:.0f} | {floor.rate:.0f} | **{ours.rate / floor.rate:.2f}** |"
+                f" {start_up} | {memory} |",
+                flush=True,
+            )
 
         for workers in args.workers:
             scratch = work / f"preprocess_{workers}"
             show("preprocess", workers, *measure_preprocess(work / "originals", sizes, workers, args.rounds, scratch))
         run_together(script("preprocess.py", "--directory", work / "originals", "--output_dir", work / "prepared"))
         for workers in args.workers:
-            *measured, features = measure_extraction(work / "prepared", sizes, workers, args.rounds, work / f"extraction_{workers}")
+            *measured, features = measure_extraction(
+                work / "prepared", sizes, workers, args.rounds, work / f"extraction_{workers}"
+            )
             show("extraction", workers, *measured)
         for name in "abcdefgh":
             (work / name).mkdir()
         rates = measure_loading(features / "real/Faces/train_features.h5", args.rounds, work)
         for threads in (0, 2):
-            mine, floor, transforms, others = (rates[f"{name} {threads}"] for name in ("ours", "bare", "transforms", "torch"))
+            mine, floor, transforms, others = (
+                rates[f"{name} {threads}"] for name in ("ours", "bare", "transforms", "torch")
+            )
             print(f"| loading | {threads} | {mine:.0f} | {floor:.0f} | **{mine / floor:.2f}** | | |")
-            print(f"| loading, train-time transforms | {threads} | {transforms:.0f} | {floor:.0f} | {transforms / floor:.2f} | | |")
-            print(f"| loading, torch's DataLoader | {threads} | {others:.0f} | {floor:.0f} | {others / floor:.2f} | | |")
+            print(
+                f"| loading, train-time transforms | {threads} | {transforms:.0f} | {floor:.0f} |"
+                f" {transforms / floor:.2f} | | |"
+            )
+            print(
+                f"| loading, torch's DataLoader | {threads} | {others:.0f} | {floor:.0f} | {others / floor:.2f} | | |"
+            )
         size = sum(path.stat().st_size for path in features.rglob("*.h5"))
-        seconds = run_together(script("feature_extraction.py", "--data_root", features.parent / f"data_{count}", "--output_dir", features, "--compress"))[0]
+        seconds = run_together(
+            script(
+                "feature_extraction.py",
+                "--data_root",
+                features.parent / f"data_{count}",
+                "--output_dir",
+                features,
+                "--compress",
+            )
+        )[0]
         compressed = sum(path.stat().st_size for path in features.rglob("*.h5"))
         said = run_together(bare("our_loading", [[0, False]], features / "real/Faces/train_features.h5", work / "a"))[2]
-        print(f"\nfeature files: {size / count / 1000:.1f} KB an image; with --compress {compressed / count / 1000:.1f} KB"
-              f" ({compressed / size:.2f}), written anew in {seconds:.1f} s, read at {float(said[0]):.0f} samples/s by one thread")  # fmt: skip
+        print(
+            f"\nfeature files: {size / count / 1000:.1f} KB an image;"
+            f" with --compress {compressed / count / 1000:.1f} KB"
+            f" ({compressed / size:.2f}), written anew in {seconds:.1f} s,"
+            f" read at {float(said[0]):.0f} samples/s by one thread"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """How fast `inference.py --images` is beside bare face detection and a bare forward pass of the model.
 
-    python benchmarks/images_speed.py                      300 drawn pictures, hostile files among them; about three minutes
-    python benchmarks/images_speed.py --checkpoint FILE    with a trained model; without, one of the paper's size with random weights
+    python benchmarks/images_speed.py                      300 drawn pictures, hostile ones among them; three minutes
+    python benchmarks/images_speed.py --checkpoint FILE    with a trained model; without, a random one of full size
 
-Beside it stand as many bare processes as it has workers, which decode each picture and run dlib's detector and predictor at the
-sizes at which its faces are found, and then the model over as many ready batches. Ours is timed as a user runs it, on a fifth of
-the pictures and on all: images/s is the difference of pictures over the difference of seconds. Rounds are interleaved, figures
-are medians. Memory is the largest resident set of any one process.
+Beside it stand as many bare processes as it has workers, which decode each picture and run dlib's detector and
+predictor at the sizes at which its faces are found, and then the model over as many ready batches. Ours is timed as a
+user runs it, on a fifth of
+the pictures and on all: images/s is the difference of pictures over the difference of seconds. Rounds are interleaved,
+figures are medians. Memory is the largest resident set of any one process.
 """
 
 import argparse
@@ -28,15 +29,19 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from demo import render, sample_face  # noqa: E402
-from faces import FaceFinder, find_predictor  # noqa: E402
-from inference import CHECKPOINT_VERSION, fake_probability, load_checkpoint  # noqa: E402
-from loose_images import SEARCH_SIDE, UPSAMPLED_SIDE  # noqa: E402
-from model import LAMMViT, LAMMViTConfig  # noqa: E402
+from drawing.face import sample_face
+from drawing.render import render
+from evaluation.scoring import fake_probability
+from faces.finder import FaceFinder, find_predictor
+from faces.loose import SEARCH_SIDE, UPSAMPLED_SIDE
+from model import LAMMViT, LAMMViTConfig
+from runtime.checkpoint import CHECKPOINT_VERSION, load_checkpoint
 
 
 def draw_pictures(folder: Path, count: int) -> None:
-    """Portraits of 224 to 1,200 pixels, one in ten with three faces, one in ten not a picture with a face; one 8,000 wide."""
+    """Portraits of 224 to 1,200 pixels, one in ten with three faces, one in ten not a picture with a face; one 8,000
+    wide.
+    """
     folder.mkdir()
     for i in range(count):
         rng, kind, path = np.random.default_rng(i), i % 10, folder / f"{i:04}.jpg"
@@ -88,7 +93,10 @@ def bare_seconds(paths: list[Path], model: LAMMViT, workers: int, batch_size: in
         faces = sum(pool.map(bare_detection, map(str, paths), chunksize=4))
         detection = time.perf_counter() - started
     side, grid = model.config.img_size, model.config.grid_size
-    images, masks = torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8), torch.rand(batch_size, 8, grid, grid)
+    images, masks = (
+        torch.randint(256, (batch_size, 3, side, side), dtype=torch.uint8),
+        torch.rand(batch_size, 8, grid, grid),
+    )
     with torch.inference_mode():
         fake_probability(model, images, masks)
         started = time.perf_counter()
@@ -100,7 +108,18 @@ def bare_seconds(paths: list[Path], model: LAMMViT, workers: int, batch_size: in
 
 def our_seconds(paths: list[Path], checkpoint: Path, args: argparse.Namespace) -> tuple[float, int, int]:
     """Seconds of a whole run, its largest resident set in bytes, and its rows."""
-    command = [sys.executable, str(ROOT / "inference.py"), "--checkpoint", str(checkpoint), "--workers", str(args.workers), "--batch_size", str(args.batch_size), "--images", *map(str, paths)]
+    command = [
+        sys.executable,
+        str(ROOT / "inference.py"),
+        "--checkpoint",
+        str(checkpoint),
+        "--workers",
+        str(args.workers),
+        "--batch_size",
+        str(args.batch_size),
+        "--images",
+        *map(str, paths),
+    ]
     started, largest = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as rows:
         process = subprocess.Popen(command, stdout=rows, stderr=subprocess.DEVNULL)
@@ -132,9 +151,23 @@ def main(args: argparse.Namespace) -> None:
         checkpoint = args.checkpoint
         if not checkpoint:
             checkpoint, config = Path(folder, "random.pth"), LAMMViTConfig()
-            framing = {"mean_landmarks": torch.rand(68, 2) * 0.3 + 0.35, "usual": torch.tensor([[0.15, 0.5], [0.4, 1.5]])}
-            torch.save({"version": CHECKPOINT_VERSION, "config": dataclasses.asdict(config), "model": LAMMViT(config).state_dict(), "mask_style": "polygon",
-                        "val_threshold": 0.5, "framing": framing, "datasets": [], "arguments": {}}, checkpoint)  # fmt: skip
+            framing = {
+                "mean_landmarks": torch.rand(68, 2) * 0.3 + 0.35,
+                "usual": torch.tensor([[0.15, 0.5], [0.4, 1.5]]),
+            }
+            torch.save(
+                {
+                    "version": CHECKPOINT_VERSION,
+                    "config": dataclasses.asdict(config),
+                    "model": LAMMViT(config).state_dict(),
+                    "mask_style": "polygon",
+                    "val_threshold": 0.5,
+                    "framing": framing,
+                    "datasets": [],
+                    "arguments": {},
+                },
+                checkpoint,
+            )
         model, _ = load_checkpoint(checkpoint)
         draw_pictures(Path(folder, "pictures"), args.pictures)
         paths = sorted(Path(folder, "pictures").iterdir())
@@ -146,11 +179,20 @@ def main(args: argparse.Namespace) -> None:
             memory.append((small[1], large[1]))
             detection, forward = bare_seconds(paths[part:], model, args.workers, args.batch_size)
             bare.append(detection + forward)
-            print(f"round {number + 1}: ours {ours[-1]:.1f} s, bare {detection:.1f} + {forward:.1f} s; start-up and a fifth {small[0]:.1f} s", flush=True)
+            print(
+                f"round {number + 1}: ours {ours[-1]:.1f} s, bare {detection:.1f} + {forward:.1f} s; start-up and a"
+                f" fifth {small[0]:.1f} s",
+                flush=True,
+            )
     count, our_median, bare_median = len(paths) - part, statistics.median(ours), statistics.median(bare)
-    print("\n| | images/s | bare | ratio | rows | peak memory of a process, a fifth and all |\n|---|--:|--:|--:|--:|--:|")
+    print(
+        "\n| | images/s | bare | ratio | rows | peak memory of a process, a fifth and all |\n|---|--:|--:|--:|--:|--:|"
+    )
     peak = [statistics.median(column) / 2**20 for column in zip(*memory)]
-    print(f"| loose images | {count / our_median:.1f} | {count / bare_median:.1f} | **{bare_median / our_median:.2f}** | {large[2]} | {peak[0]:.0f} MB, {peak[1]:.0f} MB ({peak[1] / peak[0]:.2f}) |")
+    print(
+        f"| loose images | {count / our_median:.1f} | {count / bare_median:.1f} | **{bare_median / our_median:.2f}** |"
+        f" {large[2]} | {peak[0]:.0f} MB, {peak[1]:.0f} MB ({peak[1] / peak[0]:.2f}) |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """How fast the model is beside a plain ViT-B/16 (torchvision's vit_b_16), and beside itself with the textbook formula.
 
-    python benchmarks/model_speed.py                                    all defaults: CPU, or CUDA where there is a device
+    python benchmarks/model_speed.py                                    CPU, or CUDA where there is a device
     python benchmarks/model_speed.py --device cuda --batch_sizes 32 128 --dtypes bf16
 
-In each round every model runs once, each round in another order, so that whatever slows the machine down for a while slows all
-down alike; the times are medians of the rounds, the ratios those of the medians. Forward is inference, without gradients; a
-training step is forward, loss, backward and AdamW. bf16 is autocast, as in train.py. Each model is as its users get it:
-vit_b_16 without dropout, LAMM-ViT with 0.1. Peak memory of a training step is measured apart, in a process of its own for each
+In each round every model runs once, each round in another order, so that whatever slows the machine down for a while
+slows all down alike; the times are medians of the rounds, the ratios those of the medians. Forward is inference,
+without gradients; a training step is forward, loss, backward and AdamW. bf16 is autocast, as in train.py. Each model is
+as its users get it: vit_b_16 without dropout, LAMM-ViT with 0.1. Peak memory of a training step is measured apart, in a
+process of its own for each
 model: resident memory of the whole process on a CPU, memory allocated by PyTorch on CUDA.
 """
 
@@ -30,8 +31,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from attention import force_path  # noqa: E402
-from model import NUM_REGIONS, LAMMLoss, LAMMViT, LAMMViTConfig  # noqa: E402
+from attention import force_path
+from model import NUM_REGIONS, LAMMLoss, LAMMViT, LAMMViTConfig
 
 PLAIN, OURS, TEXTBOOK = "vit_b_16", "LAMM-ViT", "LAMM-ViT, textbook formula"
 
@@ -43,7 +44,9 @@ class Contestant:
         torch.manual_seed(0)
         self.name, self.device = name, device
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
-        self.model = (torchvision.models.vit_b_16(num_classes=2) if name == PLAIN else LAMMViT(LAMMViTConfig())).to(device)
+        self.model = (torchvision.models.vit_b_16(num_classes=2) if name == PLAIN else LAMMViT(LAMMViTConfig())).to(
+            device
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.05)
         self.criterion = LAMMLoss()
 
@@ -85,7 +88,9 @@ def timed(function: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def race(contestants: dict[str, Contestant], batch: tuple[Tensor, ...], stage: str, rounds: int, label: str) -> dict[str, float]:
+def race(
+    contestants: dict[str, Contestant], batch: tuple[Tensor, ...], stage: str, rounds: int, label: str
+) -> dict[str, float]:
     """Median seconds of `stage`, a method of Contestant, for each name. Two rounds to warm up are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
@@ -98,7 +103,7 @@ def race(contestants: dict[str, Contestant], batch: tuple[Tensor, ...], stage: s
 
 
 def peak_memory(name: str, device: str, dtype: str, batch_size: int) -> float:
-    """GB that this process (CPU) or PyTorch on the device (CUDA) held at most, over three training steps of one model."""
+    """The most GB that this process (CPU) or PyTorch on the device (CUDA) held, over three training steps."""
     contestant, batch = Contestant(name, device, dtype), make_batch(batch_size, device)
     with force_path("textbook" if name == TEXTBOOK else None):
         for _ in range(3):
@@ -119,11 +124,22 @@ def peak_memory_apart(name: str, args: argparse.Namespace, dtype: str, batch_siz
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="default: cuda where there is a device")
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="fp32 and bf16 autocast")
-    parser.add_argument("--batch_sizes", nargs="+", type=int, help="images per batch (default: 8 on cpu, 32 and 128 on cuda)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=device, help="default: cuda where there is a device"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="fp32 and bf16 autocast"
+    )
+    parser.add_argument(
+        "--batch_sizes", nargs="+", type=int, help="images per batch (default: 8 on cpu, 32 and 128 on cuda)"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="runs of each model that count (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s, PyTorch's choice)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="CPU threads (default: %(default)s, PyTorch's choice)",
+    )
     parser.add_argument("--memory_of", choices=(PLAIN, OURS, TEXTBOOK), help=argparse.SUPPRESS)
     return parser
 
@@ -136,21 +152,33 @@ def main(args: argparse.Namespace) -> None:
         return
 
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
-    print(f"{where}, torch {torch.__version__}, medians of {args.rounds} interleaved rounds; in brackets the ratio to {PLAIN}\n")
+    print(
+        f"{where}, torch {torch.__version__}, medians of {args.rounds} interleaved rounds; in brackets the ratio to"
+        f" {PLAIN}\n"
+    )
     print("| dtype | batch | model | forward | images/s | training step | images/s | peak memory |")
     print("|---|--:|---|--:|--:|--:|--:|--:|")
     names, runs = (PLAIN, OURS, TEXTBOOK), list(product(args.dtypes, batch_sizes))
     # Before this process grows: on Linux the peak of a new process begins with what its parent holds when it starts it
-    gigabytes = {(name, *run): peak_memory_apart(name, args, *run) for name, run in tqdm(list(product(names, runs)), desc="memory", leave=False)}
+    gigabytes = {
+        (name, *run): peak_memory_apart(name, args, *run)
+        for name, run in tqdm(list(product(names, runs)), desc="memory", leave=False)
+    }
     for dtype, batch_size in runs:
         label, ours = f"{dtype} batch {batch_size}", Contestant(OURS, args.device, dtype)  # one model for both formulas
-        contestants, batch = {PLAIN: Contestant(PLAIN, args.device, dtype), OURS: ours, TEXTBOOK: ours}, make_batch(batch_size, args.device)
+        contestants, batch = (
+            {PLAIN: Contestant(PLAIN, args.device, dtype), OURS: ours, TEXTBOOK: ours},
+            make_batch(batch_size, args.device),
+        )
         forward = race(contestants, batch, "forward", args.rounds, label)
         step = race(contestants, batch, "training_step", args.rounds, label)
         for name in names:
             cells = [dtype, str(batch_size), name]
             for seconds in (forward, step):
-                cells += [f"{1000 * seconds[name]:.0f} ms ({seconds[name] / seconds[PLAIN]:.2f})", f"{batch_size / seconds[name]:.1f}"]
+                cells += [
+                    f"{1000 * seconds[name]:.0f} ms ({seconds[name] / seconds[PLAIN]:.2f})",
+                    f"{batch_size / seconds[name]:.1f}",
+                ]
             memory, plain = gigabytes[name, dtype, batch_size], gigabytes[PLAIN, dtype, batch_size]
             cells.append(f"{memory:.2f} GB ({memory / plain:.2f})")
             print("| " + " | ".join(cells) + " |", flush=True)

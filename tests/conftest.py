@@ -1,4 +1,4 @@
-"""Shared by all tests: small data sets, made once a session by the project's own scripts, and a runner for the scripts."""
+"""Shared by all tests: small data sets, made once by the project's own scripts, and a runner for the scripts."""
 
 import contextlib
 import io
@@ -27,15 +27,26 @@ NO_IMAGES_BY_NAME = ("notes.txt", "animated.gif")  # of hostile_files
 def launcher(processes: int, *torchrun: str) -> list[str]:
     """The beginning of a command that runs a script: python, or torchrun with so many processes."""
     command = [sys.executable]
-    return command + ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun] if processes else command
+    return (
+        command + ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
+        if processes
+        else command
+    )
 
 
-def run_script(*command: object, cwd: Path, expect: int | None = 0, processes: int = 0, **environment: str) -> subprocess.CompletedProcess:
+def run_script(
+    *command: object, cwd: Path, expect: int | None = 0, processes: int = 0, **environment: str
+) -> subprocess.CompletedProcess:
     """Runs `python script.py ...`, or torchrun with `processes` of it, as a user would, and checks the exit code."""
     script, *arguments = map(str, command)
     # One thread a process: the models are tiny, and two would wait for each other.
     done = subprocess.run(
-        [*launcher(processes), str(ROOT / script), *arguments], cwd=cwd, env={"OMP_NUM_THREADS": "1", **os.environ, **environment}, text=True, capture_output=True, timeout=300
+        [*launcher(processes), str(ROOT / script), *arguments],
+        cwd=cwd,
+        env={"OMP_NUM_THREADS": "1", **os.environ, **environment},
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
     if expect is not None:
         assert done.returncode == expect, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -43,7 +54,8 @@ def run_script(*command: object, cwd: Path, expect: int | None = 0, processes: i
 
 
 def run_here(script: ModuleType, *arguments: object, cwd: Path) -> str:
-    """Runs a script's main in this process, which saves the seconds of starting one, and returns what it printed. One thread, as
+    """Runs a script's main in this process, which saves the seconds of starting one, and returns what it printed. One
+    thread, as
     run_script has it: the numbers are the same to the bit."""
     printed, before, threads = io.StringIO(), os.getcwd(), torch.get_num_threads()
     try:
@@ -74,7 +86,9 @@ def refusal(script: ModuleType, *arguments: object) -> str:
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """A smooth random picture, so that JPEG keeps it nearly as it is."""
     rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
 
 
 def decompression_bomb(width: int, height: int) -> bytes:
@@ -84,7 +98,12 @@ def decompression_bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def odd_exif() -> bytes:
@@ -94,7 +113,9 @@ def odd_exif() -> bytes:
 
 
 def hostile_files(folder: Path) -> dict[str, str]:
-    """All that a folder of images may hold. Returns {relative path: part of the reason} of what preprocess.py cannot use."""
+    """All that a folder of images may hold. Returns {relative path: part of the reason} of what preprocess.py cannot
+    use.
+    """
     (folder / "a b/ç").mkdir(parents=True)
     picture(300, 200, 1).save(folder / "same.jpg")
     picture(300, 200, 2).save(folder / "same.bmp")
@@ -139,20 +160,35 @@ def hostile_files(folder: Path) -> dict[str, str]:
     (folder / "cut_224.png").write_bytes(whole[: len(whole) // 2])
     os.symlink("nowhere.png", folder / "dangling.png")
     os.symlink("loop.png", folder / "loop.png")
-    return {"text.jpg": "cannot be read", "bomb.png": "decompression bomb", "empty.png": "cannot be read", "tiny.png": "3x3 pixels, under the minimum of 12x12", "line.png": "500x1 pixels", "narrow.png": "11x40", "low.png": "40x11", "pipe.png": "not a file",
-            "cut.jpg": "truncated", "cut_224.png": "cannot be read", "dangling.png": "No such file", "loop.png": "symbolic links",
-            **{name: "left alone: its name ends in none of" for name in NO_IMAGES_BY_NAME},
-            **({} if os.access(folder / "locked.png", os.R_OK) else {"locked.png": "Permission denied"})}  # fmt: skip
+    return {
+        "text.jpg": "cannot be read",
+        "bomb.png": "decompression bomb",
+        "empty.png": "cannot be read",
+        "tiny.png": "3x3 pixels, under the minimum of 12x12",
+        "line.png": "500x1 pixels",
+        "narrow.png": "11x40",
+        "low.png": "40x11",
+        "pipe.png": "not a file",
+        "cut.jpg": "truncated",
+        "cut_224.png": "cannot be read",
+        "dangling.png": "No such file",
+        "loop.png": "symbolic links",
+        **{name: "left alone: its name ends in none of" for name in NO_IMAGES_BY_NAME},
+        **({} if os.access(folder / "locked.png", os.R_OK) else {"locked.png": "Permission denied"}),
+    }
 
 
 @pytest.fixture(scope="session")
 def datasets(tmp_path_factory) -> Path:
-    """A data root of synthetic faces in the documented layout: 60 real, 2 generators of 30, one picture without a face."""
-    from demo import draw_face
+    """A data root of drawn faces in the documented layout: 60 real, 2 generators of 30, one picture without a face."""
+    from drawing.render import draw_face
 
     root = tmp_path_factory.mktemp("data") / "datasets"
     rng = np.random.default_rng(0)
-    for folder, generator, count in (("real/Consistent", None, 60), *((f"fake/{name}", name, 30) for name in GENERATORS)):
+    for folder, generator, count in (
+        ("real/Consistent", None, 60),
+        *((f"fake/{name}", name, 30) for name in GENERATORS),
+    ):
         (root / folder).mkdir(parents=True)
         for i in range(count):
             Image.fromarray(draw_face(rng, generator)).save(root / folder / f"{i:03}.png")
@@ -168,7 +204,20 @@ def features(datasets) -> Path:
     return folder
 
 
-SMALL = ("--patch_size", 56, "--embed_dim", 24, "--depth", 2, "--batch_size", 16, "--accum_steps", 2, "--num_workers", 0)
+SMALL = (
+    "--patch_size",
+    56,
+    "--embed_dim",
+    24,
+    "--depth",
+    2,
+    "--batch_size",
+    16,
+    "--accum_steps",
+    2,
+    "--num_workers",
+    0,
+)
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,16 @@
-"""benchmarks/ablation.py: every variant is trained and tested, the table says what they reached, a stopped run goes on."""
+"""benchmarks/ablation.py: every variant is trained and tested, one table says how well, a stopped run goes on."""
 
-import importlib
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import GENERATORS, ROOT, SMALL
+from conftest import GENERATORS, SMALL
 
 import inference
 import train
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-ablation = importlib.import_module("ablation")
+from benchmarks import ablation
+from benchmarks.comparison import variants
 
 
 @pytest.fixture
@@ -26,7 +23,7 @@ def calls(monkeypatch) -> list[list[str]]:
         seen.append(command)
         script.main(script.get_args_parser().parse_args(command[1:]))
 
-    monkeypatch.setattr(ablation, "run", run)
+    monkeypatch.setattr(variants, "run", run)
     return seen
 
 
@@ -35,43 +32,64 @@ def ablate(*arguments: object) -> None:
 
 
 def test_all_variants_in_one_table_and_a_stopped_run_goes_on(features, tmp_path, calls, monkeypatch, capsys):
-    arguments = ("--features", features, "--output_dir", tmp_path / "out", "--seeds", 1, "--held_out", "IrisMismatch", *SMALL, "--epochs", 1)
-    run, stop_at = ablation.run, 5
+    arguments = (
+        "--features",
+        features,
+        "--output_dir",
+        tmp_path / "out",
+        "--seeds",
+        1,
+        "--held_out",
+        "IrisMismatch",
+        *SMALL,
+        "--epochs",
+        1,
+    )
+    run, stop_at = variants.run, 5
 
     def run_until(command: list[str]) -> None:
         if len(calls) == stop_at:
             raise KeyboardInterrupt
         run(command)
 
-    monkeypatch.setattr(ablation, "run", run_until)
+    monkeypatch.setattr(variants, "run", run_until)
     with pytest.raises(KeyboardInterrupt):
         ablate(*arguments)
-    monkeypatch.setattr(ablation, "run", run)
+    monkeypatch.setattr(variants, "run", run)
     ablate(*arguments)
-    assert len(calls) == 2 * len(ablation.VARIANTS) + 1, "the training before the stop was taken up again, nothing else"
+    assert len(calls) == 2 * len(variants.VARIANTS) + 1, "the training before the stop was taken up again, nothing else"
 
     table = (tmp_path / "out/ablation.md").read_text()
-    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in table.splitlines()[2:8]}
-    assert rows.keys() == ablation.VARIANTS.keys() and table in capsys.readouterr().out
-    for name, without in ablation.VARIANTS.items():
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:8]]
+    rows = {name: of_name for name, *of_name in cells}
+    assert rows.keys() == variants.VARIANTS.keys() and table in capsys.readouterr().out
+    for name, without in variants.VARIANTS.items():
         folder = tmp_path / "out" / name.split(" (")[0].replace(" ", "_") / "seed_0"
         checkpoint = torch.load(folder / "best_model.pth", weights_only=True)
-        assert checkpoint["arguments"]["without"] == sorted(without) and "fake/IrisMismatch" not in checkpoint["datasets"]
+        assert (
+            checkpoint["arguments"]["without"] == sorted(without) and "fake/IrisMismatch" not in checkpoint["datasets"]
+        )
         results = json.loads((folder / "prediction_results.json").read_text())
         assert set(GENERATORS) < set(results), "the one that was kept from training is tested"
         parameters = sum(values.numel() for values in checkpoint["model"].values())
         millions, auc, ap, accuracy, *held_out = rows[name]
         assert float(millions) == pytest.approx(parameters / 1e6, abs=0.006)
-        assert (auc, accuracy) == (f"{100 * results['OffAxisMouth']['auc']:.1f}", f"{results['OffAxisMouth']['accuracy']:.1f}")
+        assert (auc, accuracy) == (
+            f"{100 * results['OffAxisMouth']['auc']:.1f}",
+            f"{results['OffAxisMouth']['accuracy']:.1f}",
+        )
         assert held_out[1] == f"{100 * results['IrisMismatch']['ap']:.1f}"
     with pytest.raises(ValueError, match="holds an ablation with other options"):
         ablate(*arguments, "--lr", 1)
 
 
 def test_mean_and_spread_over_seeds():
-    runs = [{"A": {"auc": auc, "ap": 0.5, "accuracy": 50.0}, "B": {"auc": auc + 0.1, "ap": 0.5, "accuracy": 50.0}} for auc in (0.5, 0.6, 0.7)]
-    line = ablation.row("plain", runs, ["A", "B"], [], 2_000_000)
-    assert line == f"| plain | 2.00 | 65.0 ± {np.std([55, 65, 75], ddof=1):.1f} | 50.0 ± 0.0 | 50.0 ± 0.0 |"
+    runs = [
+        {"A": {"auc": auc, "ap": 0.5, "accuracy": 50.0}, "B": {"auc": auc + 0.1, "ap": 0.5, "accuracy": 50.0}}
+        for auc in (0.5, 0.6, 0.7)
+    ]
+    cells = variants.row("plain", runs, ["A", "B"], [], 2_000_000)
+    assert cells == ["plain", "2.00", f"65.0 ± {np.std([55, 65, 75], ddof=1):.1f}", "50.0 ± 0.0", "50.0 ± 0.0"]
 
 
 def test_options_that_it_sets_itself_are_refused(features, tmp_path, calls):

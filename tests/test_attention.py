@@ -1,37 +1,46 @@
-"""attention.py: every path agrees with the formula, forward and backward, with and without dropout; nothing of N x N is kept."""
+"""attention.py: every path agrees with the formula, forward and backward, with and without dropout; nothing of N x N is
+kept.
+"""
 
 import math
 import os
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
-from attention import dropout, force_path, region_gated_attention, textbook
+from attention import blocked, force_path, kernels, layout, region_gated_attention
+from attention import dropout as attention_dropout
+from attention.dropout import dropout, keep_mask, random_keys
+from attention.textbook import textbook_attention
 from model import LAMMLoss, LAMMViT, LAMMViTConfig
 
 NAMES = ("output", "grad q", "grad k", "grad v", "grad masks", "grad lam", "grad theta")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 CUDA = torch.cuda.is_available()
-triton_needed = pytest.mark.skipif(attention.triton is None, reason="no Triton for this system")
+triton_needed = pytest.mark.skipif(kernels.triton is None, reason="no Triton for this system")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreter_multiplies_bfloat16():
-    """Triton's interpreter takes the bits of a bfloat16 operand for an integer: NumPy has no such type. Here they are widened first."""
-    if attention.triton is None or CUDA:
+    """Triton's interpreter takes the bits of a bfloat16 operand for an integer: NumPy has no such type. Here they are
+    widened first.
+    """
+    if kernels.triton is None or CUDA:
         yield
         return
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder
 
     def widened(self, a, b, *rest):
-        return dot(self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
+        return dot(
+            self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest
+        )
 
     dot, InterpreterBuilder.create_dot = InterpreterBuilder.create_dot, widened
     yield
@@ -53,9 +62,11 @@ def output_and_gradients(function, tensors: list[torch.Tensor], grad: torch.Tens
 
 
 def assert_agrees(path: str, tensors: list[torch.Tensor], precision: torch.dtype = torch.float64) -> None:
-    """`path` on these tensors agrees with the formula, computed in `precision` on the same numbers: output and all gradients."""
+    """`path` on these tensors agrees with the formula, computed in `precision` on the same numbers: output and all
+    gradients.
+    """
     grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype)
-    expected = output_and_gradients(textbook, [x.to(precision) for x in tensors], grad)
+    expected = output_and_gradients(textbook_attention, [x.to(precision) for x in tensors], grad)
     device = "cuda" if path == "triton" and CUDA else "cpu"
     with force_path(path):
         got = output_and_gradients(region_gated_attention, [x.to(device) for x in tensors], grad.to(device))
@@ -69,7 +80,16 @@ def assert_agrees(path: str, tensors: list[torch.Tensor], precision: torch.dtype
 
 
 SHAPES = list(product((1, 3), (1, 2, 5, 197, 257), (4, 16, 64, 80)))  # B, N, Dh
-INTERPRETED = [*product((1,), (1, 2, 5), (4, 16, 64, 80)), (3, 1, 4), (3, 2, 64), (3, 5, 16), (1, 197, 4), (1, 197, 64), (1, 257, 80)]  # a slow one
+# a slow one
+INTERPRETED = [
+    *product((1,), (1, 2, 5), (4, 16, 64, 80)),
+    (3, 1, 4),
+    (3, 2, 64),
+    (3, 5, 16),
+    (1, 197, 4),
+    (1, 197, 64),
+    (1, 257, 80),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -99,17 +119,21 @@ LAYOUTS = {
 def test_any_memory_layout(path, layout):
     tensors = arguments(3, 2, 37, 16)
     assert_agrees(path, [LAYOUTS[layout](x) for x in tensors[:3]] + tensors[3:])
-    assert_agrees(path, tensors[:3] + [torch.stack([x, x], -1)[..., 0] for x in tensors[3:]])  # masks, lam and theta not contiguous
+    # masks, lam and theta not contiguous
+    assert_agrees(path, tensors[:3] + [torch.stack([x, x], -1)[..., 0] for x in tensors[3:]])
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's: σ of a large negative number is 0
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered in exp"
+)  # the interpreter's: σ of a large negative number is 0
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("lam", [0.0, 1e-6, 50.0, 1e4, 1e30])
 @pytest.mark.parametrize("masks", ["random", "zero", "binary"])
 def test_extreme_gates(path, lam, masks):
     q, k, v, M, _, theta = arguments(2, 3, 40, 16)
     M = {"random": M, "zero": torch.zeros_like(M), "binary": (M > 0).float()}[masks]
-    # The formula itself, in float32, is 1e-3 away from float64 where λ is 1e4: M_i M_j − θ is rounded, then made 1e4 times as large
+    # The formula itself, in float32, is 1e-3 away from float64 where λ is 1e4: M_i M_j − θ is rounded, then made 1e4
+    # times as large
     assert_agrees(path, [q, k, v, M, torch.full((2, 3), lam), theta], torch.float32)
 
 
@@ -117,7 +141,9 @@ def test_extreme_gates(path, lam, masks):
 def test_large_scores_do_not_overflow(path):
     q, k, *rest = arguments(1, 2, 20, 16)
     with force_path(path):
-        out = region_gated_attention(*(x.to("cuda" if path == "triton" and CUDA else "cpu") for x in (100 * q, 100 * k, *rest)))
+        out = region_gated_attention(
+            *(x.to("cuda" if path == "triton" and CUDA else "cpu") for x in (100 * q, 100 * k, *rest))
+        )
     assert out.isfinite().all()
 
 
@@ -131,7 +157,7 @@ def test_result_does_not_depend_on_the_pieces(elements, dropout_p, monkeypatch):
         return output_and_gradients(lambda *x: region_gated_attention(*x, dropout_p), tensors, grad)
 
     whole = run()
-    monkeypatch.setattr(attention, "CACHE_ELEMENTS", elements)
+    monkeypatch.setattr(blocked, "CACHE_ELEMENTS", elements)
     for name, pieces, expected in zip(NAMES, run(), whole):
         torch.testing.assert_close(pieces, expected, rtol=1e-5, atol=1e-5, msg=name)
 
@@ -148,18 +174,18 @@ def test_blocked_never_allocates_the_plane(B, H, N):
                     Largest.elements = max(Largest.elements, x.untyped_storage().nbytes() // x.element_size())
             return result
 
-    tensors, random = arguments(B, H, N, 16), attention._random_keys(2, B, H, N)
+    tensors, random = arguments(B, H, N, 16), random_keys(2, B, H, N)
     with Largest(), torch.no_grad():
-        out, _ = attention._blocked_forward(*tensors, random, 0.1)
-        attention._blocked_backward(out, *tensors, random, 0.1)
+        out, _ = blocked.forward(*tensors, random, 0.1)
+        blocked.backward(out, out, None, *tensors, random, 0.1)
     assert Largest.elements < B * H * N * N
-    assert Largest.elements <= attention.CACHE_ELEMENTS * torch.get_num_threads() / 2  # two buffers forward, five backward
+    assert Largest.elements <= layout.CACHE_ELEMENTS * torch.get_num_threads() / 2  # two buffers forward, five backward
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_gradcheck(dropout_p):
     tensors = [x.double().requires_grad_() for x in arguments(2, 3, 6, 4)]
-    random = attention._random_keys(2, 2, 3, 6) if dropout_p else None
+    random = random_keys(2, 2, 3, 6) if dropout_p else None
     assert torch.autograd.gradcheck(lambda *x: attention._forward(*x, random, dropout_p, "blocked")[0], tensors)
 
 
@@ -174,16 +200,22 @@ def dropped_weights(path: str, tensors: list[torch.Tensor], p: float, seed: int)
     q, k, _, *gates = (x.to("cuda" if path == "triton" and CUDA else "cpu") for x in tensors)
     torch.manual_seed(seed)
     with force_path(path):
-        return region_gated_attention(q, k, torch.eye(q.shape[2]).to(q).expand(q.shape[0], q.shape[1], -1, -1).contiguous(), *gates, p).cpu()
+        return region_gated_attention(
+            q, k, torch.eye(q.shape[2]).to(q).expand(q.shape[0], q.shape[1], -1, -1).contiguous(), *gates, p
+        ).cpu()
 
 
-@pytest.mark.parametrize("path, p", [*product(["blocked"], [0.1, 0.5]), *(pytest.param("triton", p, marks=triton_needed) for p in (0.1, 0.5))])
+@pytest.mark.parametrize(
+    "path, p",
+    [*product(["blocked"], [0.1, 0.5]), *(pytest.param("triton", p, marks=triton_needed) for p in (0.1, 0.5))],
+)
 def test_attention_dropout(path, p):
     tensors = arguments(1, 2, 50, 50)
-    weights = textbook(tensors[0], tensors[1], torch.eye(50).expand(1, 2, 50, 50), *tensors[3:])
+    weights = textbook_attention(tensors[0], tensors[1], torch.eye(50).expand(1, 2, 50, 50), *tensors[3:])
     draws = torch.stack([dropped_weights(path, tensors, p, seed) for seed in range(DRAWS)])
     kept = draws > 0
-    torch.testing.assert_close(draws, kept * weights / (1 - p), rtol=1e-4, atol=1e-6)  # dropped, or scaled by 1 / (1 − p)
+    # dropped, or scaled by 1 / (1 − p)
+    torch.testing.assert_close(draws, kept * weights / (1 - p), rtol=1e-4, atol=1e-6)
     n = kept.numel()
     assert abs(kept.double().mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
     share = draws.mean(0) / weights  # its mean is 1, its variance p / (1 − p) / draws
@@ -199,13 +231,15 @@ def test_backward_sees_the_dropout_of_the_forward(path):
 
     def masked(q, k, v, masks, lam, theta):
         eye = torch.eye(33, dtype=q.dtype).expand(2, 2, 33, 33)
-        return (textbook(q, k, eye, masks, lam, theta) * keep) @ v
+        return (textbook_attention(q, k, eye, masks, lam, theta) * keep) @ v
 
     grad = torch.randn(2, 2, 33, 33)
     expected = output_and_gradients(masked, [x.double() for x in tensors], grad)
     torch.manual_seed(5)
     with force_path(path):
-        got = output_and_gradients(lambda *x: region_gated_attention(*x, p), [x.to(device) for x in tensors], grad.to(device))
+        got = output_and_gradients(
+            lambda *x: region_gated_attention(*x, p), [x.to(device) for x in tensors], grad.to(device)
+        )
     for name, ours, theirs in zip(NAMES, got, expected):
         assert (ours.cpu() - theirs).norm() <= 1e-5 * theirs.norm(), name
 
@@ -215,7 +249,12 @@ def test_hashed_dropout_looks_random(p):
     """Rate, independence of neighbours, of rows and of columns: what a poor hash of row and column would fail."""
     torch.manual_seed(0)
     n, draws = 197, 40
-    z = attention._keep_mask(attention._random_keys(draws, n), attention._random_keys(draws, n), p, torch.empty(draws, n, n, dtype=torch.float64))
+    z = keep_mask(
+        random_keys(draws, n),
+        random_keys(draws, n),
+        p,
+        torch.empty(draws, n, n, dtype=torch.float64),
+    )
     z = ((z > 0).double() - (1 - p)) / math.sqrt(p * (1 - p))  # (draws, n, n), mean 0 and variance 1
     assert abs(z.mean()) < 5 / math.sqrt(z.numel())
     for rows_or_columns in (z, z.mT):
@@ -241,8 +280,10 @@ def test_dropout(dtype):
     torch.testing.assert_close(x.grad, (kept / 0.9).to(dtype))
     torch.manual_seed(0)
     assert torch.equal(dropout(x, 0.1), y) and not torch.equal(dropout(x, 0.1), y)
-    keys = attention._random_keys(4), attention._random_keys(5)
-    assert torch.autograd.gradcheck(lambda t: attention._dropout(t, *keys, 0.3), torch.randn(4, 5, dtype=torch.float64, requires_grad=True))
+    keys = random_keys(4), random_keys(5)
+    assert torch.autograd.gradcheck(
+        lambda t: attention_dropout._dropout(t, *keys, 0.3), torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    )
 
 
 # The operator in PyTorch's machinery
@@ -258,16 +299,16 @@ def small_batch() -> tuple[torch.Tensor, torch.Tensor]:
 def test_opcheck():
     tensors = [x.requires_grad_() for x in arguments(2, 3, 7, 4)]
     torch.library.opcheck(attention._forward, (*tensors, None, 0.0, "blocked"))
-    torch.library.opcheck(attention._forward, (*tensors, attention._random_keys(2, 2, 3, 7), 0.2, "blocked"))
-    torch.library.opcheck(attention._dropout, (tensors[0], attention._random_keys(42), attention._random_keys(4), 0.2))
+    torch.library.opcheck(attention._forward, (*tensors, random_keys(2, 2, 3, 7), 0.2, "blocked"))
+    torch.library.opcheck(attention_dropout._dropout, (tensors[0], random_keys(42), random_keys(4), 0.2))
     transposed = torch.randn(5, 6).T.requires_grad_()
-    torch.library.opcheck(attention._dropout, (transposed, attention._random_keys(6), attention._random_keys(5), 0.2))
+    torch.library.opcheck(attention_dropout._dropout, (transposed, random_keys(6), random_keys(5), 0.2))
 
 
 def test_autocast():
     tensors = arguments(2, 3, 20, 16)
     grad = torch.randn(2, 3, 20, 16)
-    expected = output_and_gradients(textbook, [x.double() for x in tensors], grad)
+    expected = output_and_gradients(textbook_attention, [x.double() for x in tensors], grad)
     with torch.autocast("cpu", torch.bfloat16):
         got = output_and_gradients(region_gated_attention, tensors, grad)
         assert region_gated_attention(*(x.double() for x in tensors)).dtype == torch.float64
@@ -280,7 +321,7 @@ def test_backward_within_autocast_stays_exact():
     leaves = [x.double().requires_grad_() for x in arguments(2, 3, 20, 16)]
     leaves32 = [x.detach().float().requires_grad_() for x in leaves]
     out32 = region_gated_attention(*leaves32)
-    expected = torch.autograd.grad(textbook(*leaves).sum(), leaves)
+    expected = torch.autograd.grad(textbook_attention(*leaves).sum(), leaves)
     with torch.autocast("cpu", torch.bfloat16):
         got = torch.autograd.grad(out32.sum(), leaves32)
     for name, ours, theirs in zip(NAMES[1:], got, expected):
@@ -294,7 +335,10 @@ def test_half_precision_survives_heavy_dropout():
 
 def test_shapes_pass_through_without_data():
     model = LAMMViT(SMALL).to("meta")
-    assert model(torch.empty(2, 3, 64, 64, device="meta"), torch.empty(2, 8, 4, 4, device="meta"))["logits"].shape == (2, 2)
+    assert model(torch.empty(2, 3, 64, 64, device="meta"), torch.empty(2, 8, 4, 4, device="meta"))["logits"].shape == (
+        2,
+        2,
+    )
 
 
 def test_model_compiles_whole():
@@ -309,14 +353,18 @@ def test_model_compiles_whole():
         loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
-        torch.testing.assert_close(compiled.eval()(images, masks)["logits"], model.eval()(images, masks)["logits"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            compiled.eval()(images, masks)["logits"], model.eval()(images, masks)["logits"], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_model_exports(tmp_path):
     images, masks = small_batch()
     model = LAMMViT(SMALL).eval()
     batch = torch.export.Dim("batch", min=2, max=64)
-    torch.export.save(torch.export.export(model, (images, masks), dynamic_shapes=({0: batch}, {0: batch})), tmp_path / "model.pt2")
+    torch.export.save(
+        torch.export.export(model, (images, masks), dynamic_shapes=({0: batch}, {0: batch})), tmp_path / "model.pt2"
+    )
     exported = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(exported(images[:3], masks[:3])["logits"], model(images[:3], masks[:3])["logits"])
 
@@ -349,10 +397,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import attention
+from attention import kernels
+from attention import blocked, kernels, layout
+from attention import dropout as attention_dropout
 
 def compile(kernel, dtype, dropout, capability):
-    shared, how = attention._launch(torch.empty(1, 12, 197, 64, dtype=dtype), on_device=False)
+    shared, how = kernels._launch(torch.empty(1, 12, 197, 64, dtype=dtype), on_device=False)
     fixed = {name: value for name, value in shared.items() if name.isupper() and name not in "HN"}
     fixed |= {"DROPOUT": dropout} | ({} if dropout else {"SEED": None})
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
@@ -364,9 +414,10 @@ def compile(kernel, dtype, dropout, capability):
         return "*fp32" if name.isupper() and name not in "HN" else "i32"
     signature = {name: kind(name) for name in kernel.arg_names}
     constants = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
-    assert triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=how).asm["cubin"]
+    assert triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32),
+    options=how).asm["cubin"]
 
-for kernel in (attention._forward_kernel, attention._backward_rows_kernel, attention._backward_columns_kernel):
+for kernel in (kernels._forward_kernel, kernels._backward_rows_kernel, kernels._backward_columns_kernel):
     for dtype, dropout, capability in ((torch.bfloat16, True, 90), (torch.float32, False, 80)):
         compile(kernel, dtype, dropout, capability)
 print("compiled")
@@ -377,7 +428,12 @@ print("compiled")
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler comes with its Linux wheels")
 def test_kernels_compile_for_gpus(tmp_path):
     """To machine code, without a device: what the interpreter does not check."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(attention.__file__).parent)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
     script = tmp_path / "compile.py"
     script.write_text(KERNELS_COMPILE)
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)

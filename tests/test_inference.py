@@ -4,6 +4,7 @@ import argparse
 import csv
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,10 +21,18 @@ from sklearn.metrics import accuracy_score, average_precision_score, recall_scor
 
 import inference
 import train
-from dataset import FaceDataset, TestTransform, find_feature_files
-from inference import METRICS, CheckpointError, draw_comparisons, load_batches, load_checkpoint, normalize, predict_scores
+from dataset import FaceDataset
+from evaluation.metrics import METRICS
+from evaluation.protocol import draw_comparisons, load_test_set, score
+from evaluation.robustness import ROBUSTNESS, finder_again
+from evaluation.scoring import load_batches, predict_scores
+from evaluation.tables import results_as_latex, results_as_markdown
+from model import normalize
+from runtime.checkpoint import CheckpointError, load_checkpoint
+from samples.feature_files import find_feature_files
+from samples.transforms import TestTransform
 
-# -------------------------------------------------------------------------------------------------------- the comparisons
+# ------------------------------------------------------------------------------------------------------ the comparisons
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +62,14 @@ def test_the_draw_does_not_depend_on_names_or_order(test_set):
 
     def drawn(data: FaceDataset, order: list[str]) -> dict[str, set[bytes]]:
         hashes = data.column("sha256")
-        return {name: {hashes[i].tobytes() for i in chosen} for name, chosen in draw_comparisons(data, order, 0).items()}
+        return {
+            name: {hashes[i].tobytes() for i in chosen} for name, chosen in draw_comparisons(data, order, 0).items()
+        }
 
     assert len(hashes) == len(dataset) and drawn(dataset, names) == drawn(reordered, names[::-1])
 
 
-# ------------------------------------------------------------------------------------------------------------------ scores
+# --------------------------------------------------------------------------------------------------------------- scores
 
 
 def test_normalize_is_imagenets():
@@ -72,7 +83,9 @@ def test_normalize_is_imagenets():
 def test_batches_come_in_order_whoever_reads_them(test_set, num_workers):
     dataset, _ = test_set
     batches = [np.random.default_rng(i).permutation(len(dataset))[: i % 5 + 1] for i in range(20)]
-    for indices, batch in zip(batches, load_batches(dataset, ((indices,) for indices in batches), num_workers), strict=True):
+    for indices, batch in zip(
+        batches, load_batches(dataset, ((indices,) for indices in batches), num_workers), strict=True
+    ):
         np.testing.assert_array_equal(batch["index"], indices)
         np.testing.assert_array_equal(batch["image"], dataset.read(indices)["image"])
 
@@ -106,7 +119,7 @@ def test_predicting_leaves_the_model_in_its_mode(test_set, trained):
     assert model.training
 
 
-# -------------------------------------------------------------------------------------------------------------- checkpoint
+# ----------------------------------------------------------------------------------------------------------- checkpoint
 
 
 def spoiled(checkpoint: dict, how: str) -> object:
@@ -147,7 +160,12 @@ def test_damaged_and_missing_checkpoints_are_refused(trained, features, tmp_path
     (tmp_path / "half.pth").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.pth").write_text("weights")
     (tmp_path / "empty.pth").write_bytes(b"")
-    for name, message in (("half", "not a whole checkpoint"), ("text", "not a whole"), ("empty", "not a whole"), ("missing", "no such checkpoint; run train.py")):
+    for name, message in (
+        ("half", "not a whole checkpoint"),
+        ("text", "not a whole"),
+        ("empty", "not a whole"),
+        ("missing", "no such checkpoint; run train.py"),
+    ):
         line = refusal(inference, "--features", features, "--checkpoint", tmp_path / f"{name}.pth")
         assert f"{name}.pth" in line and message in line
 
@@ -163,14 +181,24 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------- whole runs
+# ----------------------------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture(scope="module")
 def evaluated(features, trained, tmp_path_factory) -> tuple[Path, str]:
     """The folder that an evaluation with all it can do has left, and what it printed."""
     folder = tmp_path_factory.mktemp("evaluated")
-    arguments = ("--features", features, "--checkpoint", trained / "best_model.pth", "--bootstrap", 200, "--robustness", "--report", "report")
+    arguments = (
+        "--features",
+        features,
+        "--checkpoint",
+        trained / "best_model.pth",
+        "--bootstrap",
+        200,
+        "--robustness",
+        "--report",
+        "report",
+    )
     return folder, run_script("inference.py", *arguments, cwd=folder).stdout
 
 
@@ -179,7 +207,10 @@ def read_scores(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     of = {name: [row for row in rows if row["generator"] == name] for name in {row["generator"] for row in rows}}
-    return {name: (np.array([int(row["label"]) for row in rows]), np.array([float(row["score"]) for row in rows])) for name, rows in of.items()}
+    return {
+        name: (np.array([int(row["label"]) for row in rows]), np.array([float(row["score"]) for row in rows]))
+        for name, rows in of.items()
+    }
 
 
 def test_metrics_are_scikit_learns_on_the_scores_of_the_csv_file(evaluated, trained):
@@ -193,10 +224,13 @@ def test_metrics_are_scikit_learns_on_the_scores_of_the_csv_file(evaluated, trai
         row = results[name]
         assert row["n_real"] == row["n_fake"] == (labels == 0).sum() == (labels == 1).sum()
         expected = {
-            "accuracy": 100 * accuracy_score(labels, values >= 0.5), "accuracy_val_threshold": 100 * accuracy_score(labels, values >= threshold),
-            "real_accuracy": 100 * recall_score(labels, values >= 0.5, pos_label=0), "fake_accuracy": 100 * recall_score(labels, values >= 0.5),
-            "ap": average_precision_score(labels, values), "auc": roc_auc_score(labels, values),
-        }  # fmt: skip
+            "accuracy": 100 * accuracy_score(labels, values >= 0.5),
+            "accuracy_val_threshold": 100 * accuracy_score(labels, values >= threshold),
+            "real_accuracy": 100 * recall_score(labels, values >= 0.5, pos_label=0),
+            "fake_accuracy": 100 * recall_score(labels, values >= 0.5),
+            "ap": average_precision_score(labels, values),
+            "auc": roc_auc_score(labels, values),
+        }
         for metric, value in expected.items():
             assert row[metric] == pytest.approx(value, abs=1e-9)
             low, high = row["intervals"][metric]
@@ -205,10 +239,14 @@ def test_metrics_are_scikit_learns_on_the_scores_of_the_csv_file(evaluated, trai
         assert row["seen"] is True
     for metric in METRICS:
         values = [results[name][metric] for name in GENERATORS]
-        assert results["Mean"][metric] == pytest.approx(np.mean(values)) and results["Std"][metric] == pytest.approx(np.std(values, ddof=1))
+        assert results["Mean"][metric] == pytest.approx(np.mean(values)) and results["Std"][metric] == pytest.approx(
+            np.std(values, ddof=1)
+        )
     assert results["Worst"]["generator"] == min(GENERATORS, key=lambda name: results[name]["auc"])
     assert results["Run"]["checkpoint_sha256"] == hashlib.sha256((trained / "best_model.pth").read_bytes()).hexdigest()
-    assert results["Run"]["sources"]["real/Consistent"] == {"PNG 224x224": max(results[name]["n_real"] for name in GENERATORS)}
+    assert results["Run"]["sources"]["real/Consistent"] == {
+        "PNG 224x224": max(results[name]["n_real"] for name in GENERATORS)
+    }
 
 
 def test_the_scores_are_what_the_model_says(evaluated, features, trained):
@@ -225,12 +263,16 @@ def test_the_scores_are_what_the_model_says(evaluated, features, trained):
 def test_rows_for_a_paper(evaluated):
     folder, _ = evaluated
     results = json.loads((folder / "prediction_results.json").read_text())
-    markdown = (folder / "prediction_results.md").read_text().splitlines()
+    markdown = [" ".join(line.split()) for line in (folder / "prediction_results.md").read_text().splitlines()]
     assert {line.count("|") for line in markdown[:7]} == {11}
-    latex = (folder / "prediction_results.tex").read_text()
+    latex = re.sub(" +", " ", (folder / "prediction_results.tex").read_text())
     for name in GENERATORS:
         row = next(line for line in markdown if f"| {name} |" in line)
-        assert f"{results[name]['accuracy']:.2f}" in row and "| seen |" in row and f"| {2 * results[name]['n_real']} |" in row
+        assert (
+            f"{results[name]['accuracy']:.2f}" in row
+            and "| seen |" in row
+            and f"| {2 * results[name]['n_real']} |" in row
+        )
         row = next(line for line in latex.splitlines() if line.startswith(name))
         assert row.endswith(r" \\") and row.count("&") == 9 and f"{100 * results[name]['auc']:.1f}" in row
     assert "Mean & " in latex and r"$\pm$" in latex and f"Worst: {results['Worst']['generator']}" in latex
@@ -239,17 +281,19 @@ def test_rows_for_a_paper(evaluated):
 def test_names_that_mean_something_to_markdown_and_latex(evaluated):
     results = json.loads((evaluated[0] / "prediction_results.json").read_text())
     odd = {r"A & B_50%, v|2 ~x^y\z {#1} $": results[GENERATORS[0]]} | {name: results[name] for name in ("Mean", "Std")}
-    assert {line.replace(r"\|", "").count("|") for line in inference.as_markdown(odd, None).splitlines()} == {11}
-    row = inference.as_latex(odd).splitlines()[1]
+    assert {line.replace(r"\|", "").count("|") for line in results_as_markdown(odd, None).splitlines()} == {11}
+    row = " ".join(results_as_latex(odd).splitlines()[1].split())
     broken = {"new\nline": results[GENERATORS[0]]} | {name: results[name] for name in ("Mean", "Std")}
-    assert all(text.count("new line") == 1 for text in (inference.as_markdown(broken, None), inference.as_latex(broken)))
-    assert row.startswith(r"A \& B\_50\%, v|2 \textasciitilde{}x\textasciicircum{}y\textbackslash{}z \{\#1\} \$ & seen")
+    assert all(text.count("new line") == 1 for text in (results_as_markdown(broken, None), results_as_latex(broken)))
+    assert row.startswith(r"A \& B\_50\%, v|2 \textasciitilde{}x\^{}y\textbackslash{}z \{\#1\} \$ & seen")
 
 
 def test_under_every_corruption(evaluated):
     folder, printed = evaluated
     rows = json.loads((folder / "prediction_results.json").read_text())["Robustness"]
-    assert [(row["corruption"], row["level"]) for row in rows] == [("none", 0)] + [(name, level) for name, levels in inference.ROBUSTNESS.items() for level in levels]
+    assert [(row["corruption"], row["level"]) for row in rows] == [("none", 0)] + [
+        (name, level) for name, levels in ROBUSTNESS.items() for level in levels
+    ]
     assert all(set(METRICS) <= row[name].keys() for row in rows for name in (*GENERATORS, "Mean"))
     assert len({row["Mean"]["auc"] for row in rows}) > 5 and "under corruptions" in printed
     with Image.open(folder / "prediction_results_robustness.png") as picture:
@@ -258,7 +302,16 @@ def test_under_every_corruption(evaluated):
 
 
 def test_two_processes_and_other_workers_give_the_same_numbers(evaluated, features, trained, tmp_path):
-    arguments = ("--features", features, "--checkpoint", trained / "best_model.pth", "--bootstrap", 200, "--num_workers", 0)
+    arguments = (
+        "--features",
+        features,
+        "--checkpoint",
+        trained / "best_model.pth",
+        "--bootstrap",
+        200,
+        "--num_workers",
+        0,
+    )
     run_script("inference.py", *arguments, "--batch_size", 64, cwd=tmp_path, processes=2)
     assert (tmp_path / "prediction_results.csv").read_bytes() == (evaluated[0] / "prediction_results.csv").read_bytes()
     mine, others = (json.loads((folder / "prediction_results.json").read_text()) for folder in (tmp_path, evaluated[0]))
@@ -270,10 +323,13 @@ def options(*arguments: object) -> argparse.Namespace:
 
 
 def test_protocols_recompress_what_they_say(features, trained):
-    args = {protocol: options("--features", features, "--protocol", protocol) for protocol in ("native", "fakes_jpeg96", "all_jpeg96")}
+    args = {
+        protocol: options("--features", features, "--protocol", protocol)
+        for protocol in ("native", "fakes_jpeg96", "all_jpeg96")
+    }
     model, checkpoint = load_checkpoint(trained / "best_model.pth")
-    test_set = inference.load_test_set(model, checkpoint, args["native"])
-    native, fakes, both = (inference.score(model, test_set, args[protocol]) for protocol in args)
+    test_set = load_test_set(model, checkpoint, args["native"])
+    native, fakes, both = (score(model, test_set, args[protocol]) for protocol in args)
     real, fake = ((test_set.dataset.labels == label) & ~np.isnan(native) for label in (0, 1))
     np.testing.assert_allclose(fakes[real], native[real], atol=1e-6)
     assert (np.abs(fakes[fake] - native[fake]) > 1e-7).all() and (np.abs(both[real] - native[real]) > 1e-7).all()
@@ -285,23 +341,38 @@ def test_corruptions_depend_on_the_image_alone(test_set):
     noisy = TestTransform([("noise", 0.1)])
     sample = dataset.read([0, 3])
     images = sample["image"].transpose(0, 2, 3, 1)
-    out = [noisy(image, points, masks, np.random.default_rng(i))[0] for i, (image, points, masks) in enumerate(zip(images, sample["landmarks"], sample["region_masks"]))]
-    np.testing.assert_array_equal(out[0], noisy(images[0].copy(), sample["landmarks"][0], sample["region_masks"][0], np.random.default_rng(9))[0])
-    assert np.std(out[0].astype(float) - images[0]) == pytest.approx(25, rel=0.3) and not np.array_equal(out[0].astype(int) - images[0], out[1].astype(int) - images[1])
-    assert np.array_equal(TestTransform([("resize", 1.0)])(images[0], *images[:2], np.random.default_rng(0))[0], images[0])
+    out = [
+        noisy(image, points, masks, np.random.default_rng(i))[0]
+        for i, (image, points, masks) in enumerate(zip(images, sample["landmarks"], sample["region_masks"]))
+    ]
+    np.testing.assert_array_equal(
+        out[0], noisy(images[0].copy(), sample["landmarks"][0], sample["region_masks"][0], np.random.default_rng(9))[0]
+    )
+    assert np.std(out[0].astype(float) - images[0]) == pytest.approx(25, rel=0.3) and not np.array_equal(
+        out[0].astype(int) - images[0], out[1].astype(int) - images[1]
+    )
+    assert np.array_equal(
+        TestTransform([("resize", 1.0)])(images[0], *images[:2], np.random.default_rng(0))[0], images[0]
+    )
     flat = TestTransform([("resize", 0.25)])(images[0], *images[:2], np.random.default_rng(0))[0]
-    assert flat.shape == images[0].shape and np.abs(np.diff(flat.astype(int), axis=0)).mean() < np.abs(np.diff(images[0].astype(int), axis=0)).mean()
+    assert (
+        flat.shape == images[0].shape
+        and np.abs(np.diff(flat.astype(int), axis=0)).mean() < np.abs(np.diff(images[0].astype(int), axis=0)).mean()
+    )
 
 
 def test_landmarks_are_kept_or_found_again(features, trained):
     model, checkpoint = load_checkpoint(trained / "best_model.pth")
-    test_set = inference.load_test_set(model, checkpoint, options("--features", features))
-    find = inference.finder_again(test_set, checkpoint, None)
+    test_set = load_test_set(model, checkpoint, options("--features", features))
+    find = finder_again(test_set, checkpoint, None)
     index = int(np.flatnonzero(test_set.dataset.column("found_by") == 0)[0])
     sample = test_set.dataset.read([index])
     shift = np.roll(sample["image"][0].transpose(1, 2, 0), 20, axis=1)  # (3, h, w) -> (h, w, 3), 20 pixels to the right
     landmarks, masks = find(np.ascontiguousarray(shift))
-    assert np.median(landmarks[:, 0] - sample["landmarks"][0, :, 0]) == pytest.approx(20, abs=4) and masks.shape == sample["region_masks"][0].shape
+    assert (
+        np.median(landmarks[:, 0] - sample["landmarks"][0, :, 0]) == pytest.approx(20, abs=4)
+        and masks.shape == sample["region_masks"][0].shape
+    )
     nothing, _ = find(np.zeros_like(shift))
     np.testing.assert_array_equal(nothing, test_set.dataset.mean_landmarks)
     kept = TestTransform([("blur", 3)])(shift, landmarks, masks, None)
@@ -313,21 +384,47 @@ def test_formats_and_sizes_that_tell_the_class_are_named(features, trained, tmp_
     shutil.copytree(features, tmp_path / "features")
     with h5py.File(tmp_path / "features/real/Consistent/test_features.h5", "r+") as file:
         file["originals"][:] = ["JPEG 1024x1024"] * len(file["originals"])
-    arguments = ("--features", tmp_path / "features", "--checkpoint", trained / "best_model.pth", "--output", tmp_path / "out.json", "--bootstrap", 0)
+    arguments = (
+        "--features",
+        tmp_path / "features",
+        "--checkpoint",
+        trained / "best_model.pth",
+        "--output",
+        tmp_path / "out.json",
+        "--bootstrap",
+        0,
+    )
     inference.main(options(*arguments))
     warnings = json.loads((tmp_path / "out.json").read_text())["Run"]["warnings"]
-    assert len(warnings) == 2 and all("the format and size of its files tell it" in line and "real: JPEG 1024x1024 100 %" in line for line in warnings)
+    assert len(warnings) == 2 and all(
+        "the format and size of its files tell it" in line and "real: JPEG 1024x1024 100 %" in line for line in warnings
+    )
     assert all(f"WARNING: {line}" in capsys.readouterr().out for line in warnings[:1])
     inference.main(options(*arguments, "--features", features))
     assert json.loads((tmp_path / "out.json").read_text())["Run"]["warnings"] == []
 
 
 def test_generators_kept_from_training_are_marked(features, tmp_path, capsys):
-    run_here(train, "--features", features, *SMALL, "--epochs", 1, "--datasets", "Consistent", "OffAxisMouth", cwd=tmp_path)
-    inference.main(options("--features", features, "--checkpoint", tmp_path / "output_model/best_model.pth", "--output", tmp_path / "out.json", "--bootstrap", 0))
+    run_here(
+        train, "--features", features, *SMALL, "--epochs", 1, "--datasets", "Consistent", "OffAxisMouth", cwd=tmp_path
+    )
+    inference.main(
+        options(
+            "--features",
+            features,
+            "--checkpoint",
+            tmp_path / "output_model/best_model.pth",
+            "--output",
+            tmp_path / "out.json",
+            "--bootstrap",
+            0,
+        )
+    )
     results = json.loads((tmp_path / "out.json").read_text())
     assert (results["OffAxisMouth"]["seen"], results["IrisMismatch"]["seen"]) == (True, False)
-    lines = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith(GENERATORS)}
+    lines = {
+        line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith(GENERATORS)
+    }
     assert lines == {"OffAxisMouth": "seen", "IrisMismatch": "unseen"}
 
 
@@ -344,7 +441,10 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
     for arguments, messages in (
         (("--features", "cut"), (str(victim.relative_to(tmp_path)), "cut off")),
         (("--features", "nowhere"), ("nowhere", "run feature_extraction.py")),
-        (("--features", features, "--datasets", "Consistent", "NoSuchGenerator"), ("no data set NoSuchGenerator", "fake/OffAxisMouth")),
+        (
+            ("--features", features, "--datasets", "Consistent", "NoSuchGenerator"),
+            ("no data set NoSuchGenerator", "fake/OffAxisMouth"),
+        ),
         (("--features", features, "--datasets", "OffAxisMouth"), ("holds one class only",)),
         (("--images", "empty"), ("empty: no images there",)),
         (("--features", features, "--output", "scores.csv"), ("has to end in .json",)),
@@ -352,7 +452,11 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
         (("--features", features, "--output", "taken.json"), ("taken.csv: is a folder",)),
         (("--features", "reserved"), ("reserved/fake/level: this name means something else",)),
         (("--features", features, "--bootstrap", 5), ("--bootstrap 0 or at least 100",)),
-        (("--device", "cuda"), ("no GPU",)) if not torch.cuda.is_available() else (("--features", "nowhere"), ("nowhere",)),
+        (
+            (("--device", "cuda"), ("no GPU",))
+            if not torch.cuda.is_available()
+            else (("--features", "nowhere"), ("nowhere",))
+        ),
     ):
         line = refusal(inference, *arguments, *checkpoint)
         assert all(message in line for message in messages), line
@@ -361,11 +465,23 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
 
 
 def test_a_reader_that_leaves_costs_no_results(features, trained, tmp_path):
-    command = [sys.executable, "-u", str(ROOT / "inference.py"), "--features", features, "--checkpoint", trained / "best_model.pth", "--bootstrap", 0]
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "inference.py"),
+        "--features",
+        features,
+        "--checkpoint",
+        trained / "best_model.pth",
+        "--bootstrap",
+        0,
+    ]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, cwd=tmp_path)
     process.stdout.close()
     assert process.wait(120) == 0
-    assert {f"prediction_results.{kind}" for kind in ("json", "csv", "md", "tex")} == {path.name for path in tmp_path.iterdir()}
+    assert {f"prediction_results.{kind}" for kind in ("json", "csv", "md", "tex")} == {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 def test_images_of_the_training_are_not_tested_on(features, trained, tmp_path):
@@ -374,19 +490,53 @@ def test_images_of_the_training_are_not_tested_on(features, trained, tmp_path):
         shutil.copy(path.with_name("val_features.h5"), path)
     counts = [len(FaceDataset([path], grid_size=4)) for path in (tmp_path / "features").glob("*/*/test_features.h5")]
     line = refusal(inference, "--features", tmp_path / "features", "--checkpoint", trained / "best_model.pth")
-    assert f"was trained or validated on {sum(counts)} of these {sum(counts)} test images" in line and "best_model.pth" in line
-    inference.main(options("--features", tmp_path / "features", "--checkpoint", trained / "best_model.pth", "--split", "val", "--output", tmp_path / "out.json", "--bootstrap", 0))
+    assert (
+        f"was trained or validated on {sum(counts)} of these {sum(counts)} test images" in line
+        and "best_model.pth" in line
+    )
+    inference.main(
+        options(
+            "--features",
+            tmp_path / "features",
+            "--checkpoint",
+            trained / "best_model.pth",
+            "--split",
+            "val",
+            "--output",
+            tmp_path / "out.json",
+            "--bootstrap",
+            0,
+        )
+    )
 
 
 def test_images_treated_otherwise_than_the_training_images_are_told(features, trained, tmp_path):
     checkpoint = torch.load(trained / "best_model.pth", weights_only=True)
-    torch.save(checkpoint | {"framing": checkpoint["framing"] | {"treatment": "aligned 0.6, 160x160"}}, tmp_path / "aligned.pth")
-    inference.main(options("--features", features, "--checkpoint", tmp_path / "aligned.pth", "--output", tmp_path / "out.json", "--bootstrap", 0))
-    assert json.loads((tmp_path / "out.json").read_text())["Run"]["warnings"] == ["the model was trained on images that were aligned 0.6, 160x160; images tested here are resized alone"]
+    torch.save(
+        checkpoint | {"framing": checkpoint["framing"] | {"treatment": "aligned 0.6, 160x160"}},
+        tmp_path / "aligned.pth",
+    )
+    inference.main(
+        options(
+            "--features",
+            features,
+            "--checkpoint",
+            tmp_path / "aligned.pth",
+            "--output",
+            tmp_path / "out.json",
+            "--bootstrap",
+            0,
+        )
+    )
+    assert json.loads((tmp_path / "out.json").read_text())["Run"]["warnings"] == [
+        "the model was trained on images that were aligned 0.6, 160x160; images tested here are resized alone"
+    ]
 
 
 def test_features_of_another_size_are_refused(datasets, trained, tmp_path):
-    run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", "--img_size", 112, cwd=tmp_path)
+    run_script(
+        "feature_extraction.py", "--data_root", datasets, "--output_dir", "features", "--img_size", 112, cwd=tmp_path
+    )
     line = refusal(inference, "--checkpoint", trained / "best_model.pth", "--features", tmp_path / "features")
     assert "112 px" in line and "--img_size 224" in line
 

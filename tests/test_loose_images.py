@@ -17,12 +17,17 @@ from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, run_scr
 from PIL import Image
 
 import inference
-import loose_images
-from dataset import FaceDataset, face_size, find_feature_files
-from demo import draw_face, render, sample_face
-from faces import FaceFinder, find_predictor
-from inference import load_checkpoint, predict_scores
-from loose_images import COLUMNS, find_faces, framing_of, list_pictures
+from dataset import FaceDataset
+from drawing.face import sample_face
+from drawing.render import draw_face, render
+from evaluation import pictures
+from evaluation.pictures import COLUMNS, framing_of
+from evaluation.scoring import predict_scores
+from faces.finder import FaceFinder, find_predictor
+from faces.loose import find_faces, list_pictures
+from faces.regions import face_size
+from runtime.checkpoint import load_checkpoint
+from samples.feature_files import find_feature_files
 
 
 @pytest.fixture(scope="module")
@@ -43,29 +48,41 @@ def rows_of(text: str) -> list[dict]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-# --------------------------------------------------------------------------------------------------------- faces of a picture
+# --------------------------------------------------------------------------------------------------- faces of a picture
 
 
 def test_a_picture_framed_as_in_training_is_taken_whole(finder, framing):
     for size in (224, 500):
         (face,) = find_faces(drawn(1, size), finder, framing)
-        np.testing.assert_array_equal(face.image, np.asarray(drawn(1, size).resize((224, 224), Image.Resampling.LANCZOS) if size != 224 else drawn(1, size)))
+        np.testing.assert_array_equal(
+            face.image,
+            np.asarray(drawn(1, size).resize((224, 224), Image.Resampling.LANCZOS) if size != 224 else drawn(1, size)),
+        )
         left, top, right, bottom = np.array(face.box) / size
         assert 0 <= left < 0.35 < 0.65 < right <= 1 and 0 <= top < 0.45 < 0.7 < bottom <= 1
 
 
 def test_every_face_of_a_picture_is_cut_out_as_the_training_images_are_framed(finder, framing):
-    """Three faces on a wide canvas, 8000 pixels wide too: each is found where it is, and comes out as its own picture would."""
+    """Three faces on a wide canvas, 8000 pixels wide too: each is found where it is, and comes out as its own picture
+    would.
+    """
     for scale in (1, 4):
         canvas = Image.new("RGB", (2000 * scale, 700 * scale), (128, 128, 128))
         places = {1: (60, 40, 560), 2: (760, 120, 400), 3: (1350, 60, 600)}
         for seed, (left, top, side) in places.items():
-            canvas.paste(drawn(seed, side).resize((side * scale, side * scale), Image.Resampling.BICUBIC), (left * scale, top * scale))
+            canvas.paste(
+                drawn(seed, side).resize((side * scale, side * scale), Image.Resampling.BICUBIC),
+                (left * scale, top * scale),
+            )
         faces = find_faces(canvas, finder, framing)
-        assert len(faces) == 3 and [face.box[2] - face.box[0] for face in faces] == sorted((face.box[2] - face.box[0] for face in faces), reverse=True)
+        assert len(faces) == 3 and [face.box[2] - face.box[0] for face in faces] == sorted(
+            (face.box[2] - face.box[0] for face in faces), reverse=True
+        )
         for face in faces:
             middle = (face.box[0] + face.box[2]) / 2 / scale
-            seed, (left, top, side) = next((seed, place) for seed, place in places.items() if place[0] < middle < place[0] + place[2])
+            seed, (left, top, side) = next(
+                (seed, place) for seed, place in places.items() if place[0] < middle < place[0] + place[2]
+            )
             assert left * scale < face.box[0] and face.box[3] < (top + side) * scale * 1.05
             mean = framing.mean_landmarks
             np.testing.assert_allclose(face.landmarks.mean(axis=0), mean.mean(axis=0), atol=12)
@@ -74,7 +91,9 @@ def test_every_face_of_a_picture_is_cut_out_as_the_training_images_are_framed(fi
 
 @pytest.mark.parametrize(("width", "height"), [(400, 533), (400, 600), (533, 400), (600, 400), (460, 460), (560, 560)])
 def test_a_picture_framed_otherwise_is_not_squeezed(finder, framing, width, height):
-    """Portraits with another proportion, or with more around the face: it comes out in the proportions and the size of training."""
+    """Portraits with another proportion, or with more around the face: it comes out in the proportions and the size of
+    training.
+    """
     picture = Image.new("RGB", (width, height), (128, 128, 128))
     picture.paste(drawn(3, 400), ((width - 400) // 2, (height - 400) // 2))
     (face,) = find_faces(picture, finder, framing)
@@ -84,7 +103,9 @@ def test_a_picture_framed_otherwise_is_not_squeezed(finder, framing, width, heig
         return
     aspect, expected = (np.divide(*face_size(one.landmarks)) for one in (face, straight))
     assert aspect == pytest.approx(expected, rel=0.1)
-    assert np.linalg.norm(face_size(face.landmarks)) == pytest.approx(np.linalg.norm(face_size(framing.mean_landmarks)), rel=0.12)
+    assert np.linalg.norm(face_size(face.landmarks)) == pytest.approx(
+        np.linalg.norm(face_size(framing.mean_landmarks)), rel=0.12
+    )
 
 
 def test_small_faces_beside_a_large_one_have_rows(finder, framing):
@@ -99,7 +120,8 @@ def test_small_faces_beside_a_large_one_have_rows(finder, framing):
 
 
 def test_nothing_is_filled_up_at_the_border(finder, framing):
-    canvas = Image.new("RGB", (1200, 700), (10, 250, 10))  # a face in the corner, another one close to the opposite edge
+    # a face in the corner, another one close to the opposite edge
+    canvas = Image.new("RGB", (1200, 700), (10, 250, 10))
     canvas.paste(drawn(2, 420).crop((60, 60, 420, 420)), (0, 0))
     canvas.paste(drawn(4, 420).crop((0, 0, 400, 400)), (800, 300))
     faces = find_faces(canvas, finder, framing)
@@ -117,7 +139,7 @@ def test_without_a_face(finder, framing):
     np.testing.assert_allclose(face.landmarks, framing.mean_landmarks, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------- whole commands
+# ------------------------------------------------------------------------------------------------------- whole commands
 
 
 def test_scores_are_those_of_the_features(datasets, features, trained, tmp_path):
@@ -128,13 +150,27 @@ def test_scores_are_those_of_the_features(datasets, features, trained, tmp_path)
     expected = dict(zip((str(datasets / path) for path in dataset.column("paths")), predict_scores(model, dataset)))
     outputs = []
     for options in (("--batch_size", 7, "--workers", 2), ("--batch_size", 64, "--workers", 1)):
-        done = run_script("inference.py", "--checkpoint", trained / "best_model.pth", "--images", *expected, "--whole_image", *options, cwd=tmp_path)
+        done = run_script(
+            "inference.py",
+            "--checkpoint",
+            trained / "best_model.pth",
+            "--images",
+            *expected,
+            "--whole_image",
+            *options,
+            cwd=tmp_path,
+        )
         outputs.append(rows_of(done.stdout))
         assert [row["path"] for row in outputs[-1]] == list(expected)
         for row in outputs[-1]:
             assert float(row["probability"]) == pytest.approx(expected[row["path"]], abs=1e-4)
-            assert row["verdict"] == ("fake" if float(row["probability"]) >= checkpoint["val_threshold"] else "real") and not row["reason"]
-    assert [(row["path"], row["left"], row["face"]) for row in outputs[0]] == [(row["path"], row["left"], row["face"]) for row in outputs[1]]
+            assert (
+                row["verdict"] == ("fake" if float(row["probability"]) >= checkpoint["val_threshold"] else "real")
+                and not row["reason"]
+            )
+    assert [(row["path"], row["left"], row["face"]) for row in outputs[0]] == [
+        (row["path"], row["left"], row["face"]) for row in outputs[1]
+    ]
 
 
 def test_a_row_for_each_face_or_a_reason_for_each_file(trained, tmp_path):
@@ -146,25 +182,50 @@ def test_a_row_for_each_face_or_a_reason_for_each_file(trained, tmp_path):
     for i in range(3):
         group.paste(drawn(i, 400), (50 + 480 * i, 0))
     group.save(folder / "three.jpg", quality=95)
-    done = run_script("inference.py", "--checkpoint", trained / "best_model.pth", "--images", folder, "nowhere.jpg", cwd=tmp_path, expect=3)
+    done = run_script(
+        "inference.py",
+        "--checkpoint",
+        trained / "best_model.pth",
+        "--images",
+        folder,
+        "nowhere.jpg",
+        cwd=tmp_path,
+        expect=3,
+    )
     rows = rows_of(done.stdout)
     by_path: dict[str, list[dict]] = {}
     for row in rows:
         by_path.setdefault(row["path"].removeprefix(f"{folder}/"), []).append(row)
-    everything = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()} | {"nowhere.jpg"}
+    everything = {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()
+    } | {"nowhere.jpg"}
     assert set(by_path) == everything
     for path, reason in (reasons | {"nowhere.jpg": "no such file"}).items():
         (row,) = by_path[path]
-        assert (reason if not re.search(r"\d+x\d+", reason) else "no face found") in row["reason"], (path, row)  # of small ones, too, it is said
+        # of small ones, too, it is said
+        assert (reason if not re.search(r"\d+x\d+", reason) else "no face found") in row["reason"], (path, row)
         assert not row["probability"] and not row["verdict"]
     assert len(by_path["one.png"]) == 1 and len(by_path["three.jpg"]) == 3
-    assert all(0 < float(row["probability"]) < 1 and row["verdict"] in ("real", "fake") for row in by_path["one.png"] + by_path["three.jpg"])
+    assert all(
+        0 < float(row["probability"]) < 1 and row["verdict"] in ("real", "fake")
+        for row in by_path["one.png"] + by_path["three.jpg"]
+    )
     assert {name for name in NO_IMAGES_BY_NAME} <= set(by_path)
     assert "Traceback" not in done.stderr and f"files: {len(everything)}, without a score: " in done.stderr
 
 
 def test_json_lines_patterns_and_pictures_of_the_reasons(datasets, trained, tmp_path):
-    arguments = ("--images", f"{datasets}/real/*/00[0-2].png", datasets / "fake/OffAxisMouth/noise.png", "--output", "new/out.jsonl", "--format", "jsonl", "--explain", "why")
+    arguments = (
+        "--images",
+        f"{datasets}/real/*/00[0-2].png",
+        datasets / "fake/OffAxisMouth/noise.png",
+        "--output",
+        "new/out.jsonl",
+        "--format",
+        "jsonl",
+        "--explain",
+        "why",
+    )
     done = run_script("inference.py", "--checkpoint", trained / "best_model.pth", *arguments, cwd=tmp_path, expect=3)
     rows = [json.loads(line) for line in (tmp_path / "new/out.jsonl").read_text().splitlines()]
     assert not done.stdout and all(tuple(row) == COLUMNS for row in rows) and len(rows) == 4
@@ -178,7 +239,18 @@ def test_each_face_has_a_picture_of_its_own(datasets, trained, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(datasets / "real/Consistent/000.png", tmp_path / name)
     names = (tmp_path / "a", tmp_path / "sub/a", tmp_path / "a_2", tmp_path / "sub/a_2")
-    run_script("inference.py", "--checkpoint", trained / "best_model.pth", "--explain", "why", "--output", "rows.csv", "--images", *names, cwd=tmp_path)
+    run_script(
+        "inference.py",
+        "--checkpoint",
+        trained / "best_model.pth",
+        "--explain",
+        "why",
+        "--output",
+        "rows.csv",
+        "--images",
+        *names,
+        cwd=tmp_path,
+    )
     with open(tmp_path / "rows.csv", newline="") as file:
         pictures = [row["explanation"] for row in csv.DictReader(file)]
     assert len(set(pictures)) == 4 and all((tmp_path / picture).exists() for picture in pictures)
@@ -187,11 +259,22 @@ def test_each_face_has_a_picture_of_its_own(datasets, trained, tmp_path):
 def test_a_file_is_listed_once_and_a_missing_one_is_named(datasets, tmp_path):
     one = datasets / "real/Consistent/000.png"
     listed = list(list_pictures([str(one), str(datasets / "real"), str(tmp_path / "no.png"), str(tmp_path / "*.png")]))
-    assert len(listed) == 62 and listed[0] == (one, "") and [reason for _, reason in listed[-2:]] == ["no such file"] * 2
+    assert (
+        len(listed) == 62 and listed[0] == (one, "") and [reason for _, reason in listed[-2:]] == ["no such file"] * 2
+    )
 
 
 def test_a_reader_that_leaves_ends_the_run_quietly(datasets, trained):
-    command = [sys.executable, str(ROOT / "inference.py"), "--checkpoint", trained / "best_model.pth", "--batch_size", "1", "--images", datasets / "real"]
+    command = [
+        sys.executable,
+        str(ROOT / "inference.py"),
+        "--checkpoint",
+        trained / "best_model.pth",
+        "--batch_size",
+        "1",
+        "--images",
+        datasets / "real",
+    ]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == ",".join(COLUMNS) + "\n"
     process.stdout.close()
@@ -201,8 +284,16 @@ def test_a_reader_that_leaves_ends_the_run_quietly(datasets, trained):
 def test_refusals(trained, tmp_path):
     (tmp_path / "empty").mkdir()
     checkpoint = ("--checkpoint", trained / "best_model.pth")
-    assert "empty: no images there" in error_line(run_script("inference.py", "--images", "empty", *checkpoint, cwd=tmp_path, expect=1))
-    for arguments, message in ((("--images", "a.png", "--robustness"), "--robustness: not for loose images"), (("--explain", "why"), "--explain: only for loose images"), (("--images", ""), "one of the paths is empty"), (("--images", "a.png", "--protocol", "all_jpeg96"), "--protocol: not for"), (("--redetect",), "goes with --robustness")):
+    assert "empty: no images there" in error_line(
+        run_script("inference.py", "--images", "empty", *checkpoint, cwd=tmp_path, expect=1)
+    )
+    for arguments, message in (
+        (("--images", "a.png", "--robustness"), "--robustness: not for loose images"),
+        (("--explain", "why"), "--explain: only for loose images"),
+        (("--images", ""), "one of the paths is empty"),
+        (("--images", "a.png", "--protocol", "all_jpeg96"), "--protocol: not for"),
+        (("--redetect",), "goes with --robustness"),
+    ):
         with pytest.raises(ValueError, match=message):
             inference.main(inference.get_args_parser().parse_args(list(map(str, (*arguments, *checkpoint)))))
 
@@ -213,7 +304,7 @@ def test_pictures_can_be_scored_where_opencv_was_at_work(trained):
     cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 5)
     model, checkpoint = load_checkpoint(trained / "best_model.pth")
     args = inference.get_args_parser().parse_args(["--images", "x", "--workers", "1"])
-    rows = list(loose_images.score_pictures(model, checkpoint, [(ROOT / "README.md", "")] * 3, args))
+    rows = list(pictures.score_pictures(model, checkpoint, [(ROOT / "README.md", "")] * 3, args))
     assert len(rows) == 3 and all("cannot be read" in row.reason for row in rows)
 
 
@@ -231,7 +322,7 @@ def test_no_more_pictures_are_held_than_the_model_is_behind(trained, monkeypatch
 
     model, checkpoint = load_checkpoint(trained / "best_model.pth")
     args = inference.get_args_parser().parse_args(["--images", "x", "--workers", "1", "--batch_size", "4"])
-    rows = loose_images.score_pictures(model, checkpoint, Pictures(), args)
+    rows = pictures.score_pictures(model, checkpoint, Pictures(), args)
     for _ in range(4):
         next(rows)
     time.sleep(0.5)
@@ -239,7 +330,7 @@ def test_no_more_pictures_are_held_than_the_model_is_behind(trained, monkeypatch
     rows.close()
 
 
-# ---------------------------------------------------------------------------------------------------- models of aligned images
+# --------------------------------------------------------------------------------------------- models of aligned images
 
 
 @pytest.fixture(scope="module")
@@ -251,12 +342,58 @@ def aligned(tmp_path_factory):
         (root / "raw" / name).mkdir(parents=True)
         for i in range(15):
             canvas = Image.new("RGB", (520, 400), (120, 130, 140))
-            canvas.paste(Image.fromarray(draw_face(rng, generator, 360)).rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=(120, 130, 140)), (70, 20))
+            canvas.paste(
+                Image.fromarray(draw_face(rng, generator, 360)).rotate(
+                    rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=(120, 130, 140)
+                ),
+                (70, 20),
+            )
             canvas.save(root / "raw" / name / f"{i:02}.jpg", quality=90)
-        run_script("preprocess.py", "--directory", root / "raw" / name, "--output_dir", root / "data" / name, "--align", "--recompress", "60-90",
-                   "--target_height", 160, "--target_width", 160, cwd=root)  # fmt: skip
-    run_script("feature_extraction.py", "--data_root", "data", "--output_dir", "features", "--img_size", 112, "--patch_size", 28, cwd=root)
-    run_script("train.py", "--features", "features", "--output_dir", "model", "--patch_size", 28, "--embed_dim", 24, "--depth", 2, "--epochs", 1, "--batch_size", 8, cwd=root)
+        run_script(
+            "preprocess.py",
+            "--directory",
+            root / "raw" / name,
+            "--output_dir",
+            root / "data" / name,
+            "--align",
+            "--recompress",
+            "60-90",
+            "--target_height",
+            160,
+            "--target_width",
+            160,
+            cwd=root,
+        )
+    run_script(
+        "feature_extraction.py",
+        "--data_root",
+        "data",
+        "--output_dir",
+        "features",
+        "--img_size",
+        112,
+        "--patch_size",
+        28,
+        cwd=root,
+    )
+    run_script(
+        "train.py",
+        "--features",
+        "features",
+        "--output_dir",
+        "model",
+        "--patch_size",
+        28,
+        "--embed_dim",
+        24,
+        "--depth",
+        2,
+        "--epochs",
+        1,
+        "--batch_size",
+        8,
+        cwd=root,
+    )
     return root
 
 
@@ -266,15 +403,33 @@ def test_loose_pictures_are_aligned_for_a_model_of_aligned_images(aligned, finde
     assert checkpoint["framing"]["treatment"] == "aligned 0.6, JPEG 60-90, 160x160"
     expected = {}
     for split in ("train", "val", "test"):
-        dataset = FaceDataset(list(find_feature_files(aligned / "features", split).values()), model.config.grid_size, checkpoint["mask_style"])
-        expected |= dict(zip((path.removesuffix(".png") for path in dataset.column("paths")), predict_scores(model, dataset)))
+        dataset = FaceDataset(
+            list(find_feature_files(aligned / "features", split).values()),
+            model.config.grid_size,
+            checkpoint["mask_style"],
+        )
+        expected |= dict(
+            zip((path.removesuffix(".png") for path in dataset.column("paths")), predict_scores(model, dataset))
+        )
     picture = drawn(1, 360)
     picture.crop((100, 80, 270, 270)).save(tmp_path / "close.png")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / "nobody.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(
+        tmp_path / "nobody.png"
+    )
     picture.resize((500, 360)).save(tmp_path / "squashed.jpg")
     run_script("preprocess.py", "--directory", tmp_path, "--output_dir", tmp_path.with_name("prepared"), cwd=tmp_path)
     shutil.copy(tmp_path.with_name("prepared") / "squashed.png", tmp_path / "squashed.png")
-    done = run_script("inference.py", "--images", aligned / "raw", aligned / "data", tmp_path, "--checkpoint", aligned / "model/best_model.pth", cwd=tmp_path, expect=3)
+    done = run_script(
+        "inference.py",
+        "--images",
+        aligned / "raw",
+        aligned / "data",
+        tmp_path,
+        "--checkpoint",
+        aligned / "model/best_model.pth",
+        cwd=tmp_path,
+        expect=3,
+    )
     rows = {row["path"]: row for row in rows_of(done.stdout)}
     framings = Counter()
     for name, score in expected.items():
@@ -286,28 +441,73 @@ def test_loose_pictures_are_aligned_for_a_model_of_aligned_images(aligned, finde
         box = finder.detect(np.asarray(Image.open(original["path"])))
         left, top, right, bottom = (int(original[side]) for side in ("left", "top", "right", "bottom"))
         if original["face"] == "frontal":  # dlib's boxes lie on a coarse grid
-            assert np.hypot((left + right - box.left() - box.right()) / 2, (top + bottom - box.top() - box.bottom()) / 2) < 0.25 * box.width()
+            assert (
+                np.hypot((left + right - box.left() - box.right()) / 2, (top + bottom - box.top() - box.bottom()) / 2)
+                < 0.25 * box.width()
+            )
             assert 0.7 < (right - left) / box.width() < 1.6
     assert framings["whole"] >= 0.9 * len(expected) > 20
-    assert "the aligned crop would reach" in rows[str(tmp_path / "close.png")]["reason"] and rows[str(tmp_path / "nobody.png")]["reason"] == "no face found"
-    whole = run_script("inference.py", "--images", tmp_path / "close.png", tmp_path / "nobody.png", "--whole_image", "--checkpoint", aligned / "model/best_model.pth", cwd=tmp_path)
-    assert [(row["face"] == "mean", row["framing"], row["left"]) for row in rows_of(whole.stdout)] == [(False, "whole", ""), (True, "whole", "")]
+    assert (
+        "the aligned crop would reach" in rows[str(tmp_path / "close.png")]["reason"]
+        and rows[str(tmp_path / "nobody.png")]["reason"] == "no face found"
+    )
+    whole = run_script(
+        "inference.py",
+        "--images",
+        tmp_path / "close.png",
+        tmp_path / "nobody.png",
+        "--whole_image",
+        "--checkpoint",
+        aligned / "model/best_model.pth",
+        cwd=tmp_path,
+    )
+    assert [(row["face"] == "mean", row["framing"], row["left"]) for row in rows_of(whole.stdout)] == [
+        (False, "whole", ""),
+        (True, "whole", ""),
+    ]
     assert all(0 < float(row["probability"]) < 1 for row in rows_of(whole.stdout))
     assert "was resized already, it was a JPEG 500x360" in rows[str(tmp_path / "squashed.png")]["reason"]
 
 
 def test_what_was_treated_otherwise_than_the_training_images_has_no_score(aligned, trained):
     copy = next((aligned / "data/fake/Gan").iterdir())
-    done = run_script("inference.py", "--images", copy, "--checkpoint", trained / "best_model.pth", cwd=aligned, expect=3)
-    assert rows_of(done.stdout)[0]["reason"] == "is aligned 0.6, JPEG 60-90, 160x160, and the training images are not; take the original"
+    done = run_script(
+        "inference.py", "--images", copy, "--checkpoint", trained / "best_model.pth", cwd=aligned, expect=3
+    )
+    assert (
+        rows_of(done.stdout)[0]["reason"]
+        == "is aligned 0.6, JPEG 60-90, 160x160, and the training images are not; take the original"
+    )
 
 
 def test_images_that_were_not_treated_alike_are_named_and_not_trained_on(aligned, tmp_path):
     shutil.copytree(aligned / "data", tmp_path / "data")
     shutil.rmtree(tmp_path / "data/fake/Gan")
-    run_script("preprocess.py", "--directory", aligned / "raw/fake/Gan", "--output_dir", tmp_path / "data/fake/Gan", cwd=tmp_path)
+    run_script(
+        "preprocess.py",
+        "--directory",
+        aligned / "raw/fake/Gan",
+        "--output_dir",
+        tmp_path / "data/fake/Gan",
+        cwd=tmp_path,
+    )
     options = ("--data_root", "data", "--output_dir", "features", "--img_size", 112, "--patch_size", 28)
     done = run_script("feature_extraction.py", *options, cwd=tmp_path)
-    assert "WARNING: preprocess.py treated images differently: real/Photos: aligned 0.6, JPEG 60-90, 160x160; fake/Gan: resized alone" in done.stdout
-    refused = run_script("train.py", "--features", "features", "--patch_size", 28, "--embed_dim", 24, "--depth", 1, cwd=tmp_path, expect=1)
+    assert (
+        "WARNING: preprocess.py treated images differently: real/Photos: aligned 0.6, JPEG 60-90, 160x160; fake/Gan:"
+        " resized alone" in done.stdout
+    )
+    refused = run_script(
+        "train.py",
+        "--features",
+        "features",
+        "--patch_size",
+        28,
+        "--embed_dim",
+        24,
+        "--depth",
+        1,
+        cwd=tmp_path,
+        expect=1,
+    )
     assert "not treated alike (resized alone; aligned 0.6, JPEG 60-90, 160x160)" in error_line(refused)

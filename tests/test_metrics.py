@@ -1,4 +1,6 @@
-"""metrics.py: each metric by hand and against scikit-learn, the bootstrap against real resampling, the intervals' coverage."""
+"""metrics.py: each metric by hand and against scikit-learn, the bootstrap against real resampling, the intervals'
+coverage.
+"""
 
 import tracemalloc
 
@@ -7,14 +9,10 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
-from metrics import (
-    METRIC_RANGE,
+from evaluation.intervals import (
     auc_replicates,
-    binary_metrics,
     bootstrap_intervals,
     bootstrap_replicates,
-    calibration,
-    choose_threshold,
     compare_aucs,
     draw_multiplicities,
     draw_real_multiplicities,
@@ -22,12 +20,15 @@ from metrics import (
     weighted_metrics,
     win_matrix,
 )
+from evaluation.metrics import METRIC_RANGE, binary_metrics, calibration, choose_threshold
 
 # Warnings are errors here: a division by zero is a NaN in a table.
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-def draw(n_real: int, n_fake: int, seed: int | tuple[int, int], distance: float = 1.5, digits: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    n_real: int, n_fake: int, seed: int | tuple[int, int], distance: float = 1.5, digits: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """labels and scores (N,) of two normal distributions, put into (0, 1), in random order; rounded, there are ties."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat([0, 1], [n_real, n_fake]))
@@ -35,14 +36,16 @@ def draw(n_real: int, n_fake: int, seed: int | tuple[int, int], distance: float 
     return labels, scores if digits is None else scores.round(digits)
 
 
-# --------------------------------------------------------------------------------------------------------- one comparison
+# ------------------------------------------------------------------------------------------------------- one comparison
 
 
 def test_metrics_by_hand():
     labels, scores = np.array([0, 0, 0, 1, 1, 1]), np.array([0.1, 0.4, 0.8, 0.35, 0.6, 0.9])
     metrics = binary_metrics(labels, scores, threshold=0.3)
     assert metrics["accuracy"] == pytest.approx(100 * 4 / 6)
-    assert metrics["real_accuracy"] == pytest.approx(100 * 2 / 3) and metrics["fake_accuracy"] == pytest.approx(100 * 2 / 3)
+    assert metrics["real_accuracy"] == pytest.approx(100 * 2 / 3) and metrics["fake_accuracy"] == pytest.approx(
+        100 * 2 / 3
+    )
     assert metrics["accuracy_val_threshold"] == pytest.approx(100 * 4 / 6)  # 0.1 is real, all others are called fake
     assert metrics["auc"] == pytest.approx(6 / 9)  # pairs in the right order
     assert metrics["ap"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 5) / 3)
@@ -67,7 +70,8 @@ def test_equal_error_rate_by_hand(labels, scores, expected):
 def test_threshold_separates_in_the_middle():
     labels = np.array([0, 0, 0, 1, 1])
     assert choose_threshold(labels, np.array([0.01, 0.02, 0.04, 0.10, 0.30])) == pytest.approx(0.07)
-    assert choose_threshold(labels, np.array([0.01, 0.02, 0.50, 0.10, 0.30])) == pytest.approx(0.06)  # 4 of 5, 0.02 | 0.10
+    # 4 of 5, 0.02 | 0.10
+    assert choose_threshold(labels, np.array([0.01, 0.02, 0.50, 0.10, 0.30])) == pytest.approx(0.06)
     hopeless = choose_threshold(np.array([1, 0]), np.array([0.2, 0.7]))
     assert hopeless > 0.7  # nothing beats calling all of them real
 
@@ -83,10 +87,12 @@ def test_metrics_are_scikit_learns(n_real, n_fake, digits):
         assert metrics["auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
         assert metrics["ap"] == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
         assert metrics["accuracy"] == pytest.approx(100 * accuracy_score(labels, scores >= 0.5), abs=1e-12)
-        assert metrics["accuracy_val_threshold"] == pytest.approx(100 * accuracy_score(labels, scores >= 0.3), abs=1e-12)
+        assert metrics["accuracy_val_threshold"] == pytest.approx(
+            100 * accuracy_score(labels, scores >= 0.3), abs=1e-12
+        )
 
 
-# -------------------------------------------------------------------------------------------------------------- bootstrap
+# ------------------------------------------------------------------------------------------------------------ bootstrap
 
 
 def resampled(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
@@ -107,38 +113,48 @@ def test_multiplicities_are_copies_of_images(n_real, n_fake, digits, threshold):
     fast = resampled(labels, scores, weights, threshold)
     for row, times in enumerate(weights):
         slow = binary_metrics(np.repeat(labels, times), np.repeat(scores, times), threshold)
-        assert {key: value[row] for key, value in fast.items()} == pytest.approx({key: slow[key] for key in METRIC_RANGE}, abs=1e-10)
+        assert {key: value[row] for key, value in fast.items()} == pytest.approx(
+            {key: slow[key] for key in METRIC_RANGE}, abs=1e-10
+        )
 
 
 def test_replicates_are_resamples_of_each_class():
     labels, scores = draw(12, 20, seed=1, digits=1)
     replicates = bootstrap_replicates(labels, scores, 0.4, count=6, seed=9, stream=4)
     real, fake = np.sort(scores[labels == 0]), np.sort(scores[labels == 1])
-    for row, (real_times, fake_times) in enumerate(zip(draw_multiplicities(6, 12, 9, 0), draw_multiplicities(6, 20, 9, 4))):
+    for row, (real_times, fake_times) in enumerate(
+        zip(draw_multiplicities(6, 12, 9, 0), draw_multiplicities(6, 20, 9, 4))
+    ):
         assert real_times.sum() == 12 and fake_times.sum() == 20
         both = np.concatenate([np.repeat(real, real_times), np.repeat(fake, fake_times)])
         slow = binary_metrics(np.repeat([0, 1], [12, 20]), both, 0.4)
-        assert {key: value[row] for key, value in replicates.items()} == pytest.approx({key: slow[key] for key in METRIC_RANGE}, abs=1e-10)
+        assert {key: value[row] for key, value in replicates.items()} == pytest.approx(
+            {key: slow[key] for key in METRIC_RANGE}, abs=1e-10
+        )
 
 
 def test_replicates_depend_on_seed_and_not_on_order_or_chunks(monkeypatch):
     labels, scores = draw(50, 60, seed=2, digits=2)
     one = bootstrap_replicates(labels, scores, 0.4, 40, seed=5)
     order = np.random.default_rng(0).permutation(len(labels))
-    monkeypatch.setattr("metrics.CHUNK_ELEMENTS", 7 * len(labels))  # 7 rows a chunk, 5 in the last
+    monkeypatch.setattr("evaluation.intervals.CHUNK_ELEMENTS", 7 * len(labels))  # 7 rows a chunk, 5 in the last
     again = bootstrap_replicates(labels[order], scores[order], 0.4, 40, seed=5)
     for metric in METRIC_RANGE:
         assert one[metric].shape == (40,)
         np.testing.assert_array_equal(one[metric], again[metric])
     assert not np.array_equal(one["ap"], bootstrap_replicates(labels, scores, 0.4, 40, seed=6)["ap"])
-    assert bootstrap_intervals(labels, scores, 0.4, 40, seed=5) == bootstrap_intervals(labels[order], scores[order], 0.4, 40, seed=5)
+    assert bootstrap_intervals(labels, scores, 0.4, 40, seed=5) == bootstrap_intervals(
+        labels[order], scores[order], 0.4, 40, seed=5
+    )
 
 
 def test_generators_share_the_draws_of_real_images():
     """Two generators, the same real images: these are drawn alike, the fakes are not."""
     labels, scores = draw(50, 50, seed=3)
     other = np.where(labels == 1, draw(50, 50, seed=4)[1], scores)
-    one, two = (bootstrap_replicates(labels, s, 0.4, 200, seed=5, stream=stream) for s, stream in ((scores, 1), (other, 2)))
+    one, two = (
+        bootstrap_replicates(labels, s, 0.4, 200, seed=5, stream=stream) for s, stream in ((scores, 1), (other, 2))
+    )
     np.testing.assert_array_equal(one["real_accuracy"], two["real_accuracy"])
     assert abs(np.corrcoef(one["fake_accuracy"], two["fake_accuracy"])[0, 1]) < 0.25
     with pytest.raises(ValueError, match="stream 0"):
@@ -156,7 +172,7 @@ def test_memory_of_many_images():
     assert peak < 200e6
 
 
-# -------------------------------------------------------------------------------------------------------------- intervals
+# ------------------------------------------------------------------------------------------------------------ intervals
 
 
 def normal_truth(distance: float) -> tuple[float, float]:
@@ -170,7 +186,8 @@ def normal_truth(distance: float) -> tuple[float, float]:
 def test_intervals_cover_the_truth():
     """Of 95 % intervals, 93-97 % hold the true value, in 300 simulated sets of each of three kinds.
 
-    All 900 together are held to it: in 300 alone, chance takes a coverage of exactly 95 % out of these bounds one time in ten.
+    All 900 together are held to it: in 300 alone, chance takes a coverage of exactly 95 % out of these bounds one time
+    in ten.
     """
     hits = {}
     for distance, size in ((1.0, 100), (2.0, 100), (3.0, 200)):
@@ -180,7 +197,9 @@ def test_intervals_cover_the_truth():
             intervals = bootstrap_intervals(labels, scores, 0.5, 150, seed)
             for metric, value in zip(("ap", "auc"), truth):
                 hits.setdefault((metric, distance), []).append(intervals[metric][0] <= value <= intervals[metric][1])
-    assert all(0.92 <= np.mean(one) <= 0.98 for one in hits.values()), {kind: np.mean(one) for kind, one in hits.items()}
+    assert all(0.92 <= np.mean(one) <= 0.98 for one in hits.values()), {
+        kind: np.mean(one) for kind, one in hits.items()
+    }
     for metric in ("ap", "auc"):
         assert 0.93 <= np.mean([one for (name, _), one in hits.items() if name == metric]) <= 0.97
 
@@ -195,7 +214,13 @@ def test_interval_of_a_mean_covers_it():
         real = rng.normal(size=size)
         sets = [np.concatenate([real, rng.normal(distance, 1, size)]) for distance in distances]
         estimate = np.mean([average_precision_score(labels, scores) for scores in sets])
-        replicates = np.mean([bootstrap_replicates(labels, scores, 0.5, 150, seed, stream)["ap"] for stream, scores in enumerate(sets, 1)], axis=0)
+        replicates = np.mean(
+            [
+                bootstrap_replicates(labels, scores, 0.5, 150, seed, stream)["ap"]
+                for stream, scores in enumerate(sets, 1)
+            ],
+            axis=0,
+        )
         low, high = interval(estimate, replicates, size)
         hits += low <= truth <= high
     assert 0.93 <= hits / 150 <= 0.98
@@ -242,7 +267,7 @@ def test_interval_grows_with_the_level_and_shrinks_with_the_sample():
     assert widths[0] < widths[1] < widths[2]
 
 
-# ------------------------------------------------------------------------------------------------------------ calibration
+# ---------------------------------------------------------------------------------------------------------- calibration
 
 
 def test_calibration_by_hand():
@@ -269,21 +294,29 @@ def test_calibrated_scores_have_a_small_error():
     assert calibration(labels, scores**3)[3] > 0.1
 
 
-# ------------------------------------------------------------------------------------------------------------- two detectors
+# -------------------------------------------------------------------------------------------------------- two detectors
 
 
-def two_detectors(seed: int, n_real: int, n_fake: int, gain: float, runs: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def two_detectors(
+    seed: int, n_real: int, n_fake: int, gain: float, runs: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels and the scores of two detectors that see the same images, with noise of their own."""
     rng = np.random.default_rng(seed)
     labels = np.repeat([0, 1], (n_real, n_fake))
     image = rng.normal(size=len(labels)) + labels
-    return labels, image + gain * labels + rng.normal(size=(runs, len(labels))), image + rng.normal(size=(runs, len(labels)))
+    return (
+        labels,
+        image + gain * labels + rng.normal(size=(runs, len(labels))),
+        image + rng.normal(size=(runs, len(labels))),
+    )
 
 
 def test_win_matrix_is_the_auc_pair_by_pair():
     labels, first, _ = two_detectors(0, 40, 25, 0.5, runs=3)
     first = np.round(first, 1)  # with ties
-    assert win_matrix(labels, first).mean() == pytest.approx(np.mean([roc_auc_score(labels, scores) for scores in first]))
+    assert win_matrix(labels, first).mean() == pytest.approx(
+        np.mean([roc_auc_score(labels, scores) for scores in first])
+    )
     order = np.random.default_rng(0).permutation(len(labels))
     assert win_matrix(labels[order], first[:, order]).mean() == pytest.approx(win_matrix(labels, first).mean())
 
@@ -299,11 +332,17 @@ def test_auc_replicates_are_aucs_of_resamples():
 def test_the_paired_test_agrees_with_the_bootstrap_and_with_a_known_case():
     labels, first, second = two_detectors(2, 150, 100, 0.3, runs=2)
     found = compare_aucs(labels, first, second)
-    differences = auc_replicates(win_matrix(labels, first), 4000, 0) - auc_replicates(win_matrix(labels, second), 4000, 0)
-    assert found.difference == pytest.approx(np.mean([roc_auc_score(labels, a) - roc_auc_score(labels, b) for a, b in zip(first, second)]))
+    differences = auc_replicates(win_matrix(labels, first), 4000, 0) - auc_replicates(
+        win_matrix(labels, second), 4000, 0
+    )
+    assert found.difference == pytest.approx(
+        np.mean([roc_auc_score(labels, a) - roc_auc_score(labels, b) for a, b in zip(first, second)])
+    )
     assert (found.high - found.low) / 3.92 == pytest.approx(differences.std(), rel=0.06)
     swapped = compare_aucs(labels, second, first)
-    assert (swapped.difference, swapped.low, swapped.p_value) == pytest.approx((-found.difference, -found.high, found.p_value))
+    assert (swapped.difference, swapped.low, swapped.p_value) == pytest.approx(
+        (-found.difference, -found.high, found.p_value)
+    )
     assert compare_aucs(labels, first, first).difference == 0
     # By hand, from the placements: reals 0 and 1, fakes 0.5 and 2; wins [[1, 1], [0, 1]] against [[0, 1], [1, 1]]
     labels, first, second = np.array([0, 0, 1, 1]), np.array([[0, 1, 0.5, 2]]), np.array([[1, 0, 0.5, 2]])
@@ -319,33 +358,50 @@ def test_where_the_images_cannot_tell_there_is_no_p_value():
 
 
 def test_a_mean_over_generators_keeps_what_they_have_in_common():
-    """Two generators stand against 200 real images and against the first 90 of these. The standard error of their mean is the true one;
-    with the reals drawn for each alone it is a quarter too small, as the fakes are much alike."""
+    """Two generators stand against 200 real images and against the first 90 of these. The standard error of their mean
+    is the true one; with the reals drawn for each alone it is a quarter too small, as the fakes are much alike."""
     rng, means, right, apart = np.random.default_rng(0), [], [], []
     for seed in range(300):
         real, fakes = rng.normal(size=200), [1 + 0.2 * rng.normal(size=size) for size in (200, 90)]
         wins = [(fake[None] > real[: len(fake), None]).astype(float) for fake in fakes]
         means.append(np.mean([of.mean() for of in wins]))
         if seed < 40:
-            right.append(np.mean([auc_replicates(of, 400, seed, stream, pool=200) for stream, of in enumerate(wins, 1)], axis=0).std())
-            apart.append(np.mean([auc_replicates(of, 400, seed + stream, stream) for stream, of in enumerate(wins, 1)], axis=0).std())
+            right.append(
+                np.mean(
+                    [auc_replicates(of, 400, seed, stream, pool=200) for stream, of in enumerate(wins, 1)], axis=0
+                ).std()
+            )
+            apart.append(
+                np.mean(
+                    [auc_replicates(of, 400, seed + stream, stream) for stream, of in enumerate(wins, 1)], axis=0
+                ).std()
+            )
     assert np.mean(right) == pytest.approx(np.std(means), rel=0.1) and np.mean(apart) < 0.85 * np.mean(right)
 
 
 def test_real_images_of_a_smaller_comparison_follow_the_larger_ones_draws():
-    large, small, alone = (np.stack(list(draw_real_multiplicities(300, size, pool, 7))) for size, pool in ((50, 50), (20, 50), (50, 50)))
+    large, small, alone = (
+        np.stack(list(draw_real_multiplicities(300, size, pool, 7))) for size, pool in ((50, 50), (20, 50), (50, 50))
+    )
     assert np.array_equal(large, alone) and (small.sum(axis=1) == 20).all() and (large.sum(axis=1) == 50).all()
     assert np.mean([np.corrcoef(a, b[:20])[0, 1] for a, b in zip(small, large)]) > 0.85
-    assert np.abs(small.mean(axis=0) - 1).max() < 0.25 and np.abs(small.var(axis=0).mean() - 0.95) < 0.05, "as if drawn alone"
+    assert np.abs(small.mean(axis=0) - 1).max() < 0.25 and np.abs(small.var(axis=0).mean() - 0.95) < 0.05, (
+        "as if drawn alone"
+    )
     labels, scores = draw(30, 20, seed=0)
     with pytest.raises(ValueError, match="the first ones of the order"):
         bootstrap_replicates(labels, scores, 0.5, 5, seed=0, places=np.arange(50) + 1)
 
 
 def test_the_paired_test_is_right_as_often_as_it_says():
-    """1,000 comparisons of detectors that are equally good: p is below 0.05 in about 50 of them; the interval holds the true gain."""
+    """1,000 comparisons of detectors that are equally good: p is below 0.05 in about 50 of them; the interval holds the
+    true gain.
+    """
     equal = [compare_aucs(*two_detectors(seed, 60, 45, 0)).p_value < 0.05 for seed in range(1000)]
     assert 0.03 < np.mean(equal) < 0.075
     truth = norm.cdf((1.3) / 2) - norm.cdf(1 / 2)  # score differences have a variance of 4
-    held = [low <= truth <= high for _, low, high, _ in (compare_aucs(*two_detectors(seed, 60, 45, 0.3)) for seed in range(1000))]
+    held = [
+        low <= truth <= high
+        for _, low, high, _ in (compare_aucs(*two_detectors(seed, 60, 45, 0.3)) for seed in range(1000))
+    ]
     assert 0.925 < np.mean(held) < 0.97

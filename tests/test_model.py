@@ -8,7 +8,9 @@ import pytest
 import torch
 import torchvision
 
-from model import LAMM, LAMMLoss, LAMMViT, LAMMViTConfig, MaskProcessor, interpolate_positions, load_torchvision_vit, region_gated_attention
+from attention.__init__ import region_gated_attention
+from model import LAMM, LAMMLoss, LAMMViT, LAMMViTConfig, MaskProcessor
+from runtime.pretrained import interpolate_positions, load_torchvision_vit
 
 GOLDEN = Path(__file__).parent / "data" / "parity_small.npz"
 SMALL = LAMMViTConfig(img_size=64, patch_size=16, embed_dim=48, depth=4, mlp_ratio=2.0)
@@ -26,12 +28,19 @@ def golden() -> tuple[dict, LAMMViT, dict, dict]:
     """The golden file, its model after a backward pass, the outputs and the losses."""
     values = dict(np.load(GOLDEN))
     config = LAMMViTConfig(
-        img_size=int(values["config_img_size"]), patch_size=int(values["config_patch_size"]), embed_dim=int(values["config_dim"]),
-        depth=int(values["config_num_layers"]), num_heads=int(values["config_num_heads"]), num_classes=int(values["config_num_classes"]),
+        img_size=int(values["config_img_size"]),
+        patch_size=int(values["config_patch_size"]),
+        embed_dim=int(values["config_dim"]),
+        depth=int(values["config_num_layers"]),
+        num_heads=int(values["config_num_heads"]),
+        num_classes=int(values["config_num_classes"]),
         mlp_ratio=int(values["config_mlp_dim"]) / int(values["config_dim"]),
-    )  # fmt: skip
+    )
     model = LAMMViT(config).eval()
-    model.load_state_dict({key.removeprefix("state/"): torch.from_numpy(values[key]) for key in values if key.startswith("state/")}, strict=True)
+    model.load_state_dict(
+        {key.removeprefix("state/"): torch.from_numpy(values[key]) for key in values if key.startswith("state/")},
+        strict=True,
+    )
     outputs = model(torch.from_numpy(values["images"]), torch.from_numpy(values["region_masks"]))
     losses = LAMMLoss(diversity_weight=0.2)(outputs, torch.from_numpy(values["labels"]))
     losses["total"].backward()
@@ -54,8 +63,12 @@ def test_agrees_with_all_of_the_authors_gradients(golden):
         np.testing.assert_allclose(parameter.grad, gradients[name], atol=1e-5, err_msg=name)
 
 
-def textbook(state: dict, config: LAMMViTConfig, images: torch.Tensor, region_masks: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The model written down a second time, from the formulas alone: one head after the other, nothing shared with model.py."""
+def textbook(
+    state: dict, config: LAMMViTConfig, images: torch.Tensor, region_masks: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The model written down a second time, from the formulas alone: one head after the other, nothing shared with
+    model.py.
+    """
     B, D, p, G, Dh = len(images), config.embed_dim, config.patch_size, config.grid_size, config.embed_dim // 12
 
     def linear(x, name):
@@ -63,7 +76,10 @@ def textbook(state: dict, config: LAMMViTConfig, images: torch.Tensor, region_ma
 
     def layer_norm(x, name):
         centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+        return (
+            centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * state[f"{name}.weight"]
+            + state[f"{name}.bias"]
+        )
 
     def gelu(x):
         return 0.5 * x * (1 + torch.erf(x / 2**0.5))
@@ -76,7 +92,10 @@ def textbook(state: dict, config: LAMMViTConfig, images: torch.Tensor, region_ma
     x = torch.cat([state["cls_token"].repeat(B, 1, 1), x], 1) + state["pos_embed"]
     regions = [linear(region_masks[:, r].reshape(B, -1), f"mask_processor.mask_projection.{r}") for r in range(8)]
     mixtures = [("eye_forehead", (0, 1, 7)), ("mouth_chin", (3, 4, 5)), ("nose_contour", (2, 6))]
-    heads = regions + [sum(w * regions[r] for w, r in zip(state[f"mask_processor.combine_weights_{name}"], members)) for name, members in mixtures]
+    heads = regions + [
+        sum(w * regions[r] for w, r in zip(state[f"mask_processor.combine_weights_{name}"], members))
+        for name, members in mixtures
+    ]
     heads.append(sum(w * region for w, region in zip(state["mask_processor.combine_weights_all"].softmax(0), regions)))
     M = torch.cat([torch.zeros(B, 12, 1), torch.stack(heads, 1)], 2)
 
@@ -135,7 +154,11 @@ def test_every_parameter_gets_a_gradient():
     model = LAMMViT(SMALL)
     images, masks, labels = sample(SMALL)
     LAMMLoss()(model(images, masks), labels)["total"].backward()
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0] == []
+    assert [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -215,7 +238,8 @@ def test_mask_weights_are_those_of_the_last_three_layers():
 def test_diversity_by_hand():
     assert LAMMLoss.diversity(torch.rand(1, 12)) == 0  # a batch of one
     assert LAMMLoss.diversity(torch.eye(2, 12)) == 0  # nothing in common
-    assert LAMMLoss.diversity(torch.ones(4, 12)).item() == pytest.approx(12 / 16)  # all alike: 1 everywhere off the diagonal
+    # all alike: 1 everywhere off the diagonal
+    assert LAMMLoss.diversity(torch.ones(4, 12)).item() == pytest.approx(12 / 16)
 
 
 def test_initial_values():
@@ -235,7 +259,9 @@ def test_head_interaction_is_the_same_for_every_token_and_computed_once(monkeypa
     model = LAMMViT(SMALL).eval()
     block, x = model.blocks[0], torch.randn(2, 17, 48)
     sizes = []
-    block.head_interaction.proj.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(inputs[0].shape)))
+    block.head_interaction.proj.register_forward_hook(
+        lambda module, inputs, output: sizes.append(tuple(inputs[0].shape))
+    )
     added = block.head_interaction(x) - x
     torch.testing.assert_close(added, added[:, :1].expand_as(added), atol=1e-5, rtol=0)
     assert sizes == [(2, 1, 48)]
@@ -268,12 +294,15 @@ def test_masks_change_the_answer():
         assert not torch.allclose(model(images, masks)["logits"], model(images, changed)["logits"], atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------- without parts, plain ViT
+# --------------------------------------------------------------------------------------------- without parts, plain ViT
 
 NOTHING = {"region_guidance": False, "lamm": False, "head_interaction": False}
 
 
-@pytest.mark.parametrize("without", [("region_guidance",), ("lamm",), ("head_interaction",), ("region_guidance", "head_interaction"), tuple(NOTHING)])
+@pytest.mark.parametrize(
+    "without",
+    [("region_guidance",), ("lamm",), ("head_interaction",), ("region_guidance", "head_interaction"), tuple(NOTHING)],
+)
 def test_without_a_part_every_parameter_that_is_left_gets_a_gradient(without):
     model = LAMMViT(replace(SMALL, **{part: False for part in without}))
     images, masks, labels = sample(SMALL)
@@ -281,7 +310,9 @@ def test_without_a_part_every_parameter_that_is_left_gets_a_gradient(without):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     names = {name.split(".")[0] for name in model.state_dict()}
-    assert ("mask_processor" in names) == ("region_guidance" not in without) and ("lamm" in names) == ("lamm" not in without)
+    assert ("mask_processor" in names) == ("region_guidance" not in without) and ("lamm" in names) == (
+        "lamm" not in without
+    )
 
 
 def test_what_each_part_is_responsible_for():
@@ -293,7 +324,9 @@ def test_what_each_part_is_responsible_for():
         return LAMMViT(replace(SMALL, **parts)).eval()(images, masks)["logits"]
 
     assert not torch.equal(logits(masks, lamm=False), logits(other, lamm=False)), "masks count without LAMM"
-    assert torch.equal(logits(masks, region_guidance=False), logits(other, region_guidance=False)), "and not without guidance"
+    assert torch.equal(logits(masks, region_guidance=False), logits(other, region_guidance=False)), (
+        "and not without guidance"
+    )
     outputs = LAMMViT(replace(SMALL, lamm=False))(images, masks)
     assert outputs["mask_weights"] == [] and LAMMLoss()(outputs, labels)["diversity"] == 0
     model = LAMMViT(replace(SMALL, lamm=False)).eval()
@@ -315,27 +348,42 @@ def random_vit(**size) -> torch.nn.Module:
 
 
 def test_without_all_parts_it_is_torchvisions_vit_b_16():
-    vit = random_vit(image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072, num_classes=2)
+    vit = random_vit(
+        image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072, num_classes=2
+    )
     model = LAMMViT(LAMMViTConfig(**NOTHING)).eval()
     assert load_torchvision_vit(model, vit.state_dict()) == []
     images, masks, _ = sample(model.config, size=2)
     with torch.no_grad():
         torch.testing.assert_close(model(images, masks)["logits"], vit(images), atol=1e-4, rtol=0)
-    assert sum(map(torch.numel, model.parameters())) == sum(map(torch.numel, vit.parameters())) and model.config.norm_eps == 1e-6
+    assert (
+        sum(map(torch.numel, model.parameters())) == sum(map(torch.numel, vit.parameters()))
+        and model.config.norm_eps == 1e-6
+    )
 
 
 def test_what_has_a_counterpart_is_mapped_and_the_rest_told():
     vit = random_vit(image_size=64, patch_size=16, num_layers=3, num_heads=4, hidden_dim=48, mlp_dim=96, num_classes=10)
     state = vit.state_dict()
-    old_names = {name.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): values for name, values in state.items()}
+    old_names = {
+        name.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): values for name, values in state.items()
+    }
     for weights in (state, old_names):
         model = LAMMViT(replace(SMALL, depth=2))
         lamm = {name: values.clone() for name, values in model.lamm.state_dict().items()}
         unused = load_torchvision_vit(model, weights)
-        assert {name.split(".")[2] for name in unused if "layer" in name} == {"encoder_layer_2"} and "heads.head.weight" in unused
+        assert {name.split(".")[2] for name in unused if "layer" in name} == {
+            "encoder_layer_2"
+        } and "heads.head.weight" in unused
         mapped = model.state_dict()
-        for ours, theirs in (("patch_embed.weight", "conv_proj.weight"), ("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"), ("norm.bias", "encoder.ln.bias"),
-                             ("blocks.1.attn.proj.weight", "encoder.layers.encoder_layer_1.self_attention.out_proj.weight"), ("blocks.0.mlp.3.bias", "encoder.layers.encoder_layer_0.mlp.3.bias")):  # fmt: skip
+        for ours, theirs in (
+            ("patch_embed.weight", "conv_proj.weight"),
+            ("cls_token", "class_token"),
+            ("pos_embed", "encoder.pos_embedding"),
+            ("norm.bias", "encoder.ln.bias"),
+            ("blocks.1.attn.proj.weight", "encoder.layers.encoder_layer_1.self_attention.out_proj.weight"),
+            ("blocks.0.mlp.3.bias", "encoder.layers.encoder_layer_0.mlp.3.bias"),
+        ):
             assert torch.equal(mapped[ours], state[theirs]), ours
         assert all(torch.equal(values, lamm[name]) for name, values in model.lamm.state_dict().items())
     with pytest.raises(ValueError, match="choose its width and patch size"):
@@ -358,5 +406,15 @@ def test_positions_are_interpolated_to_another_grid():
         assert scaled.shape == (1, grid * grid + 1, 2) and (scaled[0, 0] == -5).all()
         expected = (torch.arange(grid) + 0.5) * 8 / grid - 0.5  # centres of the new patches in the old grid
         inner = slice(grid // 4, -grid // 4)  # a border bends
-        torch.testing.assert_close(scaled[0, 1:].view(grid, grid, 2)[inner, inner, 0], expected[inner, None].expand(-1, grid // 2), atol=0.06, rtol=0)
-        torch.testing.assert_close(scaled[0, 1:].view(grid, grid, 2)[inner, inner, 1], expected[None, inner].expand(grid // 2, -1), atol=0.06, rtol=0)
+        torch.testing.assert_close(
+            scaled[0, 1:].view(grid, grid, 2)[inner, inner, 0],
+            expected[inner, None].expand(-1, grid // 2),
+            atol=0.06,
+            rtol=0,
+        )
+        torch.testing.assert_close(
+            scaled[0, 1:].view(grid, grid, 2)[inner, inner, 1],
+            expected[None, inner].expand(grid // 2, -1),
+            atol=0.06,
+            rtol=0,
+        )

@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT, SMALL, run_script
 from PIL import Image
 
-from demo import draw_face
-from faces import PREDICTOR_FILE
+from drawing.render import draw_face
+from faces.finder import PREDICTOR_FILE
 
 
 @pytest.fixture
@@ -23,7 +23,9 @@ def raw(tmp_path):
     ):
         (tmp_path / "datasets" / folder).mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(draw_face(rng, generator, size)).save(tmp_path / "datasets" / folder / name.format(i), quality=90)
+            Image.fromarray(draw_face(rng, generator, size)).save(
+                tmp_path / "datasets" / folder / name.format(i), quality=90
+            )
     (tmp_path / "datasets/fake/Painter/notes.jpg").write_text("not an image")
     return tmp_path
 
@@ -38,7 +40,9 @@ def test_the_five_commands(raw):
     run("train.py", *SMALL, "--epochs", 1)  # of the full size it would take minutes
     table = run("inference.py").stdout
     results = json.loads((raw / "prediction_results.json").read_text())
-    assert {"Painter", "Dreamer", "Mean"} < set(results) and all(name in table for name in ("Painter", "Dreamer", "Mean"))
+    assert {"Painter", "Dreamer", "Mean"} < set(results) and all(
+        name in table for name in ("Painter", "Dreamer", "Mean")
+    )
     assert results["Run"]["sources"]["fake/Painter"].keys() == {"PNG 256x256"}
     assert {"accuracy", "ap"} <= results["Mean"].keys()
     assert (raw / "datasets/fake/Painter_rejected/notes.jpg").read_text() == "not an image"
@@ -65,7 +69,9 @@ def test_help_names_every_option_and_its_default(script):
 
 
 def test_no_photograph_and_no_predictor_in_the_repository():
-    listed = [path for folder in (ROOT, ROOT / "docs", ROOT / "tests", ROOT / "tests/data") for path in folder.iterdir()]
+    listed = [
+        path for folder in (ROOT, ROOT / "docs", ROOT / "tests", ROOT / "tests/data") for path in folder.iterdir()
+    ]
     listed = [path for path in listed if path.name != PREDICTOR_FILE]  # git ignores it, where a user put it
     assert ROOT / "model.py" in listed
     assert not [path for path in listed if path.suffix in (".jpg", ".jpeg", ".dat", ".pth")]

@@ -23,23 +23,15 @@ from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, picture
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from demo import draw_face
-from faces import FaceFinder, align_face, alignment_square, find_face, find_predictor
-from preprocess import (
-    BEYOND,
-    NO_FACE,
-    ORIGINAL,
-    TREATMENT,
-    Rejected,
-    agree_on_start,
-    get_args_parser,
-    list_images,
-    load_rgb,
-    map_ahead,
-    parse_treatment,
-    plan_names,
-    treatment_of,
-)
+from drawing.render import draw_face
+from faces.alignment import align_face, alignment_square
+from faces.finder import FaceFinder, find_face, find_predictor
+from faces.images import ORIGINAL, TREATMENT, list_images, load_rgb
+from faces.prepared import plan_names
+from faces.rejection import BEYOND, NO_FACE, Rejected
+from faces.treatment import parse_treatment, treatment_of
+from preprocess import get_args_parser
+from runtime.processes import agree_on_start, map_ahead
 
 
 @functools.cache
@@ -63,7 +55,10 @@ def usable(folder: Path, unusable: dict[str, str]) -> int:
 def test_in_place(tmp_path):
     folder = tmp_path / "D"
     unusable = hostile_files(folder)
-    originals = {name: os.path.lexists(folder / name) and (folder / name).read_bytes() if (folder / name).is_file() else None for name in unusable}
+    originals = {
+        name: os.path.lexists(folder / name) and (folder / name).read_bytes() if (folder / name).is_file() else None
+        for name in unusable
+    }
     count = usable(folder, unusable)
     done = run_script("preprocess.py", "--directory", folder, cwd=tmp_path)
     assert f"{len(unusable) - len(NO_IMAGES_BY_NAME)} rejected" in done.stdout
@@ -87,7 +82,8 @@ def test_in_place(tmp_path):
     rejected = contents(tmp_path / "D_rejected")
     again = run_script("preprocess.py", "--directory", folder, cwd=tmp_path)
     assert f"0 written, {count} unchanged, 0 rejected" in again.stdout
-    assert contents(folder).items() >= results.items() and contents(tmp_path / "D_rejected") == rejected  # byte for byte
+    # byte for byte
+    assert contents(folder).items() >= results.items() and contents(tmp_path / "D_rejected") == rejected
 
 
 def test_output_dir_leaves_the_source_untouched_and_gives_the_same(tmp_path):
@@ -105,7 +101,9 @@ def test_output_dir_leaves_the_source_untouched_and_gives_the_same(tmp_path):
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "O").rglob("*.png")}
     again = run_script("preprocess.py", "--directory", "D", "--output_dir", "O", cwd=tmp_path)
     assert "0 written" in again.stdout and contents(tmp_path / "O").items() >= results.items()
-    assert "not from" in error_line(run_script("preprocess.py", "--directory", "E", "--output_dir", "O", cwd=tmp_path, expect=1))
+    assert "not from" in error_line(
+        run_script("preprocess.py", "--directory", "E", "--output_dir", "O", cwd=tmp_path, expect=1)
+    )
     assert contents(tmp_path / "O").items() >= results.items(), "another folder's images do not replace these"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "O").rglob("*.png")} == stamps
 
@@ -210,7 +208,9 @@ def test_reasons_do_not_carry_the_path_of_a_run(tmp_path):
 
 
 def test_plan_is_the_same_at_every_moment_of_a_run(tmp_path):
-    """Whatever of the plan has been carried out, the rest keeps its names: a run that was stopped goes on to the same end."""
+    """Whatever of the plan has been carried out, the rest keeps its names: a run that was stopped goes on to the same
+    end.
+    """
     images = sorted(tmp_path / name for name in ("a.jpg", "a.bmp", "A.jpeg", "a.png", "a_jpg.webp", "b.jpg", "b.webp"))
     plan = plan_names(images, set(images))
     assert len({str(name).casefold() for name in plan.values()}) == len(images)
@@ -229,7 +229,9 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
             names.append(f"{i}.png")
     run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
     for finished in (1, 5, 9, 15, 22, 30, 36, 40, 50, 57):
-        process = subprocess.Popen([sys.executable, ROOT / "preprocess.py", "--directory", "D"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "preprocess.py", "--directory", "D"], cwd=tmp_path, stderr=subprocess.DEVNULL
+        )
         while len(list((tmp_path / "D").glob("*.png"))) < finished and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -264,7 +266,9 @@ def test_torchrun_restarts_a_worker_that_is_killed(tmp_path):
             picture(1600, 1200, i).save(tmp_path / folder / f"{i}.jpg", quality=95)
     run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
-    process = subprocess.Popen([*launcher, str(ROOT / "preprocess.py"), "--directory", "D"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*launcher, str(ROOT / "preprocess.py"), "--directory", "D"], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
     while len(list((tmp_path / "D").glob("*.png"))) < 10 and process.poll() is None:
         time.sleep(0.005)
     [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"][0].kill()
@@ -274,7 +278,9 @@ def test_torchrun_restarts_a_worker_that_is_killed(tmp_path):
 
 
 def test_processes_agree_on_how_often_they_were_started(monkeypatch):
-    """Through torchrun's store, which keeps what the processes before them wrote. Machines count restarts for themselves."""
+    """Through torchrun's store, which keeps what the processes before them wrote. Machines count restarts for
+    themselves.
+    """
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     store = torch.distributed.HashStore()
     for start in (1, 2, 3):
@@ -331,7 +337,10 @@ def test_what_changed_beside_the_files_is_noticed(tmp_path):
     (tmp_path / "O/1.png").write_bytes((tmp_path / "O/1.png").read_bytes()[:-100])  # as a power cut may leave it
     stat = (tmp_path / "D/1.jpg").stat()
     os.utime(tmp_path / "O/1.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert "1 written, 2 unchanged" in run_script("preprocess.py", "--directory", "D", "--output_dir", "O", cwd=tmp_path).stdout
+    assert (
+        "1 written, 2 unchanged"
+        in run_script("preprocess.py", "--directory", "D", "--output_dir", "O", cwd=tmp_path).stdout
+    )
     done = run_script("preprocess.py", "--directory", "D", "--output_dir", "O", "--min_width", 100, cwd=tmp_path)
     assert "2 written, 0 unchanged, 1 rejected" in done.stdout and not (tmp_path / "O/0.png").exists()
     (tmp_path / "D/2.jpg").unlink()
@@ -366,7 +375,7 @@ def test_names_that_are_no_text(tmp_path):
     assert "1 written, 0 unchanged, 1 rejected" in done.stdout
 
 
-# ------------------------------------------------------------------------------------------------------------- alignment
+# ------------------------------------------------------------------------------------------------------------ alignment
 
 
 def drawn_in(side: int, scale: float, degrees: float, shift: tuple[float, float], seed: int) -> Image.Image:
@@ -375,7 +384,13 @@ def drawn_in(side: int, scale: float, degrees: float, shift: tuple[float, float]
     a, b = np.cos(np.radians(degrees)) / scale, np.sin(np.radians(degrees)) / scale
     middle = np.array([side / 2 + shift[0], side / 2 + shift[1]])
     offset = 300 - np.array([[a, b], [-b, a]]) @ middle
-    return face.transform((side, side), Image.Transform.AFFINE, (a, b, offset[0], -b, a, offset[1]), Image.Resampling.BICUBIC, fillcolor=(90, 110, 130))
+    return face.transform(
+        (side, side),
+        Image.Transform.AFFINE,
+        (a, b, offset[0], -b, a, offset[1]),
+        Image.Resampling.BICUBIC,
+        fillcolor=(90, 110, 130),
+    )
 
 
 def points_of(path: Path) -> np.ndarray:
@@ -386,17 +401,29 @@ def points_of(path: Path) -> np.ndarray:
 
 
 def test_aligned_faces_have_eyes_and_mouth_in_one_place(tmp_path):
-    """The same face, however it stands in its picture, gives the same picture; of all faces the eyes are level and equally wide apart."""
+    """The same face, however it stands in its picture, gives the same picture; of all faces the eyes are level and
+    equally wide apart.
+    """
     (tmp_path / "D").mkdir()
-    poses = [(800, 1.0, 0, (0, 0)), (800, 0.7, 12, (60, -40)), (1000, 1.3, -15, (-50, 30)), (500, 0.5, 6, (20, 20)), (1600, 2.4, -8, (0, 90))]
+    poses = [
+        (800, 1.0, 0, (0, 0)),
+        (800, 0.7, 12, (60, -40)),
+        (1000, 1.3, -15, (-50, 30)),
+        (500, 0.5, 6, (20, 20)),
+        (1600, 2.4, -8, (0, 90)),
+    ]
     for i, pose in enumerate(poses):
         for seed in (0, 3):
             drawn_in(*pose, seed).save(tmp_path / f"D/{seed}_{i}.png")
     run_script("preprocess.py", "--directory", "D", "--output_dir", "wide", "--align", 0.8, cwd=tmp_path)
     run_script("preprocess.py", "--directory", "D", "--output_dir", "plain", cwd=tmp_path)
-    points = {seed: np.array([points_of(tmp_path / f"wide/{seed}_{i}.png") for i in range(len(poses))]) for seed in (0, 3)}
+    points = {
+        seed: np.array([points_of(tmp_path / f"wide/{seed}_{i}.png") for i in range(len(poses))]) for seed in (0, 3)
+    }
     for seed, of_face in points.items():
-        assert np.ptp(of_face, axis=0).max() < 7, "a tenth of the distance between the eyes, in which is dlib's own spread, twice"
+        assert np.ptp(of_face, axis=0).max() < 7, (
+            "a tenth of the distance between the eyes, in which is dlib's own spread, twice"
+        )
         level = of_face[:, 1] - of_face[:, 0]
         assert np.abs(level[:, 1]).max() < 6
         one = np.asarray(Image.open(tmp_path / f"wide/{seed}_0.png"), float)
@@ -404,7 +431,10 @@ def test_aligned_faces_have_eyes_and_mouth_in_one_place(tmp_path):
             assert np.abs(np.asarray(Image.open(tmp_path / f"wide/{seed}_{i}.png"), float) - one).mean() < 7, i
     every = np.concatenate(list(points.values()))
     assert np.ptp(every.mean(axis=1), axis=0).max() < 9, "eyes and mouth, their mean"
-    apart = np.abs(np.asarray(Image.open(tmp_path / "plain/0_0.png"), float) - np.asarray(Image.open(tmp_path / "plain/0_2.png"), float)).mean()
+    apart = np.abs(
+        np.asarray(Image.open(tmp_path / "plain/0_0.png"), float)
+        - np.asarray(Image.open(tmp_path / "plain/0_2.png"), float)
+    ).mean()
     assert apart > 10, "without --align these pictures differ"
 
 
@@ -412,7 +442,9 @@ def test_the_crop_is_the_part_of_ffhqs_square_that_was_asked_for():
     landmarks = np.zeros((68, 2))
     landmarks[36:42], landmarks[42:48], landmarks[[48, 54]] = (40, 50), (60, 50), (50, 75)
     centre, right = alignment_square(landmarks)
-    assert np.allclose(centre, (50, 52.5)) and np.allclose(right, (45, 0)), "half of max(4 x 20, 3.6 x 25) pixels, level"
+    assert np.allclose(centre, (50, 52.5)) and np.allclose(right, (45, 0)), (
+        "half of max(4 x 20, 3.6 x 25) pixels, level"
+    )
     turn = np.array([[0.8, -0.6], [0.6, 0.8]])
     turned_centre, turned_right = alignment_square(landmarks @ turn.T)
     assert np.allclose(turned_centre, turn @ centre) and np.allclose(turned_right, turn @ right)
@@ -430,7 +462,11 @@ def test_alignment_samples_all_pixels():
 
 
 def test_a_treatment_says_which_options_it_was():
-    for options in (["--align"], ["--align", "0.55", "--recompress", "80"], ["--recompress", "75-95", "--target_width", "100"]):
+    for options in (
+        ["--align"],
+        ["--align", "0.55", "--recompress", "80"],
+        ["--recompress", "75-95", "--target_width", "100"],
+    ):
         args = get_args_parser().parse_args(["--directory", "D", *options])
         again = parse_treatment(treatment_of(args))
         assert vars(again).items() <= vars(args).items() and treatment_of(again) == treatment_of(args)
@@ -443,7 +479,19 @@ def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     whole.save(tmp_path / "D/whole.png")
     whole.crop((100, 100, 600, 600)).save(tmp_path / "D/close.jpg", quality=95)
     picture(300, 300).save(tmp_path / "D/nobody.png")
-    command = ("preprocess.py", "--directory", "D", "--output_dir", "O", "--align", "1", "--target_height", 96, "--target_width", 96)
+    command = (
+        "preprocess.py",
+        "--directory",
+        "D",
+        "--output_dir",
+        "O",
+        "--align",
+        "1",
+        "--target_height",
+        96,
+        "--target_width",
+        96,
+    )
     done = run_script(*command, cwd=tmp_path)
     assert "1 written, 0 unchanged, 2 rejected" in done.stdout
     assert "of 3, 1 have no face that was found (33.3%), 1 would need their border filled (33.3%)" in done.stdout
@@ -455,11 +503,28 @@ def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     assert "0 written, 1 unchanged, 2 rejected" in run_script(*command, cwd=tmp_path).stdout
     refused = run_script(*command[:-6], "--align", 0.6, cwd=tmp_path, expect=1)
     assert "holds images that are aligned 1, 96x96; name another --output_dir" in error_line(refused)
-    assert "--target_height and --target_width have to be equal" in error_line(run_script(*command, "--target_width", 100, cwd=tmp_path, expect=1))
+    assert "--target_height and --target_width have to be equal" in error_line(
+        run_script(*command, "--target_width", 100, cwd=tmp_path, expect=1)
+    )
     assert contents(tmp_path / "O") == before
 
     (tmp_path / "D/nobody.png").unlink()
-    closer = run_script("preprocess.py", "--directory", "D", "--output_dir", "P", "--align", 0.6, "--recompress", 80, "--target_height", 400, "--target_width", 400, cwd=tmp_path)
+    closer = run_script(
+        "preprocess.py",
+        "--directory",
+        "D",
+        "--output_dir",
+        "P",
+        "--align",
+        0.6,
+        "--recompress",
+        80,
+        "--target_height",
+        400,
+        "--target_width",
+        400,
+        cwd=tmp_path,
+    )
     assert "2 written, 0 unchanged, 0 rejected" in closer.stdout and "2 of the 2 written were enlarged" in closer.stdout
     assert "enlarged" not in done.stdout and not (tmp_path / "P_rejected").exists()
 
@@ -471,7 +536,9 @@ def test_a_file_that_was_mended_is_no_longer_listed_as_rejected(tmp_path):
     run_script(*command, cwd=tmp_path)
     assert rejections(tmp_path / "O_rejected") == {"a.png": NO_FACE}
     drawn_in(700, 1, 0, (0, 0), 0).save(tmp_path / "D/a.png")
-    assert "1 written" in run_script(*command, cwd=tmp_path).stdout and not (tmp_path / "O_rejected/rejected.csv").exists()
+    assert (
+        "1 written" in run_script(*command, cwd=tmp_path).stdout and not (tmp_path / "O_rejected/rejected.csv").exists()
+    )
 
 
 def test_only_originals_are_aligned_and_none_in_place(tmp_path):
@@ -479,16 +546,27 @@ def test_only_originals_are_aligned_and_none_in_place(tmp_path):
     (tmp_path / "D").mkdir()
     drawn_in(600, 1, 0, (0, 0), 0).crop((0, 50, 600, 550)).save(tmp_path / "D/a.jpg")
     align, before = ("--align", "--recompress", 80), contents(tmp_path / "D")
-    assert "need --output_dir" in error_line(run_script("preprocess.py", "--directory", "D", *align, cwd=tmp_path, expect=1))
+    assert "need --output_dir" in error_line(
+        run_script("preprocess.py", "--directory", "D", *align, cwd=tmp_path, expect=1)
+    )
     assert contents(tmp_path / "D") == before
     run_script("preprocess.py", "--directory", "D", "--output_dir", "aligned", *align, cwd=tmp_path)
     run_script("preprocess.py", "--directory", "D", "--output_dir", "squashed", cwd=tmp_path)
-    again = run_script("preprocess.py", "--directory", "aligned", "--output_dir", "twice", *align, cwd=tmp_path, expect=1)
-    assert "a.png: is aligned 0.6, JPEG 80, 224x224 already; take the originals for aligned 0.6, JPEG 80, 224x224" in error_line(again)
-    again = run_script("preprocess.py", "--directory", "squashed", "--output_dir", "again", "--align", cwd=tmp_path, expect=1)
+    again = run_script(
+        "preprocess.py", "--directory", "aligned", "--output_dir", "twice", *align, cwd=tmp_path, expect=1
+    )
+    assert (
+        "a.png: is aligned 0.6, JPEG 80, 224x224 already; take the originals for aligned 0.6, JPEG 80, 224x224"
+        in error_line(again)
+    )
+    again = run_script(
+        "preprocess.py", "--directory", "squashed", "--output_dir", "again", "--align", cwd=tmp_path, expect=1
+    )
     assert "a.png: was resized already, it was a JPEG 600x500; take the originals" in error_line(again)
     run_script("preprocess.py", "--directory", "aligned", "--output_dir", "kept", cwd=tmp_path)
-    assert (tmp_path / "kept/a.png").read_bytes() == (tmp_path / "aligned/a.png").read_bytes(), "without the options it stays what it is"
+    assert (tmp_path / "kept/a.png").read_bytes() == (tmp_path / "aligned/a.png").read_bytes(), (
+        "without the options it stays what it is"
+    )
 
 
 def test_what_travels_with_a_picture_neither_stops_a_run_nor_names_the_class(tmp_path):
@@ -519,7 +597,16 @@ def test_recompression_depends_on_the_content_alone(tmp_path):
         drawn_in(300, 0.5, 0, (0, 0), i).save(tmp_path / f"D/{i}.png")
         shutil.copy(tmp_path / f"D/{i}.png", tmp_path / f"E/other_{i:02}.png")
     for folder in ("D", "E"):
-        run_script("preprocess.py", "--directory", folder, "--output_dir", f"{folder}_out", "--recompress", "40-90", cwd=tmp_path)
+        run_script(
+            "preprocess.py",
+            "--directory",
+            folder,
+            "--output_dir",
+            f"{folder}_out",
+            "--recompress",
+            "40-90",
+            cwd=tmp_path,
+        )
     qualities = set()
     for i in range(12):
         stored = Image.open(tmp_path / f"D_out/{i}.png")
@@ -536,4 +623,7 @@ def test_recompression_depends_on_the_content_alone(tmp_path):
         qualities.update(fits)
     assert len(qualities) > 6, "drawn for each file"
     for wrong in ("0", "101", "90-40", "good"):
-        assert "a JPEG quality" in run_script("preprocess.py", "--directory", "D", "--recompress", wrong, cwd=tmp_path, expect=2).stderr
+        assert (
+            "a JPEG quality"
+            in run_script("preprocess.py", "--directory", "D", "--recompress", wrong, cwd=tmp_path, expect=2).stderr
+        )

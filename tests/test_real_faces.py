@@ -1,29 +1,31 @@
-"""benchmarks/real_faces.py and near_duplicates.py: nothing near on both sides of a split, the whole command on drawn faces."""
+"""benchmarks/real_faces.py and near_duplicates.py: nothing near on both sides of a split, the whole command on drawn
+faces.
+"""
 
 import contextlib
 import csv
-import importlib
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 import inference
 import train
-from dataset import SPLITS, find_feature_files, open_features
-from demo import draw_face
-from faces import FaceFinder, detect_face, find_predictor
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-ablation, near_duplicates, real_faces = map(importlib.import_module, ("ablation", "near_duplicates", "real_faces"))
-Fingerprint, find_pairs, leave_out = near_duplicates.Fingerprint, near_duplicates.find_pairs, near_duplicates.leave_out
+from benchmarks import real_faces
+from benchmarks.comparison import images, jobs, near_duplicates, variants
+from benchmarks.comparison.images import NOT_AGAIN, check_splits, kind_of
+from benchmarks.comparison.jobs import MAIN
+from benchmarks.comparison.near_duplicates import Fingerprint, find_network, find_pairs, leave_out, take_fingerprint
+from benchmarks.comparison.scores import read_scores
+from drawing.render import draw_face
+from faces.finder import FaceFinder, detect_face, find_predictor
+from faces.rejection import BEYOND, NO_FACE
+from samples.feature_files import SPLITS, find_feature_files, open_features
 
 
 def as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
@@ -34,21 +36,29 @@ def as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 
 def turned(image: np.ndarray, degrees: float, scale: float) -> np.ndarray:
     side = image.shape[0]
-    return cv2.warpAffine(image, cv2.getRotationMatrix2D((side / 2, side / 2), degrees, scale), (side, side), borderMode=cv2.BORDER_REFLECT)
+    return cv2.warpAffine(
+        image,
+        cv2.getRotationMatrix2D((side / 2, side / 2), degrees, scale),
+        (side, side),
+        borderMode=cv2.BORDER_REFLECT,
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ near-duplicates
+# ------------------------------------------------------------------------------------------------------ near-duplicates
 
 
 @pytest.fixture(scope="module")
 def take():
     import dlib
 
-    finder, network = FaceFinder(find_predictor(None)), dlib.face_recognition_model_v1(str(near_duplicates.find_network()))
+    finder, network = (
+        FaceFinder(find_predictor(None)),
+        dlib.face_recognition_model_v1(str(find_network())),
+    )
 
     def fingerprint(image: np.ndarray) -> Fingerprint:
         stored, face = detect_face(Image.fromarray(image), finder, 224)
-        return near_duplicates.take_fingerprint(stored, face, finder, network)
+        return take_fingerprint(stored, face, finder, network)
 
     return fingerprint
 
@@ -65,7 +75,9 @@ def strangers(take) -> list[np.ndarray]:
 
 COPIES = {
     "recompressed": lambda image: as_jpeg(image, 50),
-    "shrunk": lambda image: cv2.resize(cv2.resize(image, (90, 90), interpolation=cv2.INTER_AREA), (224, 224), interpolation=cv2.INTER_CUBIC),
+    "shrunk": lambda image: cv2.resize(
+        cv2.resize(image, (90, 90), interpolation=cv2.INTER_AREA), (224, 224), interpolation=cv2.INTER_CUBIC
+    ),
     "mirrored": lambda image: np.ascontiguousarray(image[:, ::-1]),
     "lighter": lambda image: cv2.convertScaleAbs(image, alpha=0.9, beta=25),
 }
@@ -82,7 +94,10 @@ def test_planted_copies_are_found_by_their_hash_and_nothing_else_is(take, strang
 
 def test_a_person_in_another_pose_is_found_by_the_face(take, strangers, monkeypatch):
     monkeypatch.setattr(near_duplicates, "MAX_HASH_DISTANCE", -1)  # the face alone
-    others = [turned(as_jpeg(image, 70), degrees, scale) for image, degrees, scale in zip(strangers, (12, -9, 0, 15, -14), (0.9, 0.8, 0.7, 1.1, 1))]
+    others = [
+        turned(as_jpeg(image, 70), degrees, scale)
+        for image, degrees, scale in zip(strangers, (12, -9, 0, 15, -14), (0.9, 0.8, 0.7, 1.1, 1))
+    ]
     fingerprints = [take(image) for image in (*strangers, *others)]
     pairs = {(i, j) for i, j, _ in find_pairs(fingerprints)}
     planted = {(i, len(strangers) + i) for i in range(len(others))}
@@ -100,7 +115,8 @@ def test_pairs_across_blocks_of_the_table(monkeypatch):
     monkeypatch.setattr(near_duplicates, "ROWS", 7)
     fingerprints = made_up(30)
     fingerprints[29] = fingerprints[3]
-    fingerprints[13] = Fingerprint(fingerprints[8].hashes[::-1], np.full(128, np.nan, np.float32))  # mirrored, no face found
+    # mirrored, no face found
+    fingerprints[13] = Fingerprint(fingerprints[8].hashes[::-1], np.full(128, np.nan, np.float32))
     assert [(i, j) for i, j, _ in find_pairs(fingerprints)] == [(3, 29), (8, 13)]
 
 
@@ -112,9 +128,15 @@ def test_what_is_left_out_leaves_no_pair_and_spares_small_sets():
 
 
 def test_reasons_are_counted_by_what_they_say():
-    reasons = {real_faces.NOT_AGAIN: real_faces.NOT_AGAIN, real_faces.NO_FACE: real_faces.NO_FACE, "near-duplicate, 2 of 63 bits: a": "near-duplicate",
-               f"{real_faces.BEYOND} 3 pixels beyond the border": real_faces.BEYOND, "face at a distance of 0.20: a": "face at a distance", "truncated": "unusable"}  # fmt: skip
-    assert {reason: real_faces.kind_of(reason) for reason in reasons} == reasons
+    reasons = {
+        NOT_AGAIN: NOT_AGAIN,
+        NO_FACE: NO_FACE,
+        "near-duplicate, 2 of 63 bits: a": "near-duplicate",
+        f"{BEYOND} 3 pixels beyond the border": BEYOND,
+        "face at a distance of 0.20: a": "face at a distance",
+        "truncated": "unusable",
+    }
+    assert {reason: kind_of(reason) for reason in reasons} == reasons
 
 
 def test_a_pair_on_both_sides_of_a_split_is_an_error(features):
@@ -124,26 +146,33 @@ def test_a_pair_on_both_sides_of_a_split_is_an_error(features):
             with open_features(path) as file:
                 paths |= dict.fromkeys(file["paths"].asstr()[:].tolist(), split)
     kept = dict(zip(paths, made_up(len(paths))))
-    sizes = real_faces.check_splits(features, kept)
+    sizes = check_splits(features, kept)
     assert sizes["real/Consistent"] == (36, 12, 12) and sum(map(sum, sizes.values())) == len(paths)
     in_train, in_test = (next(path for path, split in paths.items() if split == wanted) for wanted in ("train", "test"))
     also_in_train = [path for path, split in paths.items() if split == "train"][1]
-    assert real_faces.check_splits(features, kept | {also_in_train: kept[in_train]}) == sizes, "on one side they may be"
+    assert check_splits(features, kept | {also_in_train: kept[in_train]}) == sizes, "on one side they may be"
     with pytest.raises(ValueError, match=f"{in_train} is in train, {in_test} in test: near-duplicate, 0 of 63 bits"):
-        real_faces.check_splits(features, kept | {in_test: kept[in_train]})
+        check_splits(features, kept | {in_test: kept[in_train]})
     with pytest.raises(ValueError, match="does not hold the images that were chosen"):
-        real_faces.check_splits(features, {in_train: kept[in_train]})
+        check_splits(features, {in_train: kept[in_train]})
 
 
-# ---------------------------------------------------------------------------------------------------------- the whole command
+# ---------------------------------------------------------------------------------------------------- the whole command
 
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory) -> Path:
-    """Two kinds of traps: photographs are JPEGs, and one generator's pictures are close-ups. A copy is planted, and a picture of nobody."""
+    """Two kinds of traps: photographs are JPEGs, and one generator's pictures are close-ups. A copy is planted, and a
+    picture of nobody.
+    """
     root = tmp_path_factory.mktemp("real") / "datasets"
     rng = np.random.default_rng(5)
-    for name, generator, count in (("real/Photos", None, 40), ("fake/Gan", "IrisMismatch", 25), ("fake/Diffusion", "OffAxisMouth", 25), ("fake/New", "NoseLight", 12)):
+    for name, generator, count in (
+        ("real/Photos", None, 40),
+        ("fake/Gan", "IrisMismatch", 25),
+        ("fake/Diffusion", "OffAxisMouth", 25),
+        ("fake/New", "NoseLight", 12),
+    ):
         (root / name).mkdir(parents=True)
         for i in range(count):
             image = Image.fromarray(draw_face(rng, generator, 240))
@@ -155,7 +184,27 @@ def data_root(tmp_path_factory) -> Path:
     return root
 
 
-OPTIONS = ("--train_on", "Gan", "Diffusion", "--img_size", 96, "--patch_size", 24, "--seeds", 2, "--jobs", 1, "--device", "cpu", "--embed_dim", 24, "--depth", 1, "--epochs", 2)
+OPTIONS = (
+    "--train_on",
+    "Gan",
+    "Diffusion",
+    "--img_size",
+    96,
+    "--patch_size",
+    24,
+    "--seeds",
+    2,
+    "--jobs",
+    1,
+    "--device",
+    "cpu",
+    "--embed_dim",
+    24,
+    "--depth",
+    1,
+    "--epochs",
+    2,
+)
 
 
 def compare(root: Path, output: Path, *options: object) -> dict:
@@ -165,10 +214,10 @@ def compare(root: Path, output: Path, *options: object) -> dict:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """Trains and tests in this process, which takes no seconds to import torch. Drawn faces are one person's to dlib's network: copies alone
-    are near each other here."""
+    """Trains and tests in this process, which takes no seconds to import torch. Drawn faces are one person's to dlib's
+    network: copies alone are near each other here."""
     seen: list[str] = []
-    run = ablation.run
+    run = variants.run
 
     def run_here(command: list[str]) -> None:
         name = Path(command[0]).stem
@@ -179,9 +228,10 @@ def calls(monkeypatch) -> list[str]:
         else:
             run(command)
 
-    monkeypatch.setattr(train, "stopping_on_signals", lambda run: contextlib.nullcontext())  # real_faces.py's threads wait for processes
-    monkeypatch.setattr(ablation, "run", run_here)
-    monkeypatch.setattr(real_faces, "run", run_here)
+    # real_faces.py's threads wait for processes
+    monkeypatch.setattr(train, "stopping_on_signals", lambda run: contextlib.nullcontext())
+    for module in (variants, images, jobs):
+        monkeypatch.setattr(module, "run", run_here)
     monkeypatch.setattr(near_duplicates, "MAX_FACE_DISTANCE", 0.01)
     monkeypatch.setattr(near_duplicates, "MAX_HASH_DISTANCE", 0)
     return seen
@@ -194,27 +244,49 @@ def test_from_files_to_tables(data_root, tmp_path, calls, capsys):
     assert "8 models, 0 of them are there already" in printed and "8 models of 2 epochs, 1 at a time, about" in printed
     with open(output / "dropped.csv") as file:
         dropped = {line["path"]: line["reason"] for line in csv.DictReader(file)}
-    assert dropped["fake/Gan/nobody.png"] == "no face found" and dropped["fake/Diffusion/00.png"].startswith(("the aligned crop would reach", "no face found"))
-    assert dropped["fake/Gan/03.png"] == "near-duplicate, 0 of 63 bits: fake/New/copy.png", "the smaller data set keeps its image"
+    assert dropped["fake/Gan/nobody.png"] == "no face found" and dropped["fake/Diffusion/00.png"].startswith(
+        ("the aligned crop would reach", "no face found")
+    )
+    assert dropped["fake/Gan/03.png"] == "near-duplicate, 0 of 63 bits: fake/New/copy.png", (
+        "the smaller data set keeps its image"
+    )
     for data_set, of in summary["data"].items():
-        assert sum(of["dropped"].values()) + sum(of[split] for split in SPLITS) == len(list((data_root / data_set).iterdir()))
-    assert [summary["data"]["fake/New"][split] for split in SPLITS[:2]] == [0, 0] and summary["data"]["fake/New"]["test"] >= 12
+        assert sum(of["dropped"].values()) + sum(of[split] for split in SPLITS) == len(
+            list((data_root / data_set).iterdir())
+        )
+    assert [summary["data"]["fake/New"][split] for split in SPLITS[:2]] == [0, 0] and summary["data"]["fake/New"][
+        "test"
+    ] >= 12
 
-    paths = {treatment: sorted(str(path.relative_to(output / "data" / treatment)) for path in (output / "data" / treatment).rglob("*.png")) for treatment in ("raw", "equalised")}
+    paths = {
+        treatment: sorted(
+            str(path.relative_to(output / "data" / treatment)) for path in (output / "data" / treatment).rglob("*.png")
+        )
+        for treatment in ("raw", "equalised")
+    }
     assert paths["raw"] == paths["equalised"], "both are of the same images"
     assert summary["probes"]["raw"]["files"]["Gan"] > 0.95, "JPEGs against PNGs"
     assert summary["probes"]["raw"]["files"]["New"] > 0.95 and summary["probes"]["equalised"]["files"]["New"] < 0.9
-    for name in real_faces.MAIN:
+    for name in MAIN:
         for treatment in ("raw", "equalised"):
-            folders = [next((output / "models").glob(f"{treatment}_*")) / name.replace(" ", "_") / f"seed_{seed}" for seed in (0, 1)]
+            folders = [
+                next((output / "models").glob(f"{treatment}_*")) / name.replace(" ", "_") / f"seed_{seed}"
+                for seed in (0, 1)
+            ]
             aucs = [json.loads((folder / "prediction_results.json").read_text())["New"]["auc"] for folder in folders]
-            assert summary["detectors"][treatment][name]["New"] == aucs == summary["detectors"][treatment][name]["unseen"]
-    first, second = (np.mean(summary["detectors"]["equalised"][name]["New"]) for name in real_faces.MAIN)
+            assert (
+                summary["detectors"][treatment][name]["New"] == aucs == summary["detectors"][treatment][name]["unseen"]
+            )
+    first, second = (np.mean(summary["detectors"]["equalised"][name]["New"]) for name in MAIN)
     gain = summary["comparison"]["New"]
     assert gain["difference"] == pytest.approx(first - second) and gain["low"] <= gain["difference"] <= gain["high"]
     masks = summary["masks"]
     assert masks.keys() == {"LAMM-ViT"}, "the plain ViT has none"
-    every = [summary["detectors"]["equalised"]["LAMM-ViT"][name] for name in ("Gan", "Diffusion", "New") if name in summary["detectors"]["equalised"]["LAMM-ViT"]]
+    every = [
+        summary["detectors"]["equalised"]["LAMM-ViT"][name]
+        for name in ("Gan", "Diffusion", "New")
+        if name in summary["detectors"]["equalised"]["LAMM-ViT"]
+    ]
     assert masks["LAMM-ViT"]["auc"] == pytest.approx(np.mean(every)) and 0 < masks["LAMM-ViT"]["change"] < 1
     tables = (output / "results.md").read_text()
     assert tables in printed and f"| LAMM-ViT, equalised | {0:.0f}"[:22] in tables
@@ -227,7 +299,9 @@ def test_from_files_to_tables(data_root, tmp_path, calls, capsys):
 
 
 def test_other_images_other_models(data_root, tmp_path, calls, capsys):
-    """Images that come, go or change are in the next run's tables, and models of earlier ones are not taken for its own."""
+    """Images that come, go or change are in the next run's tables, and models of earlier ones are not taken for its
+    own.
+    """
     root, output = tmp_path / "datasets", tmp_path / "out"
     shutil.copytree(data_root, root)
     options = (*OPTIONS[:8], 1, *OPTIONS[9:], "--main_only")
@@ -237,19 +311,32 @@ def test_other_images_other_models(data_root, tmp_path, calls, capsys):
     (root / "fake/.cache").mkdir()
     (root / "fake/Gan/notes.txt").write_text("no image")
     for i in range(6):
-        Image.fromarray(draw_face(np.random.default_rng(100 + i), "NoseLight", 240)).save(root / f"fake/New/more_{i}.png")
+        Image.fromarray(draw_face(np.random.default_rng(100 + i), "NoseLight", 240)).save(
+            root / f"fake/New/more_{i}.png"
+        )
     capsys.readouterr(), calls.clear()
     second = compare(root, output, *options)
     assert "4 models, 0 of them are there already" in capsys.readouterr().out and calls.count("train") == 5
-    count = {name: sum(of["dropped"].values()) + sum(of[split] for split in SPLITS) for name, of in second["data"].items()}
-    assert count["real/Photos"] == 39 and count["fake/Gan"] == 26 and second["data"]["fake/New"]["test"] == first["data"]["fake/New"]["test"] + 6
+    count = {
+        name: sum(of["dropped"].values()) + sum(of[split] for split in SPLITS) for name, of in second["data"].items()
+    }
+    assert (
+        count["real/Photos"] == 39
+        and count["fake/Gan"] == 26
+        and second["data"]["fake/New"]["test"] == first["data"]["fake/New"]["test"] + 6
+    )
     assert second["data"]["fake/Gan"]["dropped"] == {"near-duplicate": 2}
     assert len(list((output / "models").glob("equalised_*"))) == 2, "the earlier ones are left alone"
 
     scores = next((output / "models").glob("raw_*")) / "plain_ViT/seed_0/prediction_results.csv"
     scores.write_text(scores.read_text().replace("Photos/0", "Photos/9"))
     with pytest.raises(ValueError, match="tested on other images than"):
-        real_faces.read_scores([scores.parent, *(path.parent for path in (output / "models").glob("raw_*/LAMM-ViT/seed_0/prediction_results.csv"))])
+        read_scores(
+            [
+                scores.parent,
+                *(path.parent for path in (output / "models").glob("raw_*/LAMM-ViT/seed_0/prediction_results.csv")),
+            ]
+        )
 
 
 def test_what_it_refuses(data_root, tmp_path, calls):

@@ -12,22 +12,39 @@ import pytest
 from conftest import picture
 from PIL import Image
 
-import figures
-from metrics import METRIC_RANGE, binary_metrics, calibration
-from report import COLUMNS, STYLE_SHEET, Mistake, number, write_report
+from evaluation import figures
+from evaluation.metrics import METRIC_RANGE, binary_metrics, calibration
+from evaluation.mistakes import Mistake
+from evaluation.report import STYLE_SHEET, write_report
+from evaluation.tables import COLUMNS, number
 
 HOSTILE = "<script>alert(1)</script>\"'&$x_1$\udcff\u202e\n"
 HOSTILE_SHOWN = "<script>alert(1)</script>\"'&$x_1$\\udcff\\u202e\\n"
-LEVELS = {"jpeg": (100, 90, 80, 70, 60, 50, 40, 30), "blur": (1, 2, 3, 4, 5), "noise": (0.05, 0.1, 0.15, 0.2, 0.25), "resize": (0.75, 0.5, 0.25)}
+LEVELS = {
+    "jpeg": (100, 90, 80, 70, 60, 50, 40, 30),
+    "blur": (1, 2, 3, 4, 5),
+    "noise": (0.05, 0.1, 0.15, 0.2, 0.25),
+    "resize": (0.75, 0.5, 0.25),
+}
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 
 
-def evaluation(names: list[str], size: int = 60, intervals: bool = True, robust: bool = True, mistakes: int = 3, **run: object) -> tuple:
+def evaluation(
+    names: list[str], size: int = 60, intervals: bool = True, robust: bool = True, mistakes: int = 3, **run: object
+) -> tuple:
     """The arguments of write_report after the path: what inference.py would find for generators with these names."""
     rng, results, comparisons = np.random.default_rng(0), {}, {}
 
     def with_intervals(row: dict) -> dict:
-        return row | ({"intervals": {metric: [0.9 * row[metric], min(1.02 * row[metric], top)] for metric, top in METRIC_RANGE.items()}} if intervals else {})
+        return row | (
+            {
+                "intervals": {
+                    metric: [0.9 * row[metric], min(1.02 * row[metric], top)] for metric, top in METRIC_RANGE.items()
+                }
+            }
+            if intervals
+            else {}
+        )
 
     for i, name in enumerate(names):
         labels = np.repeat([0, 1], size)
@@ -39,16 +56,30 @@ def evaluation(names: list[str], size: int = 60, intervals: bool = True, robust:
     results["Std"] = {metric: float(np.std(values)) for metric, values in table.items()}
     results["Worst"] = {"generator": worst} | {metric: results[worst][metric] for metric in METRIC_RANGE}
     results["Run"] = {
-        "checkpoint": "output_model/best_model.pth", "checkpoint_sha256": "3f" * 32, "val_threshold": 0.83, "protocol": "native", "split": "test",
-        "arguments": {"bootstrap": 1000, "datasets": None}, "train_arguments": {"lr": 1e-4, "without": []}, "datasets_trained": ["real/FFHQ"],
-        "versions": {"torch": "2.14.1"}, "warnings": [], "sources": {"real/FFHQ": {"JPEG 1024x1024": 60}},
-    } | run  # fmt: skip
+        "checkpoint": "output_model/best_model.pth",
+        "checkpoint_sha256": "3f" * 32,
+        "val_threshold": 0.83,
+        "protocol": "native",
+        "split": "test",
+        "arguments": {"bootstrap": 1000, "datasets": None},
+        "train_arguments": {"lr": 1e-4, "without": []},
+        "datasets_trained": ["real/FFHQ"],
+        "versions": {"torch": "2.14.1"},
+        "warnings": [],
+        "sources": {"real/FFHQ": {"JPEG 1024x1024": 60}},
+    } | run
     rows = [{"corruption": "none", "level": 0} | {name: results[name] for name in (*names, "Mean")}]
     for corruption, levels in LEVELS.items():
         for step, level in enumerate(levels, 1):
-            of = {name: results[name] | {"auc": 0.5 + (results[name]["auc"] - 0.5) * 0.9**step} for name in (*names, "Mean")}
+            of = {
+                name: results[name] | {"auc": 0.5 + (results[name]["auc"] - 0.5) * 0.9**step}
+                for name in (*names, "Mean")
+            }
             rows.append({"corruption": corruption, "level": level} | of)
-    wrong = [Mistake(np.asarray(picture(224, 224, i)), f"fake/{names[0]}/{i:03}.png", i % 2, 0.9 - 0.8 * (i % 2)) for i in range(mistakes)]
+    wrong = [
+        Mistake(np.asarray(picture(224, 224, i)), f"fake/{names[0]}/{i:03}.png", i % 2, 0.9 - 0.8 * (i % 2))
+        for i in range(mistakes)
+    ]
     return results, comparisons, wrong, rows if robust else None
 
 
@@ -93,7 +124,8 @@ class Page(HTMLParser):
 def written(tmp_path: Path, *arguments: object) -> tuple[str, Page]:
     """The report's source, and the page that it is, checked for what every report has to be."""
     write_report(tmp_path / "report.html", *arguments)
-    assert [path.name for path in tmp_path.iterdir() if "report" in path.name] == ["report.html"]  # nothing half-written is left
+    # nothing half-written is left
+    assert [path.name for path in tmp_path.iterdir() if "report" in path.name] == ["report.html"]
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(source)
     ids = page.attributes("id")
@@ -101,8 +133,17 @@ def written(tmp_path: Path, *arguments: object) -> tuple[str, Page]:
     assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', source)) <= set(ids)
     # one file, which asks for no other and runs nothing
     assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in page.tags}
-    assert "@import" not in source and not re.search(r"url\((?!#)", source) and "http:" not in source and "https:" not in source
-    assert all(value.startswith(("#", "data:image/jpeg;base64,")) for name in ("src", "href") for value in page.attributes(name))
+    assert (
+        "@import" not in source
+        and not re.search(r"url\((?!#)", source)
+        and "http:" not in source
+        and "https:" not in source
+    )
+    assert all(
+        value.startswith(("#", "data:image/jpeg;base64,"))
+        for name in ("src", "href")
+        for value in page.attributes(name)
+    )
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert "default-src 'none'" in source
     assert figures.INK not in source and "nan" not in re.findall(r"[a-z]+", " ".join(page.attributes("d")).lower())
@@ -113,7 +154,7 @@ def written(tmp_path: Path, *arguments: object) -> tuple[str, Page]:
     return source, page
 
 
-# ---------------------------------------------------------------------------------------------------------------- contents
+# ------------------------------------------------------------------------------------------------------------- contents
 
 
 def test_everything_is_there(tmp_path):
@@ -121,7 +162,7 @@ def test_everything_is_there(tmp_path):
     arguments = results, comparisons, mistakes, robustness = evaluation(["StyleGAN3", "StarGAN"], warnings=warnings)
     source, page = written(tmp_path, *arguments)
     for name in ("StyleGAN3", "StarGAN", "Mean", "Worst"):
-        for metric, _, _ in COLUMNS:
+        for metric, *_ in COLUMNS:
             assert number(metric, results[name][metric]) in page.words, (name, metric)
     for name in ("StyleGAN3", "Mean"):
         low, high = results[name]["intervals"]["auc"]
@@ -132,11 +173,29 @@ def test_everything_is_there(tmp_path):
     error = calibration(*(np.concatenate(parts) for parts in zip(*comparisons.values())))[3]
     assert f"{error:.4f}" in page.words
     assert {mistake.path for mistake in mistakes} <= set(page.words) and {"0.9000", "0.1000"} <= set(page.words)
-    for word in ("3f" * 32, "bootstrap", "1000", "lr", "0.0001", "real/FFHQ", "torch 2.14.1", "JPEG 1024x1024 60", "validation: 0.83"):
+    for word in (
+        "3f" * 32,
+        "bootstrap",
+        "1000",
+        "lr",
+        "0.0001",
+        "real/FFHQ",
+        "torch 2.14.1",
+        "JPEG 1024x1024 60",
+        "validation: 0.83",
+    ):
         assert word in page.words, word
     assert len([chart for chart in page.having("svg") if chart.get("role") == "img"]) == 2 + 2 + 1 + 4
     # the axes say what they show: words, not outlines of letters
-    assert {"real images called fake, share", "precision, share", "images (log)", "AUC", "JPEG quality", "blur, σ in px", "clean"} <= set(page.words)
+    assert {
+        "real images called fake, share",
+        "precision, share",
+        "images (log)",
+        "AUC",
+        "JPEG quality",
+        "blur, σ in px",
+        "clean",
+    } <= set(page.words)
     for line in robustness:
         assert f"{line['Mean']['auc']:.4f}" in page.words
 
@@ -144,7 +203,9 @@ def test_everything_is_there(tmp_path):
 def test_mistakes_are_small_pictures(tmp_path):
     _, page = written(tmp_path, *evaluation(["StyleGAN3"], mistakes=2, robust=False))
     images = page.having("img")
-    assert [(image["width"], image["height"]) for image in images] == [("112", "112")] * 2 and max(len(image["src"]) for image in images) < 10_000
+    assert [(image["width"], image["height"]) for image in images] == [("112", "112")] * 2 and max(
+        len(image["src"]) for image in images
+    ) < 10_000
 
 
 def test_without_intervals_robustness_mistakes_and_warnings(tmp_path):
@@ -154,7 +215,11 @@ def test_without_intervals_robustness_mistakes_and_warnings(tmp_path):
     results["Mean"]["intervals"] = {}
     _, page = written(tmp_path, results, *others)
     assert page.words.count("None.") == 2 and "[" not in page.text
-    assert "Robustness" not in page.words and "Before you trust these numbers" not in page.words and "unseen" not in page.text
+    assert (
+        "Robustness" not in page.words
+        and "Before you trust these numbers" not in page.words
+        and "unseen" not in page.text
+    )
 
 
 @pytest.mark.parametrize("fakes, reals", [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)])
@@ -168,8 +233,14 @@ def test_extreme_scores(tmp_path, fakes, reals, threshold):
 
 
 def test_hostile_names_stay_names(tmp_path):
-    results, comparisons, mistakes, robustness = evaluation(["StyleGAN3", HOSTILE], warnings=[HOSTILE], checkpoint=HOSTILE, new_setting={HOSTILE: [HOSTILE]})
-    results["Run"] |= {"arguments": {HOSTILE: HOSTILE}, "sources": {HOSTILE: {HOSTILE: 1}}, "datasets_trained": [HOSTILE]}
+    results, comparisons, mistakes, robustness = evaluation(
+        ["StyleGAN3", HOSTILE], warnings=[HOSTILE], checkpoint=HOSTILE, new_setting={HOSTILE: [HOSTILE]}
+    )
+    results["Run"] |= {
+        "arguments": {HOSTILE: HOSTILE},
+        "sources": {HOSTILE: {HOSTILE: 1}},
+        "datasets_trained": [HOSTILE],
+    }
     mistakes.append(Mistake(mistakes[0].image, f'real/"><img src=x onerror=alert(1)>{HOSTILE}', 0, 0.99))
     robustness[1]["corruption"] = HOSTILE
     source, page = written(tmp_path, results, comparisons, mistakes, robustness)
@@ -203,7 +274,7 @@ def test_an_earlier_report_survives_a_failure(tmp_path):
     assert (tmp_path / "report.html").read_text() == "earlier"
 
 
-# ------------------------------------------------------------------------------------------------------------------ charts
+# --------------------------------------------------------------------------------------------------------------- charts
 
 
 def test_robustness_curves(tmp_path):
@@ -223,7 +294,10 @@ def test_robustness_curves(tmp_path):
 
 def test_colours_are_seen_on_both_pages():
     def luminance(colour: str) -> float:
-        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in matplotlib.colors.to_rgb(colour)]
+        linear = [
+            value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+            for value in matplotlib.colors.to_rgb(colour)
+        ]
         return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
     pages = re.findall(r"--page: (#\w+)", STYLE_SHEET)
@@ -233,7 +307,8 @@ def test_colours_are_seen_on_both_pages():
             assert (max(page, colour) + 0.05) / (min(page, colour) + 0.05) >= 3  # WCAG 2.2, 1.4.11
 
 
-# ---------------------------------------------------------------------------------------------------------------- Chromium
+# ----------------------------------------------------------------------------------------------------------------
+# Chromium
 
 
 def chromium(tmp_path: Path, url: str, *options: str) -> tuple[str, str]:
@@ -243,7 +318,17 @@ def chromium(tmp_path: Path, url: str, *options: str) -> tuple[str, str]:
     if program is None:
         pytest.skip("no Chromium here")
     # Without its sandbox, which root and some containers do not get; the page is our own.
-    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", *options, url]
+    command = [
+        program,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        *options,
+        url,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
@@ -251,12 +336,20 @@ def chromium(tmp_path: Path, url: str, *options: str) -> tuple[str, str]:
 
 def measured(tmp_path: Path, sources: list[str], *options: str) -> list[dict]:
     """Pages as a phone of 390 px lays them out, each in a frame: a window of Chromium's is never so narrow."""
-    frames = "".join(f'<iframe style="border:0;width:390px;height:800px" srcdoc="{html.escape(source)}"></iframe>' for source in sources)
-    script = """onload = () => document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(({contentDocument: page}) => ({
-        across: page.documentElement.scrollWidth, room: page.documentElement.clientWidth, background: getComputedStyle(page.body).backgroundColor,
-        chart: page.querySelector("svg").getBoundingClientRect().width, tableScrolls: (box => box.scrollWidth > box.clientWidth)(page.querySelector(".scroll")),
+    frames = "".join(
+        f'<iframe style="border:0;width:390px;height:800px" srcdoc="{html.escape(source)}"></iframe>'
+        for source in sources
+    )
+    script = """onload = () => document.title =
+    JSON.stringify([...document.querySelectorAll("iframe")].map(({contentDocument: page}) => ({
+        across: page.documentElement.scrollWidth, room: page.documentElement.clientWidth, background:
+            getComputedStyle(page.body).backgroundColor,
+        chart: page.querySelector("svg").getBoundingClientRect().width, tableScrolls: (box => box.scrollWidth >
+            box.clientWidth)(page.querySelector(".scroll")),
         ink: getComputedStyle(page.querySelector("svg text")).fill})))"""
-    (tmp_path / "frames.html").write_text(f'<!DOCTYPE html><meta charset="utf-8"><body>{frames}<script>{script}</script>', encoding="utf-8")
+    (tmp_path / "frames.html").write_text(
+        f'<!DOCTYPE html><meta charset="utf-8"><body>{frames}<script>{script}</script>', encoding="utf-8"
+    )
     dom, _ = chromium(tmp_path, (tmp_path / "frames.html").as_uri(), *options)
     return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]))
 

@@ -1,4 +1,6 @@
-"""train.py: every step is a full one, processes decide alike, a run that was stopped in any way goes on to the same bits."""
+"""train.py: every step is a full one, processes decide alike, a run that was stopped in any way goes on to the same
+bits.
+"""
 
 import contextlib
 import json
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 import torch
 import torchvision
@@ -20,11 +23,15 @@ from conftest import GENERATORS, ROOT, SMALL, error_line, launcher, refusal, run
 from PIL import Image
 
 import train
-from dataset import FaceDataset, find_feature_files
-from inference import CheckpointError, load_checkpoint, predict_scores
-from metrics import binary_metrics
+from dataset import FaceDataset
+from evaluation.metrics import binary_metrics
+from evaluation.scoring import predict_scores
 from model import LAMMViT, LAMMViTConfig
+from runtime.checkpoint import CheckpointError, load_checkpoint, save
+from runtime.processes import lock
+from samples.feature_files import find_feature_files
 from train import get_args_parser as train_parser
+from training.schedule import MIN_LR, cosine_lr, parameter_groups
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -62,11 +69,17 @@ def wait_for_saves(process: subprocess.Popen, folder: Path, count: int) -> None:
 def test_the_defaults_are_the_papers_recipe():
     args = train_parser().parse_args([])
     assert (args.lr, args.weight_decay, args.batch_size, args.accum_steps, args.epochs) == (1e-4, 0.05, 32, 4, 100)
-    assert (args.lr_patience, args.stop_patience, args.diversity_weight, args.dropout, train.MIN_LR) == (3, 10, 0.2, 0.1, 1e-6)
+    assert (args.lr_patience, args.stop_patience, args.diversity_weight, args.dropout, MIN_LR) == (
+        3,
+        10,
+        0.2,
+        0.1,
+        1e-6,
+    )
     assert (args.embed_dim, args.depth, args.patch_size, args.mlp_ratio) == (768, 12, 16, 4.0)
 
 
-# -------------------------------------------------------------------------------------------------------------- one process
+# ---------------------------------------------------------------------------------------------------------- one process
 
 
 def test_a_run_leaves_what_it_promises(features, trained):
@@ -80,7 +93,19 @@ def test_a_run_leaves_what_it_promises(features, trained):
     assert checkpoint["arguments"]["batch_size"] == 16 and checkpoint["arguments"]["without"] == []
     assert not list(trained.glob(".*")), "no temporary file is left"
     last = torch.load(trained / "last.pth", weights_only=True)
-    assert {"model", "optimizer", "schedule", "scaler", "processes", "samples", "epoch", "config", "arguments", "best_auc", "val_threshold"} <= last.keys()
+    assert {
+        "model",
+        "optimizer",
+        "schedule",
+        "scaler",
+        "processes",
+        "samples",
+        "epoch",
+        "config",
+        "arguments",
+        "best_auc",
+        "val_threshold",
+    } <= last.keys()
     for name in ("training_curves.png", "lamm_weights.png"):
         with Image.open(trained / name) as picture:
             assert min(picture.size) > 300 and len(picture.convert("L").getcolors()) > 50
@@ -102,24 +127,56 @@ def test_tensorboard_gets_scalars_a_curve_and_the_weights_of_heads(trained):
 def test_the_plan_is_printed_before_the_first_step(features, tmp_path):
     printed = run_here(train, "--features", features, *SMALL, "--epochs", 1, "--schedule", "cosine", cwd=tmp_path)
     plan, _, _ = printed.partition("epoch   1")
-    for text in ("36 real, 36 fake   balanced", "12 real, 13 fake", "0.25 M parameters", "32 images = 16 x 1 process x 2 accumulated; lr 0.0001", "cosine over 1 epochs, 0.05 of warm-up", "device cpu, float32"):
+    for text in (
+        "36 real, 36 fake   balanced",
+        "12 real, 13 fake",
+        "0.25 M parameters",
+        "32 images = 16 x 1 process x 2 accumulated; lr 0.0001",
+        "cosine over 1 epochs, 0.05 of warm-up",
+        "device cpu, float32",
+    ):
         assert text in plan
 
 
 def test_decay_is_for_matrices_alone():
     model = LAMMViT(LAMMViTConfig(embed_dim=24, depth=2, patch_size=56))
-    decayed, others = train.parameter_groups(model, 0.05)
+    decayed, others = parameter_groups(model, 0.05)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     of_others = {names[id(parameter)] for parameter in others["params"]}
     assert decayed["weight_decay"] == 0.05 and others["weight_decay"] == 0
-    assert len(decayed["params"]) + len(others["params"]) == len(names) and all(parameter.ndim > 1 for parameter in decayed["params"])
-    for name in ("cls_token", "pos_embed", "lamm.layer_embeddings", "lamm.base_theta", "norm.weight", "blocks.0.attn.qkv.bias", "mask_processor.combine_weights_all"):
+    assert len(decayed["params"]) + len(others["params"]) == len(names) and all(
+        parameter.ndim > 1 for parameter in decayed["params"]
+    )
+    for name in (
+        "cls_token",
+        "pos_embed",
+        "lamm.layer_embeddings",
+        "lamm.base_theta",
+        "norm.weight",
+        "blocks.0.attn.qkv.bias",
+        "mask_processor.combine_weights_all",
+    ):
         assert name in of_others
     assert {"patch_embed.weight", "head.weight", "blocks.1.mlp.0.weight"}.isdisjoint(of_others)
 
 
 def test_cosine_warms_up_and_ends_at_the_floor():
-    args = train_parser().parse_args(["--schedule", "cosine", "--epochs", "10", "--warmup_epochs", "2", "--lr", "1e-3", "--batch_size", "5", "--accum_steps", "2"])
+    args = train_parser().parse_args(
+        [
+            "--schedule",
+            "cosine",
+            "--epochs",
+            "10",
+            "--warmup_epochs",
+            "2",
+            "--lr",
+            "1e-3",
+            "--batch_size",
+            "5",
+            "--accum_steps",
+            "2",
+        ]
+    )
 
     class At:
         epoch_size, window = 100, 10
@@ -127,8 +184,10 @@ def test_cosine_warms_up_and_ends_at_the_floor():
         def __init__(self, samples: int):
             self.args, self.samples = args, samples
 
-    rates = [train.cosine_lr(At(samples)) for samples in range(0, 1001, 10)]
-    assert rates[0] == pytest.approx(1e-3 / 20) and rates[19] == pytest.approx(1e-3) and rates[-1] == pytest.approx(1e-6)
+    rates = [cosine_lr(At(samples)) for samples in range(0, 1001, 10)]
+    assert (
+        rates[0] == pytest.approx(1e-3 / 20) and rates[19] == pytest.approx(1e-3) and rates[-1] == pytest.approx(1e-6)
+    )
     assert all(a < b for a, b in zip(rates[:19], rates[1:20])) and all(a > b for a, b in zip(rates[20:], rates[21:]))
 
 
@@ -151,9 +210,33 @@ def test_an_earlier_model_is_kept(features, trained, tmp_path):
 def test_it_learns(features, tmp_path):
     """The training loss falls well below chance's 0.693 on a handful of faces: gradients reach what they should."""
     run_script(
-        "train.py", "--features", features, "--patch_size", 56, "--embed_dim", 48, "--depth", 2, "--batch_size", 8, "--accum_steps", 1, "--num_workers", 0,
-        "--dropout", 0, "--lr", 2e-3, "--epochs", 16, "--stop_patience", 16, "--lr_patience", 16, cwd=tmp_path,
-    )  # fmt: skip
+        "train.py",
+        "--features",
+        features,
+        "--patch_size",
+        56,
+        "--embed_dim",
+        48,
+        "--depth",
+        2,
+        "--batch_size",
+        8,
+        "--accum_steps",
+        1,
+        "--num_workers",
+        0,
+        "--dropout",
+        0,
+        "--lr",
+        2e-3,
+        "--epochs",
+        16,
+        "--stop_patience",
+        16,
+        "--lr_patience",
+        16,
+        cwd=tmp_path,
+    )
     log = log_of(tmp_path / "output_model")
     assert log[-1]["train_ce"] < 0.8 * log[0]["train_ce"] and log[-1]["train_ce"] < 0.6
 
@@ -164,7 +247,11 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
     victim = tmp_path / "cut/real/Consistent/train_features.h5"
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     shutil.copytree(features, tmp_path / "other_val")
-    with h5py.File(tmp_path / "other_val/real/Consistent/val_features.h5", "r+") as one, h5py.File(tmp_path / "other_val/fake/IrisMismatch/val_features.h5", "r+") as two, h5py.File(tmp_path / "other_val/fake/OffAxisMouth/val_features.h5", "r+") as three:
+    with (
+        h5py.File(tmp_path / "other_val/real/Consistent/val_features.h5", "r+") as one,
+        h5py.File(tmp_path / "other_val/fake/IrisMismatch/val_features.h5", "r+") as two,
+        h5py.File(tmp_path / "other_val/fake/OffAxisMouth/val_features.h5", "r+") as three,
+    ):
         for file in (one, two, three):
             file.attrs["fingerprint"] = "of another run"
     shutil.copytree(trained, tmp_path / "foreign")
@@ -182,28 +269,55 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
         (("--features", "nowhere"), "nowhere: no train features in it"),
         (("--features", "cut"), "cut/real/Consistent/train_features.h5: not a complete HDF5 file"),
         (("--features", "other_val"), "train and val are of different runs of feature_extraction.py"),
-        (("--features", features, "--datasets", "Nobody"), "no data set Nobody; there are real/Consistent, fake/IrisMismatch"),
+        (
+            ("--features", features, "--datasets", "Nobody"),
+            "no data set Nobody; there are real/Consistent, fake/IrisMismatch",
+        ),
         (("--features", features, "--datasets", "Consistent"), "has 36 real and 0 fake images; both are needed"),
         (("--features", features, "--embed_dim", 100), "embed_dim is 100"),
-        (("--features", features, "--patch_size", 60), "img_size is 224, but has to be a positive multiple of patch_size, 60"),
+        (
+            ("--features", features, "--patch_size", 60),
+            "img_size is 224, but has to be a positive multiple of patch_size, 60",
+        ),
         (("--features", features, "--accum_steps", 0), "have to be at least 1"),
         (("--features", features, "--seed", -1), "--seed -1: has to be from 0"),
         (("--features", features, "--warmup_epochs", 2), "goes with --schedule cosine"),
         (("--features", features, "--device", "gpu"), "--device gpu: no such device"),
         (("--features", features, *SMALL, "--output_dir", "text.pth"), "--output_dir text.pth: File exists"),
         (("--features", features, *SMALL, "--resume", "nowhere.pth"), "nowhere.pth: no such checkpoint"),
-        (("--features", features, *SMALL, "--resume", "text.pth", "--output_dir", "."), "text.pth: not a whole checkpoint"),
-        (("--features", features, *SMALL, "--resume", "foreign/last.pth"), "of a run in another folder; go on with --output_dir foreign"),
-        (("--features", features, *SMALL, "--resume", "foreign/best_model.pth", "--output_dir", "foreign"), "foreign/best_model.pth: holds a model, not a run"),
+        (
+            ("--features", features, *SMALL, "--resume", "text.pth", "--output_dir", "."),
+            "text.pth: not a whole checkpoint",
+        ),
+        (
+            ("--features", features, *SMALL, "--resume", "foreign/last.pth"),
+            "of a run in another folder; go on with --output_dir foreign",
+        ),
+        (
+            ("--features", features, *SMALL, "--resume", "foreign/best_model.pth", "--output_dir", "foreign"),
+            "foreign/best_model.pth: holds a model, not a run",
+        ),
         (("--features", "fewer", *SMALL, "--resume", "--output_dir", "foreign"), "trained with datasets ["),
-        (("--features", features, *SMALL, "--resume", "--output_dir", "without_best"), "without_best/best_model.pth: is gone"),
-        (("--features", features, "--resume", "--output_dir", "foreign", "--embed_dim", 48), "resume with the same options"),
-        (("--features", features, *SMALL, "--resume", "--output_dir", "foreign", "--mask_style", "gaussian"), "trained with --mask_style polygon;"),
+        (
+            ("--features", features, *SMALL, "--resume", "--output_dir", "without_best"),
+            "without_best/best_model.pth: is gone",
+        ),
+        (
+            ("--features", features, "--resume", "--output_dir", "foreign", "--embed_dim", 48),
+            "resume with the same options",
+        ),
+        (
+            ("--features", features, *SMALL, "--resume", "--output_dir", "foreign", "--mask_style", "gaussian"),
+            "trained with --mask_style polygon;",
+        ),
         (("--features", features, *SMALL, "--init_from", "nowhere.pth"), "--init_from nowhere.pth: "),
         (("--features", features, *SMALL, "--init_from", "linear.pth"), "not a state dict of a torchvision vit_b_16"),
         (("--features", features, *SMALL, "--init_from", "vit.pth"), "choose its width and patch size"),
         (("--features", features, *SMALL, "--init_from", "one_layer.pth"), "has nothing for blocks.1."),
-        (("--features", features, *SMALL, "--init_from", "whole.pth"), "whole.pth: not a file of torch.save with tensors alone"),
+        (
+            ("--features", features, *SMALL, "--init_from", "whole.pth"),
+            "whole.pth: not a file of torch.save with tensors alone",
+        ),
         (("--features", features, *SMALL, "--init_from", "empty.pth"), "empty.pth: not a file of torch.save"),
     ):
         assert message in refusal(train, *arguments)
@@ -211,9 +325,11 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
 
 
 def test_a_disk_without_room_is_told_before_the_first_step(features, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     message = refusal(train, "--features", features, *SMALL, "--output_dir", tmp_path / "out")
-    assert "the checkpoints need 0.01 GB and the disk has 0.00 GB left" in message and not list((tmp_path / "out").iterdir())
+    assert "the checkpoints need 0.01 GB and the disk has 0.00 GB left" in message and not list(
+        (tmp_path / "out").iterdir()
+    )
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(trained, tmp_path, monkeypatch):
@@ -224,9 +340,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(trained, tmp_
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match=r"last.pth: could not be written .*No space left.*go on with --resume"):
-        train.save({}, tmp_path / "out/last.pth", tmp_path / "out/previous.pth")
+        save({}, tmp_path / "out/last.pth", tmp_path / "out/previous.pth")
     assert (tmp_path / "out/last.pth").read_bytes() == before and not list((tmp_path / "out").glob(".*"))
 
 
@@ -241,31 +357,70 @@ def spoil(features: Path, folder: Path, name: str, row: int) -> str:
 @pytest.mark.parametrize("processes", [0, 2])
 def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(features, tmp_path, processes):
     path = spoil(features, tmp_path / "spoilt", "fake/OffAxisMouth", 5)
-    arguments = ("--features", "spoilt", "--embed_dim", 24, "--depth", 2, "--batch_size", 8, "--accum_steps", 2, "--num_workers", 1, "--patch_size", 16)
+    arguments = (
+        "--features",
+        "spoilt",
+        "--embed_dim",
+        24,
+        "--depth",
+        2,
+        "--batch_size",
+        8,
+        "--accum_steps",
+        2,
+        "--num_workers",
+        1,
+        "--patch_size",
+        16,
+    )
     done = run_script("train.py", *arguments, cwd=tmp_path, processes=processes, expect=1)
     line = next(line for line in done.stderr.replace("\r", "\n").splitlines() if "the loss is not finite" in line)
-    assert f"not finite with {path}; the last good checkpoint is kept in output_model/last.pth, " in line and "epoch 1, after" in line
+    assert (
+        f"not finite with {path}; the last good checkpoint is kept in output_model/last.pth, " in line
+        and "epoch 1, after" in line
+    )
     kept = torch.load(tmp_path / "output_model/last.pth", weights_only=True)["model"]
     assert all(values.isfinite().all() for values in kept.values())
 
 
 def test_weights_that_run_away_stop_the_run(features, tmp_path):
-    line = error_line(run_script("train.py", "--features", features, *SMALL, "--lr", 1e30, "--epochs", 3, cwd=tmp_path, expect=1))
+    line = error_line(
+        run_script("train.py", "--features", features, *SMALL, "--lr", 1e30, "--epochs", 3, cwd=tmp_path, expect=1)
+    )
     assert "is not finite with " in line and line.count(".png") == 32 and "lower --lr" in line
 
 
 def test_scores_that_are_not_finite_say_which_checkpoint_is_of_before(features, tmp_path):
     one_step = ("--batch_size", 64, "--accum_steps", 2, "--clip_grad", 0)
-    line = error_line(run_script("train.py", "--features", features, *SMALL, *one_step, "--lr", 1e30, "--epochs", 3, cwd=tmp_path, expect=1))
+    line = error_line(
+        run_script(
+            "train.py", "--features", features, *SMALL, *one_step, "--lr", 1e30, "--epochs", 3, cwd=tmp_path, expect=1
+        )
+    )
     assert "in validation, no finite score for " in line and "previous.pth are of before" in line
     kept = torch.load(tmp_path / "output_model/previous.pth", weights_only=True)["model"]
     assert all(values.abs().max() < 1e3 for values in kept.values())
 
 
-# --------------------------------------------------------------------------------------------------------- going on exactly
+# ----------------------------------------------------------------------------------------------------- going on exactly
 
 # Long enough to be stopped in many places: five steps an epoch, each saved.
-LONG = ("--patch_size", 56, "--embed_dim", 24, "--depth", 2, "--batch_size", 8, "--accum_steps", 2, "--num_workers", 1, "--lr", 1e-3)
+LONG = (
+    "--patch_size",
+    56,
+    "--embed_dim",
+    24,
+    "--depth",
+    2,
+    "--batch_size",
+    8,
+    "--accum_steps",
+    2,
+    "--num_workers",
+    1,
+    "--lr",
+    1e-3,
+)
 LONG += ("--lr_patience", 0, "--save_minutes", 0, "--epochs", 4)
 
 
@@ -275,7 +430,16 @@ def straight(features, tmp_path_factory) -> dict[int, Path]:
     folders = {}
     for processes in (0, 2):
         folders[processes] = tmp_path_factory.mktemp("straight") / "out"
-        run_script("train.py", "--features", features, *LONG, "--output_dir", folders[processes], cwd=features.parent, processes=processes)
+        run_script(
+            "train.py",
+            "--features",
+            features,
+            *LONG,
+            "--output_dir",
+            folders[processes],
+            cwd=features.parent,
+            processes=processes,
+        )
     return folders
 
 
@@ -283,30 +447,59 @@ def straight(features, tmp_path_factory) -> dict[int, Path]:
 def test_stopped_in_any_way_and_resumed_is_the_run_that_was_not_stopped(features, straight, tmp_path, processes):
     """Killed at a step of its own, asked to end at another, killed again; then left alone."""
     folder, rng = tmp_path / "out", np.random.default_rng(processes)
-    command = [*launcher(processes), str(ROOT / "train.py"), "--features", features, *LONG, "--output_dir", folder, "--resume"]
+    command = [
+        *launcher(processes),
+        str(ROOT / "train.py"),
+        "--features",
+        features,
+        *LONG,
+        "--output_dir",
+        folder,
+        "--resume",
+    ]
     for stop in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)[: 2 if processes else 3]:
         with open(tmp_path / "printed", "w") as printed:
-            process = subprocess.Popen(list(map(str, command)), stdout=printed, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            process = subprocess.Popen(
+                list(map(str, command)),
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
         wait_for_saves(process, folder, int(rng.integers(1, 4)))
         process.send_signal(stop)
         process.wait()
-        with train.lock(folder):  # the processes of a torchrun that was killed end soon after it; they would print, and save once more
+        with lock(
+            folder
+        ):  # the processes of a torchrun that was killed end soon after it; they would print, and save once more
             pass
         if stop == signal.SIGTERM:
-            assert "stopped by SIGTERM in epoch" in (tmp_path / "printed").read_text() and process.returncode == (1 if processes else 0)  # torchrun's own is 1
+            # torchrun's own is 1
+            assert "stopped by SIGTERM in epoch" in (tmp_path / "printed").read_text() and process.returncode == (
+                1 if processes else 0
+            )
     position = torch.load(folder / "last.pth", weights_only=True)
     assert 0 < position["samples"] <= 4 * 72 + 8
-    run_script("train.py", "--features", features, *LONG, "--output_dir", folder, "--resume", cwd=tmp_path, processes=processes)
+    run_script(
+        "train.py", "--features", features, *LONG, "--output_dir", folder, "--resume", cwd=tmp_path, processes=processes
+    )
     assert_same_run(folder, straight[processes])
 
 
 def test_torchrun_goes_on_by_itself_after_a_worker_was_killed_twice(features, straight, tmp_path):
-    command = [*launcher(2, "--max_restarts=3"), str(ROOT / "train.py"), "--features", features, *LONG, "--output_dir", tmp_path / "out"]
+    command = [
+        *launcher(2, "--max_restarts=3"),
+        str(ROOT / "train.py"),
+        "--features",
+        features,
+        *LONG,
+        "--output_dir",
+        tmp_path / "out",
+    ]
     with open(tmp_path / "printed", "w") as printed:
         process = subprocess.Popen(list(map(str, command)), stdout=printed, stderr=subprocess.STDOUT)
     for rank in (1, 0):
         wait_for_saves(process, tmp_path / "out", 4)
-        for worker in train.psutil.Process(process.pid).children():
+        for worker in psutil.Process(process.pid).children():
             if worker.environ().get("RANK") == str(rank):
                 worker.kill()
     assert process.wait(200) == 0, (tmp_path / "printed").read_text()
@@ -319,12 +512,30 @@ def test_two_machines_go_on_when_one_of_them_loses_its_process(features, straigh
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=two"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--max_restarts=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint={endpoint}",
+        "--rdzv_id=two",
+    ]
     command += [str(ROOT / "train.py"), "--features", features, *LONG, "--output_dir", tmp_path / "out"]
     with open(tmp_path / "printed", "w") as printed:
-        agents = [subprocess.Popen(list(map(str, command)), stdout=printed, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+        agents = [
+            subprocess.Popen(
+                list(map(str, command)),
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for _ in range(2)
+        ]
     wait_for_saves(agents[0], tmp_path / "out", 5)
-    train.psutil.Process(agents[1].pid).children()[0].kill()
+    psutil.Process(agents[1].pid).children()[0].kill()
     assert [agent.wait(200) for agent in agents] == [0, 0], (tmp_path / "printed").read_text()
     assert (tmp_path / "printed").read_text().count("goes on from") == 1
     assert_same_run(tmp_path / "out", straight[2])
@@ -375,7 +586,19 @@ def test_another_number_of_processes_goes_on_and_says_so(features, straight, tmp
     """Also where only the validation of an epoch is left to do: previous.pth is from before the last one."""
     shutil.copytree(straight[0], tmp_path / "out")
     (tmp_path / "out/last.pth").unlink()
-    done = run_script("train.py", "--features", features, *LONG, "--epochs", 5, "--output_dir", "out", "--resume", cwd=tmp_path, processes=2)
+    done = run_script(
+        "train.py",
+        "--features",
+        features,
+        *LONG,
+        "--epochs",
+        5,
+        "--output_dir",
+        "out",
+        "--resume",
+        cwd=tmp_path,
+        processes=2,
+    )
     assert "of 1 processes, these are 2" in done.stdout
     log = log_of(tmp_path / "out")
     assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5]
@@ -384,18 +607,37 @@ def test_another_number_of_processes_goes_on_and_says_so(features, straight, tmp
 
 def test_two_runs_on_one_folder(features, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with train.lock(tmp_path):
-        assert "another run is at work on it" in refusal(train, "--features", features, *SMALL, "--output_dir", tmp_path)
+    with lock(tmp_path):
+        assert "another run is at work on it" in refusal(
+            train, "--features", features, *SMALL, "--output_dir", tmp_path
+        )
 
 
-# --------------------------------------------------------------------------------------------------------- several processes
+# ---------------------------------------------------------------------------------------------------- several processes
 
 
 @pytest.fixture(scope="module")
 def one_and_two(features, tmp_path_factory) -> tuple[list[dict], list[dict], Path]:
-    """1 x batch 8 and 2 x batch 4 until the early stop: their logs, and the folder of the two. 72 samples are 4 1/2 steps."""
+    """1 x batch 8 and 2 x batch 4 until the early stop: their logs, and the folder of the two. 72 samples are 4 1/2
+    steps.
+    """
     folder = tmp_path_factory.mktemp("one_and_two")
-    arguments = ("--features", features, "--patch_size", 56, "--embed_dim", 24, "--depth", 2, "--dropout", 0, "--accum_steps", 2, "--num_workers", 0)
+    arguments = (
+        "--features",
+        features,
+        "--patch_size",
+        56,
+        "--embed_dim",
+        24,
+        "--depth",
+        2,
+        "--dropout",
+        0,
+        "--accum_steps",
+        2,
+        "--num_workers",
+        0,
+    )
     arguments += ("--lr", 1e-4, "--lr_patience", 1, "--stop_patience", 3, "--epochs", 20)
     run_script("train.py", *arguments, "--batch_size", 8, "--output_dir", "one", cwd=folder)
     run_script("train.py", *arguments, "--batch_size", 4, "--output_dir", "two", cwd=folder, processes=2)
@@ -422,16 +664,24 @@ def test_validation_over_two_processes_is_exact(one_and_two, features):
 
 def test_one_process_that_fails_ends_all_and_its_cause_comes_first(features, tmp_path):
     (tmp_path / "failing.py").write_text(
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
-        "def broken(*arguments, **options):\n    raise OSError('features/real/FFHQ/train_features.h5: the disk is on fire')\n"
-        "if os.environ['RANK'] == '1': train.load_batches = broken\n"
-        "train.guarded_main()\n"
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train\ndef broken(*arguments, **options):\n   "
+        " raise OSError('features/real/FFHQ/train_features.h5: the disk is on fire')\nif os.environ['RANK'] == '1':"
+        " train.load_batches = broken\ntrain.guarded_main()\n"
     )
     started = time.monotonic()
     done = subprocess.run(
-        [*launcher(2), "failing.py", "--features", features, *map(str, SMALL)], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+        [*launcher(2), "failing.py", "--features", features, *map(str, SMALL)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
-    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if "disk is on fire" in line or "another process" in line or "Traceback" in line]
+    said = [
+        line
+        for line in done.stderr.replace("\r", "\n").splitlines()
+        if "disk is on fire" in line or "another process" in line or "Traceback" in line
+    ]
     assert done.returncode == 1 and said[0] == "features/real/FFHQ/train_features.h5: the disk is on fire"
     assert time.monotonic() - started < 90
 
@@ -442,10 +692,18 @@ def test_train_is_imported_by_nothing():
         assert "import train" not in text and "from train" not in text
 
 
-# ---------------------------------------------------------------------------------------------------------------- variants
+# ------------------------------------------------------------------------------------------------------------- variants
 
 
-@pytest.mark.parametrize("without", [("region_guidance",), ("lamm",), ("head_interaction", "diversity"), ("region_guidance", "lamm", "head_interaction", "diversity")])
+@pytest.mark.parametrize(
+    "without",
+    [
+        ("region_guidance",),
+        ("lamm",),
+        ("head_interaction", "diversity"),
+        ("region_guidance", "lamm", "head_interaction", "diversity"),
+    ],
+)
 def test_ablations_train_and_are_recorded(features, tmp_path, without):
     arguments = ("--features", features, *SMALL, "--output_dir", tmp_path, "--epochs", 1, "--without", *without)
     train.main(train_parser().parse_args(list(map(str, arguments))))
@@ -459,7 +717,19 @@ def test_ablations_train_and_are_recorded(features, tmp_path, without):
 
 def test_an_ablation_trains_on_two_processes(features, tmp_path):
     """No parameter is left without a gradient: DistributedDataParallel would wait for it."""
-    run_script("train.py", "--features", features, *SMALL, "--epochs", 2, "--without", "region_guidance", "head_interaction", cwd=tmp_path, processes=2)
+    run_script(
+        "train.py",
+        "--features",
+        features,
+        *SMALL,
+        "--epochs",
+        2,
+        "--without",
+        "region_guidance",
+        "head_interaction",
+        cwd=tmp_path,
+        processes=2,
+    )
     assert len(log_of(tmp_path / "output_model")) == 2
 
 
@@ -467,7 +737,19 @@ def test_starts_from_a_vision_transformer(features, tmp_path, capsys):
     torch.manual_seed(3)
     vit = torchvision.models.VisionTransformer(224, 56, 2, 12, 24, 96)
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    arguments = ("--features", features, *SMALL, "--output_dir", tmp_path / "out", "--epochs", 1, "--lr", 0, "--init_from", tmp_path / "vit.pth")
+    arguments = (
+        "--features",
+        features,
+        *SMALL,
+        "--output_dir",
+        tmp_path / "out",
+        "--epochs",
+        1,
+        "--lr",
+        0,
+        "--init_from",
+        tmp_path / "vit.pth",
+    )
     train.main(train_parser().parse_args(list(map(str, arguments))))
     assert "not used: heads.head.weight, heads.head.bias" in capsys.readouterr().out
     model, _ = load_checkpoint(tmp_path / "out/best_model.pth")
@@ -477,6 +759,16 @@ def test_starts_from_a_vision_transformer(features, tmp_path, capsys):
 
 def test_bf16_and_fp16_train(features, tmp_path):
     for precision in ("bf16", "fp16"):
-        arguments = ("--features", features, *SMALL, "--output_dir", tmp_path / precision, "--epochs", 1, "--precision", precision)
+        arguments = (
+            "--features",
+            features,
+            *SMALL,
+            "--output_dir",
+            tmp_path / precision,
+            "--epochs",
+            1,
+            "--precision",
+            precision,
+        )
         train.main(train_parser().parse_args(list(map(str, arguments))))
         assert np.isfinite(log_of(tmp_path / precision)[0]["train_loss"])

@@ -3,9 +3,9 @@
     image + region masks  ->  Explanation  ->  one picture: the regions, the attention over the face, LAMM's weights
 
 `python inference.py --images photo.jpg --explain why` writes such pictures. The attention is that of the model in use:
-hooks note what enters RG-MHA in each block during an ordinary forward. The fused operator never holds the attention whole,
-so it is computed again from what was noted, by attention.textbook. Letters in shape comments are those of model.py, and L
-layers.
+hooks note what enters RG-MHA in each block during an ordinary forward. The fused operator never holds the attention
+whole, so it is computed again from what was noted, by attention/textbook.py. Letters in shape comments are those of
+model.py, and L layers.
 
 What the class token looked at is not what it decided on: read the picture as a hint, and no bright patch as a proof.
 """
@@ -30,13 +30,13 @@ from matplotlib.patches import Circle, Patch, Polygon
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from attention import textbook
-from dataset import CONVEX_HULLS, CORNER_RADIUS, OUTLINES, REGIONS
-from figures import HEADS, STYLE
-from inference import normalize
-from model import NUM_HEADS, LAMMViT, RegionGuidedAttention
+from attention.textbook import textbook_attention
+from evaluation.figures import HEADS, STYLE
+from faces.regions import CONVEX_HULLS, CORNER_RADIUS, OUTLINES, REGIONS
+from model import NUM_HEADS, LAMMViT, RegionGuidedAttention, normalize
 
-# Okabe and Ito's eight colours, which the colour-blind tell apart, in the order of REGIONS; neighbours in the face differ most.
+# Okabe and Ito's eight colours, which the colour-blind tell apart, in the order of REGIONS; neighbours in the face
+# differ most.
 COLOURS = dict(zip(REGIONS, ("#56b4e9", "#d55e00", "#009e73", "#f0e442", "#cc79a7", "#000000", "#0072b2", "#e69f00")))
 MIXTURE = "#666666"  # of the heads that see several regions
 BELOW_EVEN_ABOVE = ("#2b6cb0", "#f5f5f5", "#e04a2b")  # of the heat map; light enough to see the face through them
@@ -52,7 +52,7 @@ class Explanation(NamedTuple):
     lamm_weights: np.ndarray | None  # w (L, H) float32; None: the model has no LAMM
 
 
-# -------------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------------------ attention
 
 
 def attention_maps(model: LAMMViT, images: Tensor, region_masks: Tensor) -> tuple[Iterator[Tensor], Tensor | None]:
@@ -62,11 +62,15 @@ def attention_maps(model: LAMMViT, images: Tensor, region_masks: Tensor) -> tupl
         images, region_masks: as model.forward takes them, on its device.
 
     Returns:
-        maps: L times A (B, H, N, N), rows sum to 1, each computed when it is asked for, so that they need not all be in memory.
+        maps: L times A (B, H, N, N), rows sum to 1, each computed when it is asked for, so that they need not all be in
+            memory.
         weights: w (L, B, H) of LAMM; None without LAMM, where all heads count the same.
     """
     calls: list[tuple[RegionGuidedAttention, tuple]] = []  # of each block, the module and its arguments (x, M, w, λ, θ)
-    hooks = [block.attn.register_forward_pre_hook(lambda attn, inputs: calls.append((attn, inputs))) for block in model.blocks]
+    hooks = [
+        block.attn.register_forward_pre_hook(lambda attn, inputs: calls.append((attn, inputs)))
+        for block in model.blocks
+    ]
     was_training = model.training
     try:
         with torch.inference_mode():
@@ -80,12 +84,19 @@ def attention_maps(model: LAMMViT, images: Tensor, region_masks: Tensor) -> tupl
 
 
 @torch.inference_mode()
-def layer_attention(attn: RegionGuidedAttention, x: Tensor, masks: Tensor | None, lam: Tensor | None, theta: Tensor | None) -> Tensor:
+def layer_attention(
+    attn: RegionGuidedAttention, x: Tensor, masks: Tensor | None, lam: Tensor | None, theta: Tensor | None
+) -> Tensor:
     """A (B, H, N, N) of one layer; arguments as for RegionGuidedAttention.forward."""
     B, N, D = x.shape
-    q, k, _ = (part.transpose(1, 2) for part in attn.qkv(x).view(B, N, 3, NUM_HEADS, D // NUM_HEADS).unbind(2))  # (B, H, N, Dh)
+    # (B, H, N, Dh)
+    q, k, _ = (part.transpose(1, 2) for part in attn.qkv(x).view(B, N, 3, NUM_HEADS, D // NUM_HEADS).unbind(2))
     values = torch.eye(N, dtype=q.dtype, device=q.device).expand(B, NUM_HEADS, N, N)  # A V is A if V is the identity
-    return F.scaled_dot_product_attention(q, k, values) if masks is None else textbook(q, k, values, masks, lam, theta)
+    return (
+        F.scaled_dot_product_attention(q, k, values)
+        if masks is None
+        else textbook_attention(q, k, values, masks, lam, theta)
+    )
 
 
 @torch.inference_mode()
@@ -119,19 +130,23 @@ def explain(model: LAMMViT, images: Tensor, region_masks: Tensor) -> list[Explan
     device = next(model.parameters()).device
     maps, weights = attention_maps(model, normalize(images.to(device)), region_masks.to(device))
     heat = rollout(maps, weights).float().cpu().numpy()
-    per_image = [None] * len(heat) if weights is None else weights.transpose(0, 1).float().cpu().numpy()  # (L, B, H) -> (B, L, H)
+    # (L, B, H) -> (B, L, H)
+    per_image = [None] * len(heat) if weights is None else weights.transpose(0, 1).float().cpu().numpy()
     return [Explanation(*pair) for pair in zip(heat, per_image)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- picture
+# -------------------------------------------------------------------------------------------------------------- picture
 
 
-def draw_explanation(image: np.ndarray, landmarks: np.ndarray | None, explanation: Explanation, title: str, path: Path) -> None:
+def draw_explanation(
+    image: np.ndarray, landmarks: np.ndarray | None, explanation: Explanation, title: str, path: Path
+) -> None:
     """Writes the picture, a PNG of 1500 x 1140 pixels.
 
     Args:
         image: (h, w, 3) uint8 RGB, as the model got it.
-        landmarks: (68, 2) x and y in pixels of the image; may lie outside of it. None: the model has no region guidance.
+        landmarks: (68, 2) x and y in pixels of the image; may lie outside of it. None: the model has no region
+            guidance.
         title: verdict and score, any text; a very long one loses its middle.
     """
     figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
@@ -150,7 +165,9 @@ def draw_explanation(image: np.ndarray, landmarks: np.ndarray | None, explanatio
 
 
 def fit_title(title: str) -> str:
-    """At most two lines of what the font can show. File names may be long, in any script, and hold line breaks and bytes that are no text."""
+    """At most two lines of what the font can show. File names may be long, in any script, and hold line breaks and
+    bytes that are no text.
+    """
     known = get_font(findfont(FontProperties(weight="bold"))).get_charmap()
     title = "".join(c if c.isprintable() and ord(c) in known else "\u25a1" for c in title)
     if len(title) > TITLE_WIDTH:  # the name comes first, the verdict last
@@ -159,7 +176,9 @@ def fit_title(title: str) -> str:
 
 
 def region_outlines(landmarks: np.ndarray) -> dict[str, list[Patch]]:
-    """The shapes that dataset.draw_region_masks fills in polygon style, in pixels of the image; eyebrows and corners have two."""
+    """The shapes that faces.regions.draw_region_masks fills in polygon style, in pixels of the image; eyebrows and
+    corners have two.
+    """
     points = np.asarray(landmarks, dtype=np.float32)
     eye_distance = max(np.linalg.norm(points[36:42].mean(axis=0) - points[42:48].mean(axis=0)), 1.0)
     shapes: dict[str, list[Patch]] = {}
@@ -186,10 +205,19 @@ def draw_regions(axes: Axes, image: np.ndarray, landmarks: np.ndarray) -> None:
         dark = sum(to_rgb(COLOURS[name])) < 1.5
         for shape in shapes:
             shape.set(fill=False, edgecolor=COLOURS[name], linewidth=1.5, joinstyle="round", label=name)
-            shape.set_path_effects([withStroke(linewidth=2.8, foreground="white" if dark else "black", alpha=0.7)])  # seen on any skin
+            # seen on any skin
+            shape.set_path_effects([withStroke(linewidth=2.8, foreground="white" if dark else "black", alpha=0.7)])
             axes.add_patch(shape)
     lines = [Line2D([], [], color=colour, linewidth=4) for colour in COLOURS.values()]
-    axes.legend(lines, HEADS[: len(REGIONS)], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9, handlelength=1)
+    axes.legend(
+        lines,
+        HEADS[: len(REGIONS)],
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        frameon=False,
+        fontsize=9,
+        handlelength=1,
+    )
 
 
 def draw_heat(axes: Axes, image: np.ndarray, heat: np.ndarray) -> None:
@@ -202,7 +230,9 @@ def draw_heat(axes: Axes, image: np.ndarray, heat: np.ndarray) -> None:
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] / 255  # (h, w, 1)
     show(axes, tint * (0.35 + 0.65 * gray), "Where it looked: rollout of the class token's attention")
     ticks = np.geomspace(1 / limit, limit, 7)
-    bar = axes.figure.colorbar(scale, ax=axes, shrink=0.9, pad=0.02, extend="min" if ratio.min() < 1 / limit else "neither")
+    bar = axes.figure.colorbar(
+        scale, ax=axes, shrink=0.9, pad=0.02, extend="min" if ratio.min() < 1 / limit else "neither"
+    )
     bar.set_ticks(ticks, labels=[f"{tick:.2f} ×" for tick in ticks], fontsize=9)
     bar.ax.minorticks_off()
     bar.set_label("share of the class token's attention,\nrelative to even", fontsize=9)
@@ -215,21 +245,46 @@ def draw_weights(axes: Axes, weights: np.ndarray | None) -> None:
     if weights is None:
         axes.set(xticks=(), yticks=(), facecolor="#f4f4f4")
         axes.spines[:].set_visible(False)
-        axes.text(0.5, 0.5, "This model has no LAMM:\nall heads count the same, at every layer and for every face.", ha="center", va="center", linespacing=1.6)
+        axes.text(
+            0.5,
+            0.5,
+            "This model has no LAMM:\nall heads count the same, at every layer and for every face.",
+            ha="center",
+            va="center",
+            linespacing=1.6,
+        )
         return
     layers, heads = weights.shape
     width = 0.8 / layers
     colours = [*COLOURS.values(), *[MIXTURE] * (heads - len(COLOURS))]
     for layer, row in enumerate(weights):
-        axes.bar(np.arange(heads) + (layer - (layers - 1) / 2) * width, row, width, color=[shade(colour, layer, layers) for colour in colours])
-    axes.axhline(weights.mean(), color="black", linewidth=0.9, linestyle=":", label=f"mean over heads and layers, {weights.mean():.3f}")
+        axes.bar(
+            np.arange(heads) + (layer - (layers - 1) / 2) * width,
+            row,
+            width,
+            color=[shade(colour, layer, layers) for colour in colours],
+        )
+    axes.axhline(
+        weights.mean(),
+        color="black",
+        linewidth=0.9,
+        linestyle=":",
+        label=f"mean over heads and layers, {weights.mean():.3f}",
+    )
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9, borderpad=0, borderaxespad=0.4)
     axes.axvline(len(REGIONS) - 0.5, color="#bbbbbb", linewidth=0.8)
     axes.set_xticks(range(heads), [name.replace(" ", "\n") for name in HEADS], fontsize=9)
     axes.tick_params(axis="x", length=0)
-    axes.set(xlim=(-0.6, heads - 0.4), xlabel="head, by the region it looks through; the last four have mixtures of regions", ylabel="weight w, set by LAMM")
+    axes.set(
+        xlim=(-0.6, heads - 0.4),
+        xlabel="head, by the region it looks through; the last four have mixtures of regions",
+        ylabel="weight w, set by LAMM",
+    )
     if layers > 1:
-        shades = ScalarMappable(BoundaryNorm(np.arange(layers + 1) + 0.5, layers), ListedColormap([shade(MIXTURE, layer, layers) for layer in range(layers)]))
+        shades = ScalarMappable(
+            BoundaryNorm(np.arange(layers + 1) + 0.5, layers),
+            ListedColormap([shade(MIXTURE, layer, layers) for layer in range(layers)]),
+        )
         bar = axes.figure.colorbar(shades, ax=axes, pad=0.01)
         bar.set_ticks(range(1, layers + 1))
         bar.ax.tick_params(which="both", length=0, labelsize=8)

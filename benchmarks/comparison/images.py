@@ -1,0 +1,174 @@
+"""The images of a comparison: prepared twice, sifted, and dealt to the splits so that nothing near is on both sides."""
+
+import argparse
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.comparison.near_duplicates import Fingerprint, find_pairs, leave_out, take_fingerprints
+from benchmarks.comparison.variants import ROOT, run
+from dataset import FaceDataset
+from faces.images import list_images
+from faces.prepared import plan_outputs
+from faces.rejection import BEYOND, NO_FACE, REJECTED_SUFFIX, read_reasons, write_reasons
+from samples.feature_files import CLASSES, SPLITS, find_feature_files, open_features
+from samples.sources import data_set_folders
+
+TREATMENTS = {"raw": (), "equalised": ("--align", "--recompress", "75-95")}  # options of preprocess.py
+NOT_AGAIN = "no face found in the aligned crop"
+# of the images that are left out, by their beginnings; and what the table calls them
+REASONS = {
+    NO_FACE: "no face",
+    BEYOND: "crop beyond the border",
+    NOT_AGAIN: "no face in the crop",
+    "near-duplicate": "near-duplicate",
+    "face at a distance": "perhaps one person",
+    "unusable": "unusable",
+}
+
+
+def data_sets_of(data_root: Path) -> list[str]:
+    """["real/FFHQ", "fake/StyleGAN1", ...]"""
+    return [f"{kind}/{folder.name}" for kind in CLASSES for folder in data_set_folders(data_root, kind)]
+
+
+def prepare(args: argparse.Namespace, data_sets: list[str]) -> None:
+    """Every image raw and equalised, in prepared/<treatment>/."""
+    for treatment, options in TREATMENTS.items():
+        for data_set in tqdm(data_sets, desc=f"prepare, {treatment}", unit="data set"):
+            target = args.output_dir / "prepared" / treatment / data_set
+            run(
+                [
+                    str(ROOT / "preprocess.py"),
+                    "--directory",
+                    str(args.data_root / data_set),
+                    "--output_dir",
+                    str(target),
+                    "--workers",
+                    str(args.workers),
+                    "--target_height",
+                    str(args.img_size),
+                    "--target_width",
+                    str(args.img_size),
+                    *options,
+                ]
+            )
+
+
+def sources_of(args: argparse.Namespace, data_set: str) -> dict[str, Path]:
+    """{path of a prepared image, below prepared/<treatment>: its file} of a data set, as preprocess.py gives names."""
+    folder = args.data_root / data_set
+    return {f"{data_set}/{path}": source for source, path in plan_outputs(folder, list_images(folder)).items()}
+
+
+def sift(args: argparse.Namespace, data_sets: list[str]) -> tuple[dict[str, Fingerprint], dict[str, Counter]]:
+    """Which of the prepared images are used, those of data/<treatment>/, the same for both; all others are in
+    dropped.csv.
+
+    Returns:
+        {path of an image: its fingerprint} and {data set: how many were left out for which reason}.
+    """
+    prepared = args.output_dir / "prepared"
+    paths, dropped, sizes = [], {}, Counter()
+    for data_set in data_sets:
+        reasons: dict[str, str] = {}
+        for treatment in TREATMENTS:
+            reasons |= read_reasons(prepared / treatment / f"{data_set}{REJECTED_SUFFIX}" / "rejected.csv")
+        for path, source in sources_of(args, data_set).items():
+            if all((prepared / treatment / path).exists() for treatment in TREATMENTS):
+                paths.append(path)
+                sizes[data_set] += 1
+            else:
+                dropped[path] = reasons.get(str(source.relative_to(args.data_root / data_set)), "could not be prepared")
+    paths.sort()
+    fingerprints = take_fingerprints(prepared / "equalised", paths, args)
+    seen = [i for i, one in enumerate(fingerprints) if np.isfinite(one.face).all()]
+    dropped |= {paths[i]: NOT_AGAIN for i in set(range(len(paths))) - set(seen)}
+    # The smaller a data set, the more its images are worth
+    rank = [sizes["/".join(Path(paths[i]).parts[:2])] for i in seen]
+    for i, (stays, reason) in leave_out(find_pairs([fingerprints[i] for i in seen]), rank).items():
+        dropped[paths[seen[i]]] = f"{reason}: {paths[seen[stays]]}"
+    kept = {path: one for path, one in zip(paths, fingerprints) if path not in dropped}
+    write_reasons(args.output_dir / "dropped.csv", dropped)
+    for treatment in TREATMENTS:
+        shutil.rmtree(args.output_dir / "data" / treatment, ignore_errors=True)
+        for path in kept:
+            target = args.output_dir / "data" / treatment / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(prepared / treatment / path, target)
+            except OSError:  # a file system without
+                shutil.copy2(prepared / treatment / path, target)
+    return kept, {
+        data_set: Counter(kind_of(reason) for path, reason in dropped.items() if path.startswith(f"{data_set}/"))
+        for data_set in data_sets
+    }
+
+
+def kind_of(reason: str) -> str:
+    """The reason without what differs from image to image."""
+    return next((kind for kind in sorted(REASONS, key=len, reverse=True) if reason.startswith(kind)), "unusable")
+
+
+def extract(args: argparse.Namespace, data_sets: list[str]) -> None:
+    unseen = [
+        data_set
+        for data_set in data_sets
+        if data_set.startswith("fake/") and data_set.split("/")[1] not in args.train_on
+    ]
+    for treatment in tqdm(TREATMENTS, desc="extract"):
+        command = [
+            "feature_extraction.py",
+            "--data_root",
+            str(args.output_dir / "data" / treatment),
+            "--output_dir",
+            str(features_of(args, treatment)),
+        ]
+        command = [
+            str(ROOT / command[0]),
+            *command[1:],
+            "--img_size",
+            str(args.img_size),
+            "--patch_size",
+            str(args.patch_size),
+            "--workers",
+            str(args.workers),
+        ]
+        run([*command, "--test_only", *unseen])
+
+
+def features_of(args: argparse.Namespace, treatment: str) -> Path:
+    return args.output_dir / "features" / treatment
+
+
+def check_splits(features: Path, kept: dict[str, Fingerprint]) -> dict[str, tuple[int, int, int]]:
+    """That nothing stands on both sides of a split that is near each other. Returns {data set: images in train, val,
+    test}.
+
+    Raises:
+        ValueError: names the pair.
+    """
+    split_of, sizes = {}, {}
+    for split in SPLITS:
+        for data_set, path in find_feature_files(features, split).items():
+            there = FaceDataset([path]).column("paths") if count_of(path) else []
+            split_of |= dict.fromkeys(there, split)
+            sizes.setdefault(data_set, {})[split] = len(there)
+    if set(split_of) != set(kept):
+        raise ValueError(
+            f"{features}: does not hold the images that were chosen; remove it and run the same command again"
+        )
+    paths = list(kept)
+    for i, j, reason in find_pairs(list(kept.values())):
+        if split_of[paths[i]] != split_of[paths[j]]:
+            raise ValueError(f"{paths[i]} is in {split_of[paths[i]]}, {paths[j]} in {split_of[paths[j]]}: {reason}")
+    return {data_set: tuple(of[split] for split in SPLITS) for data_set, of in sizes.items()}
+
+
+def count_of(path: Path) -> int:
+    with open_features(path) as file:
+        return len(file["labels"])

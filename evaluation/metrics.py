@@ -1,0 +1,96 @@
+"""Metrics of real-against-fake comparisons: accuracy, AP, AUC, EER, the threshold, calibration.
+
+    binary_metrics        the figures of one comparison
+    choose_threshold      the threshold for accuracy_val_threshold, from validation scores
+    calibration           reliability diagram and expected calibration error
+
+How sure they are: intervals.py. Everywhere labels (N,) are 1 = fake, 0 = real, both classes present, and scores (N,)
+probabilities of a fake in [0, 1].
+"""
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+# The metrics with an interval, and the largest value that each can have. The smallest is 0.
+METRIC_RANGE = {
+    "accuracy": 100.0,
+    "accuracy_val_threshold": 100.0,
+    "real_accuracy": 100.0,
+    "fake_accuracy": 100.0,
+    "ap": 1.0,
+    "auc": 1.0,
+    "eer": 1.0,
+}
+METRICS = tuple(METRIC_RANGE)
+
+
+def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
+    """Metrics of one real-against-fake comparison. labels (N,) 1 = fake, both classes present; scores (N,) in [0, 1].
+
+    accuracy is in percent at 0.5, and so are real_accuracy and fake_accuracy, its two halves; accuracy_val_threshold is
+    at the threshold that was chosen on validation. ap, auc and eer are in 0-1. eer, the equal error rate, is where the
+    ROC curve, straight between its points, crosses false positive rate = 1 - true positive rate.
+    """
+    predicted = scores >= 0.5
+    return {
+        "accuracy": 100 * float(np.mean(predicted == labels)),
+        "accuracy_val_threshold": 100 * float(np.mean((scores >= threshold) == labels)),
+        "real_accuracy": 100 * float(np.mean(~predicted[labels == 0])),
+        "fake_accuracy": 100 * float(np.mean(predicted[labels == 1])),
+        "ap": float(average_precision_score(labels, scores)),
+        "auc": float(roc_auc_score(labels, scores)),
+        "eer": equal_error_rate(labels, scores),
+        "n_real": int(np.sum(labels == 0)),
+        "n_fake": int(np.sum(labels == 1)),
+    }
+
+
+def equal_error_rate(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The equal error rate, 0-1. labels (N,) 1 = fake, both classes present; scores (N,)."""
+    false_positive, true_positive, _ = roc_curve(labels, scores)
+    excess = false_positive + true_positive - 1  # rises from -1 to 1; 0 where the two errors are equal
+    after = int(np.argmax(excess >= 0))
+    share = -excess[after - 1] / (excess[after] - excess[after - 1])
+    return float(false_positive[after - 1] + share * (false_positive[after] - false_positive[after - 1]))
+
+
+def choose_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The threshold of the best balanced accuracy, in the middle between the two scores that it separates.
+
+    For validation scores only: chosen on test, it would make the test's accuracy too good.
+    """
+    false_positive, true_positive, thresholds = roc_curve(labels, scores, drop_intermediate=False)
+    best = thresholds[np.argmax(true_positive - false_positive)]
+    below = scores[scores < best]
+    if not np.isfinite(best):  # no threshold is better than calling everything real
+        return float(np.nextafter(scores.max(), 2))
+    return float((best + below.max()) / 2) if len(below) else float(best)
+
+
+def calibration(
+    labels: np.ndarray, scores: np.ndarray, bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """A reliability diagram, and the expected calibration error (Naeini et al., AAAI 2015; Guo et al., ICML 2017).
+
+    Are of the images with a score around 0.7 seven in ten fakes? Right for this mix of classes alone: at equal counts a
+    calibrated score is no probability where fakes are rare.
+
+    Args:
+        labels, scores: (N,) each; one class alone will do.
+        bins: of equal width over [0, 1]; a score on an edge is in the upper one, 1 in the last.
+
+    Returns:
+        mean_score: (bins,), NaN where a bin is empty.
+        fake_fraction: (bins,) 0-1, NaN where a bin is empty.
+        counts: (bins,) int.
+        ece: 0-1, the mean of |mean_score - fake_fraction| over the images.
+    """
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    # Edges by division, as one would write them: 0.3 * 10 and 3 / 10 differ in the last digit.
+    which = np.searchsorted(np.arange(1, bins) / bins, scores, side="right")
+    counts = np.bincount(which, minlength=bins)
+    filled = np.maximum(counts, 1)
+    mean_score = np.where(counts, np.bincount(which, scores, bins) / filled, np.nan)
+    fake_fraction = np.where(counts, np.bincount(which, labels, bins) / filled, np.nan)
+    ece = float(np.nansum(counts * np.abs(mean_score - fake_fraction)) / len(scores))
+    return mean_score, fake_fraction, counts, ece

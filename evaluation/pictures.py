@@ -1,0 +1,218 @@
+"""Loose pictures to rows: each face's probability of a fake and verdict, or the reason why a file has none.
+
+    pictures  ->  a row for each face, or for each picture without one, in CSV or JSON lines
+
+This is what `python inference.py --images` runs. faces/loose.py finds the faces and frames them.
+"""
+
+import csv
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from evaluation.scoring import fake_probability
+from faces.finder import find_predictor
+from faces.loose import Face, Framing, faces_in_file, list_pictures
+from faces.workers import face_workers
+from model import LAMMViT
+from runtime.files import free_path
+from runtime.processes import map_ahead
+
+COLUMNS = (
+    "path",
+    "left",
+    "top",
+    "right",
+    "bottom",
+    "probability",
+    "verdict",
+    "face",
+    "framing",
+    "explanation",
+    "reason",
+)
+
+
+def framing_of(model: LAMMViT, checkpoint: dict, whole_image: bool) -> Framing:
+    side = model.config.img_size
+    mean, usual = (checkpoint["framing"][name].double().numpy() for name in ("mean_landmarks", "usual"))
+    return Framing(
+        side,
+        model.config.grid_size,
+        checkpoint["mask_style"],
+        mean * side,
+        usual,
+        whole_image,
+        checkpoint["framing"]["treatment"],
+    )
+
+
+class Row(NamedTuple):
+    """A row of the output: of a face, or of a file that got no score."""
+
+    path: Path
+    face: Face | None = None
+    probability: float = math.nan
+    verdict: str = ""
+    reason: str = ""
+    explanation: str = ""  # file of --explain
+
+    def as_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = dict.fromkeys(COLUMNS) | {
+            "path": str(self.path),
+            "reason": self.reason or None,
+            "explanation": self.explanation or None,
+        }
+        if self.face:
+            values |= dict(zip(("left", "top", "right", "bottom"), self.face.box or (None,) * 4))
+            values |= {
+                "probability": self.probability,
+                "verdict": self.verdict,
+                "face": self.face.found_by,
+                "framing": self.face.framing,
+            }
+        return values
+
+
+def score_pictures(model: LAMMViT, checkpoint: dict, pictures: list[tuple[Path, str]], args: Any) -> Iterator[Row]:
+    """The rows of all pictures, in their order. Worker processes look for faces, a few pictures ahead of the model.
+
+    Raises:
+        BrokenProcessPool: a worker was killed, by the system when memory is short.
+    """
+    framing, threshold = framing_of(model, checkpoint, args.whole_image), checkpoint["val_threshold"]
+    workers = min(args.workers, max(1, len(pictures)))
+    waiting: list[tuple[Path, Face | None, str]] = []
+
+    def flush() -> Iterator[Row]:
+        faces = [face for _, face, _ in waiting if face]
+        scores = iter(())
+        if faces:
+            # (B, h, w, 3) -> (B, 3, h, w)
+            images = torch.from_numpy(np.stack([face.image for face in faces])).permute(0, 3, 1, 2)
+            with torch.inference_mode():
+                scores = iter(
+                    fake_probability(
+                        model, images, torch.from_numpy(np.stack([face.region_masks for face in faces]))
+                    ).tolist()
+                )
+        for path, face, reason in waiting:
+            score = next(scores) if face else math.nan
+            yield Row(path, face, score, ("fake" if score >= threshold else "real") if face else "", reason)
+        waiting.clear()
+
+    # The workers never use torch, but what is on a GPU cannot be shared with them
+    may_fork = not torch.cuda.is_initialized()
+    with face_workers(find_predictor(args.predictor), workers, may_fork) as pool:
+
+        def found(picture: tuple[Path, str]) -> list[Face] | str:
+            path, reason = picture
+            return reason or pool.submit(faces_in_file, path, framing).result()
+
+        for (path, _), faces in zip(pictures, map_ahead(found, pictures, 2 * workers, ahead=4 * workers)):
+            waiting += [(path, None, faces)] if isinstance(faces, str) else [(path, face, "") for face in faces]
+            if len(waiting) >= args.batch_size:
+                yield from flush()
+        yield from flush()
+
+
+def write_rows(rows: Iterator[Row], stream: Any, as_json: bool) -> Iterator[Row]:
+    """Passes the rows on, each after it was written."""
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    if not as_json:
+        writer.writeheader()
+    for row in rows:
+        values = row.as_dict()
+        if as_json:
+            stream.write(json.dumps(values) + "\n")
+        else:
+            writer.writerow(values)
+        yield row
+
+
+def score_images(model: LAMMViT, checkpoint: dict, args: Any) -> int:
+    """Writes the rows to --output or to standard output, the summary to standard error. Returns how many files got no
+    score.
+
+    Raises:
+        FileNotFoundError: there is not one file.
+        ValueError: nowhere to write the rows to.
+    """
+    pictures = list(list_pictures(args.images))
+    if not pictures:
+        raise FileNotFoundError(f"{', '.join(args.images)}: no images there")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(args.output, "w", newline="", encoding="utf-8", errors="surrogateescape")
+    elif sys.stdout is None:
+        raise ValueError("there is no standard output for the rows; name a file with --output")
+    else:
+        stream = sys.stdout
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")  # a path is written with the bytes that it has
+    if args.explain:
+        args.explain.mkdir(parents=True, exist_ok=True)
+    counts, last = Counter(), None
+    rows = score_pictures(model, checkpoint, pictures, args)
+    if args.explain:
+        rows = explain_rows(model, checkpoint["val_threshold"], rows, args.explain)
+    try:
+        with tqdm(
+            total=len(pictures),
+            unit="picture",
+            disable=not sys.stderr.isatty() or (not args.output and sys.stdout.isatty()),
+        ) as bar:
+            for row in write_rows(rows, stream, args.format == "jsonl"):
+                counts[row.verdict] += 1
+                if row.path != last:  # rows come picture by picture
+                    last = row.path
+                    bar.update()
+                    stream.flush()
+    finally:
+        if args.output:
+            stream.close()
+    threshold = f"fake from {checkpoint['val_threshold']:.4f} on, the threshold chosen on validation"
+    print(
+        f"files: {len(pictures)}, without a score: {counts['']}; faces: {counts['fake']} fake, {counts['real']} real"
+        f" ({threshold})",
+        file=sys.stderr,
+    )
+    return counts[""]
+
+
+def explain_rows(model: LAMMViT, threshold: float, rows: Iterator[Row], folder: Path) -> Iterator[Row]:
+    """Draws a picture for each face and passes the rows on, with its name. A picture that cannot be written ends
+    nothing.
+    """
+    from evaluation.explain import draw_explanation, explain  # matplotlib, where it is needed
+
+    taken: set[Path] = set()
+    for row in rows:
+        if row.face:
+            name = os.fsencode(row.path.name).decode("utf-8", "replace")[:80]
+            path = free_path(folder, name, ".png", taken.__contains__)
+            taken.add(path)
+            images, masks = (
+                torch.from_numpy(row.face.image.copy()).permute(2, 0, 1)[None],
+                torch.from_numpy(row.face.region_masks)[None],
+            )
+            doubt = ", mean landmarks: dlib found none" if row.face.found_by == "mean" else ""
+            title = (
+                f"{row.path.name}: {row.verdict}, P(fake) = {row.probability:.4f}, fake from {threshold:.4f} on{doubt}"
+            )
+            landmarks = row.face.landmarks if model.config.region_guidance else None
+            try:
+                draw_explanation(row.face.image, landmarks, explain(model, images, masks)[0], title, path)
+                row = row._replace(explanation=str(path))
+            except OSError as error:
+                print(f"WARNING: {path}: not written ({error})", file=sys.stderr)
+        yield row

@@ -1,0 +1,152 @@
+"""Results as tables: on the terminal, in Markdown for a page, in LaTeX for a paper. The columns are listed here.
+
+tabulate sets the tables; with wcwidth it knows how wide a name is in any script.
+"""
+
+from typing import NamedTuple
+
+from tabulate import LATEX_ESCAPE_RULES, SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
+
+from evaluation.metrics import METRIC_RANGE
+
+
+class Column(NamedTuple):
+    """A metric as tables and report show it."""
+
+    metric: str  # of metrics.METRIC_RANGE, by which it is in percent or in 0-1
+    head: str  # in a table, beside the other columns
+    title: str  # by itself
+    meaning: str
+
+
+COLUMNS = (
+    Column("accuracy", "ACC %", "ACC %", "share of right verdicts at 0.5"),
+    Column(
+        "accuracy_val_threshold",
+        "at val. threshold",
+        "ACC % at val. threshold",
+        "at the threshold that was chosen on validation",
+    ),
+    Column("real_accuracy", "real ACC %", "real ACC %", "of the real images alone, at 0.5"),
+    Column("fake_accuracy", "fake ACC %", "fake ACC %", "of the fakes alone, at 0.5"),
+    Column("ap", "AP", "AP", "average precision"),
+    Column("auc", "AUC", "AUC", "area under the ROC curve: how often a fake gets a higher score than a real image"),
+    Column("eer", "EER", "EER", "equal error rate, the lower the better"),
+)
+HEADS = tuple(column.head for column in COLUMNS)
+WITH_INTERVAL = ("ap", "auc")  # on the terminal and in Markdown; the JSON file and the report have all intervals
+LATEX_ROWS = TableFormat(
+    lineabove=Line(r"\midrule", "", "", ""),  # what SEPARATING_LINE is drawn with
+    linebelowheader=None,
+    linebetweenrows=None,
+    linebelow=None,
+    headerrow=DataRow("% ", " & ", r" \\"),
+    datarow=DataRow("", " & ", r" \\"),
+    padding=0,
+    with_header_hide=["lineabove"],
+)
+
+
+# ------------------------------------------------------------------------------------------------------------------ any
+
+
+def as_text(heads: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A table for the terminal. The first `left` columns are text, the others numbers."""
+    return _set(heads, rows, left, "plain")
+
+
+def as_markdown(heads: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """The same for a Markdown file."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return _set(heads, escaped, left, "pipe")
+
+
+def _set(heads: list[str], rows: list[list[str]], left: int, style: str | TableFormat) -> str:
+    sides = ["left" if column < left else "right" for column in range(len(heads))]
+    # Numbers come as text with the digits that they are to have
+    table = tabulate(rows, heads, style, disable_numparse=True, colalign=sides if rows else None)
+    return "\n".join(line.rstrip() for line in table.splitlines())
+
+
+# ----------------------------------------------------------------------------------------------------- of an evaluation
+
+
+def number(metric: str, value: float, fewer: int = 0) -> str:
+    """A metric in its unit, or with some digits fewer."""
+    return f"{value:.{(2 if METRIC_RANGE[metric] == 100 else 4) - fewer}f}"
+
+
+def interval_of(row: dict, metric: str) -> str:
+    """Such as [0.910, 0.951]; nothing where there is none."""
+    between = (row.get("intervals") or {}).get(metric)
+    return f"[{number(metric, between[0], 1)}, {number(metric, between[1], 1)}]" if between else ""
+
+
+def cells(row: dict) -> list[str]:
+    """The numbers of a row, in the order of COLUMNS."""
+    values = []
+    for metric, *_ in COLUMNS:
+        between = interval_of(row, metric) if metric in WITH_INTERVAL else ""
+        values.append(f"{number(metric, row[metric])} {between}".rstrip())
+    return values
+
+
+def title_of(name: str, row: dict) -> str:
+    """A row's first cell, in one line whatever the data set is called."""
+    return " ".join((f"Worst: {row['generator']}" if name == "Worst" else name).split())
+
+
+def seen_or_not(row: dict) -> str:
+    return {True: "seen", False: "unseen"}.get(row.get("seen"), "")
+
+
+def count_of(row: dict) -> str:
+    return str(row["n_real"] + row["n_fake"]) if "n_real" in row else ""
+
+
+def generator_rows(results: dict[str, dict]) -> list[list[str]]:
+    """A row for each generator and the summaries: name, seen or unseen, the numbers, images."""
+    rows = [(name, row) for name, row in results.items() if name != "Run"]
+    return [[title_of(name, row), seen_or_not(row), *cells(row), count_of(row)] for name, row in rows]
+
+
+def robustness_rows(rows: list[dict]) -> list[list[str]]:
+    """A row for each corruption and level: the mean over generators."""
+    return [[row["corruption"], f"{row['level']:g}", *cells(row["Mean"])] for row in rows]
+
+
+def print_results(results: dict[str, dict]) -> None:
+    print(as_text(["generator", "", *HEADS, "images"], generator_rows(results), left=2))
+
+
+def print_robustness(rows: list[dict]) -> None:
+    print("\nmean over generators, under corruptions that training has also seen (but resize)")
+    print(as_text(["corruption", "level", *HEADS], robustness_rows(rows)))
+
+
+def results_as_markdown(results: dict[str, dict], robustness: list[dict] | None) -> str:
+    tables = [as_markdown(["generator", "in training", *HEADS, "images"], generator_rows(results), left=2)]
+    if robustness:
+        tables.append(as_markdown(["corruption", "level", *HEADS], robustness_rows(robustness)))
+    return "\n\n".join(tables) + "\n"
+
+
+def results_as_latex(results: dict[str, dict]) -> str:
+    """Rows for a tabular: generator, seen or unseen, COLUMNS in percent, images."""
+    spread, rows = results["Std"], []
+    for name, row in results.items():
+        if name in ("Run", "Std"):
+            continue
+        values = [f"{in_percent(row, metric):.1f}" for metric in METRIC_RANGE]
+        if name == "Mean":
+            values = [rf"{value} $\pm$ {in_percent(spread, metric):.1f}" for value, metric in zip(values, METRIC_RANGE)]
+            rows.append(SEPARATING_LINE)
+        title = "".join(LATEX_ESCAPE_RULES.get(letter, letter) for letter in title_of(name, row))
+        rows.append([title, seen_or_not(row), *values, count_of(row)])
+    heads = ["generator", "in training", *(head.replace(" %", "") for head in HEADS), "images"]
+    heads[-2] += " (all in percent)"
+    return _set(heads, rows, 2, LATEX_ROWS) + "\n"
+
+
+def in_percent(row: dict, metric: str) -> float:
+    return row[metric] * 100 / METRIC_RANGE[metric]

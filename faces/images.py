@@ -1,0 +1,140 @@
+"""Files to pixels: which files of a folder are images, and what people see in them."""
+
+import errno
+import os
+import re
+import stat
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from faces.rejection import Rejected
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+NO_IMAGE_BY_NAME = f"left alone: its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"  # a reason
+
+# What Pillow raises on files that are not, or not all, there: its own errors are OSError, broken PNG chunks
+# SyntaxError.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+# System errors that are about one file. Any other (a bad disk, a server that is away) may be gone tomorrow: it stops
+# the run.
+ABOUT_THE_FILE = (
+    None,
+    errno.ENOENT,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+)
+
+# In image.info, and as text chunks in the PNGs that preprocess.py writes: what the file was at first, and what was done
+# to it. Those PNGs are all alike, and the formats and sizes that they came from may name the class:
+# feature_extraction.py keeps them, inference.py warns.
+ORIGINAL = "Original"  # "JPEG 1024x768", width x height
+ENLARGED = "enlarged"  # in image.info alone: an aligned crop had fewer pixels than the result
+TREATMENT = "Treatment"  # "aligned 0.6, JPEG 75-95, 224x224"; faces/treatment.py
+ORIGINAL_PATTERN = r"\w+ \d+x\d+"
+TREATMENT_PATTERN = r"(?=aligned|JPEG)(?:aligned ([\d.]+), )?(?:JPEG (\d+)(?:-(\d+))?, )?(\d+)x(\d+)"
+
+ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def list_files(directory: Path) -> tuple[list[Path], list[Path]]:
+    """All files below the directory: those with an image's extension, and the others, each sorted.
+
+    Follows links to folders, each folder once; skips hidden names. A folder that cannot be read is an error: its images
+    would be missed without a word.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    images, others, seen = [], [], set()
+    for folder, subfolders, names in os.walk(directory, onerror=stop, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in names:
+            if not name.startswith("."):
+                (images if name.lower().endswith(IMAGE_EXTENSIONS) else others).append(Path(folder, name))
+    return sorted(images), sorted(others)
+
+
+def list_images(directory: Path) -> list[Path]:
+    return list_files(directory)[0]
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Undoes the EXIF orientation. Metadata that cannot be read is no reason to do without the picture."""
+    try:
+        return image.transpose(UPRIGHT[image.getexif()[ORIENTATION]])
+    except (*UNREADABLE, AttributeError, TypeError):  # KeyError among them: upright already
+        return image
+
+
+def load_rgb(path: Path) -> Image.Image:
+    """Decodes a file as people see it: upright (EXIF orientation), 8-bit RGB, transparent parts on white, first frame
+    only.
+
+    image.info[ORIGINAL] tells what it was before preprocess.py, "JPEG 1024x768", and image.info[TREATMENT] how that
+    treated it.
+
+    Raises:
+        Rejected: the file is not an image, or not a whole one.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Rejected("is not a file")  # a pipe, say, on which a read would wait for ever
+        with Image.open(path) as file:
+            file.load()
+            image = turn_upright(file)
+        original, treatment = file.info.get(ORIGINAL), str(file.info.get(TREATMENT, ""))
+        if not isinstance(original, str) or not re.fullmatch(ORIGINAL_PATTERN, original):
+            original = f"{file.format} {image.width}x{image.height}"
+        treatment = treatment if re.fullmatch(TREATMENT_PATTERN, treatment) else ""
+        if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip at 255
+            deep, rounded = np.asarray(image), np.empty(image.size[::-1], np.uint8)
+            for row in range(0, len(deep), 256):  # in bands: these numbers take eight bytes
+                rounded[row : row + 256] = (deep[row : row + 256].clip(0, 65535) / 257).round()
+            image = Image.fromarray(rounded)
+        if image.has_transparency_data:
+            picture, image = image, Image.new("RGBA", image.size, "white")
+            image.alpha_composite(picture.convert("RGBA"))
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        image.info |= {ORIGINAL: original, TREATMENT: treatment}
+        return image
+    except MemoryError as error:
+        raise Rejected("has more pixels than there is memory for") from error
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno not in ABOUT_THE_FILE:
+            raise
+        message = str(error)
+        for text in (repr(str(path)), str(path)):  # the path of this run, which would make two runs' lists differ
+            message = message.replace(text, path.name)
+        raise Rejected(f"cannot be read as an image ({type(error).__name__}: {message})") from error

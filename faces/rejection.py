@@ -1,0 +1,41 @@
+"""Why a file was not used: every reason, where it is raised, and the lists that are written of them.
+
+    cannot be read as an image …                 faces/images.py     load_rgb: damaged, cut off, no image at all
+    is not a file, more pixels than memory       faces/images.py     load_rgb
+    left alone: its name ends in none of …       faces/images.py     NO_IMAGE_BY_NAME
+    under the minimum of 12x12                   preprocess.py       --min_width, --min_height
+    no face found                                faces/alignment.py  align_face, with --align
+    the aligned crop would reach … pixels …      faces/alignment.py  align_face, with --align
+    was changed or away while it was to be read  feature_extraction.py
+
+preprocess.py lists them in <folder>_rejected/rejected.csv, feature_extraction.py in features/skipped.csv.
+"""
+
+import csv
+from pathlib import Path
+
+from runtime.files import replacing
+
+REJECTED_SUFFIX = "_rejected"  # of the folder beside a data set
+NO_FACE, BEYOND = "no face found", "the aligned crop would reach"  # of --align, by their beginnings
+
+
+class Rejected(Exception):
+    """A file that cannot be used as an image. The message is the reason."""
+
+
+def read_reasons(listing: Path) -> dict[str, str]:
+    """{path: reason} of a list that write_reasons wrote; empty where there is none."""
+    if not listing.exists():
+        return {}
+    with open(listing, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return {row["path"]: row["reason"] for row in csv.DictReader(file) if row.keys() >= {"path", "reason"}}
+
+
+def write_reasons(listing: Path, reasons: dict[str, str]) -> None:
+    """Writes {path: reason} as a table, in the order of paths, under its name when it is complete."""
+    with (
+        replacing(listing) as partial,
+        open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        csv.writer(file).writerows([("path", "reason"), *sorted(reasons.items())])

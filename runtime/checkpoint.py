@@ -1,0 +1,85 @@
+"""Checkpoints: written whole, read back as a model. What a run leaves in best_model.pth and last.pth."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from model import LAMMViT, LAMMViTConfig
+from runtime.files import replacing
+
+CHECKPOINT_VERSION = 5
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used. The message names it and the way out."""
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAMMViT, dict]:
+    """Rebuilds the model that train.py saved, in eval mode, and returns it with everything else in the file.
+
+    Raises:
+        CheckpointError: missing, damaged, foreign, or of another architecture than it says.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; run train.py first, or name one")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch looks at no checksum
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's words are about how to load it all the same
+        raise CheckpointError(
+            f"{path}: not a checkpoint of train.py: it holds more than tensors and settings; run train.py again"
+        ) from error
+    except Exception as error:  # whatever torch.load makes of a damaged or foreign file
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(
+            f"{path}: not a whole checkpoint ({cause}); take another one or run train.py again"
+        ) from error
+    if (
+        not isinstance(checkpoint, dict)
+        or not {"version", "config", "model", "mask_style", "val_threshold", "framing", "images"} <= checkpoint.keys()
+    ):
+        raise CheckpointError(
+            f"{path}: not a checkpoint of train.py: it does not say what model it is; run train.py again"
+        )
+    if checkpoint["version"] != CHECKPOINT_VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint version {checkpoint['version']}, this program reads {CHECKPOINT_VERSION}; run train.py"
+            " again"
+        )
+    try:
+        model = LAMMViT(LAMMViTConfig(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        lines = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: its weights are of another architecture than its config {checkpoint['config']}: {lines[:400]}"
+        ) from error
+    return model.eval(), checkpoint
+
+
+def save(checkpoint: dict, path: Path, previous: Path | None = None) -> None:
+    """Under `path` there is a whole checkpoint at every moment; what was there goes to `previous`."""
+    try:
+        with replacing(path) as partial:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous and path.exists():
+                link = previous.with_name(f".{previous.name}.partial")
+                link.unlink(missing_ok=True)
+                try:
+                    os.link(path, link)
+                except OSError:  # a file system without hard links; for a moment, there is `previous` alone
+                    link = path
+                os.replace(link, previous)
+    except (OSError, RuntimeError) as error:  # torch puts the second in the place of the first
+        raise OSError(
+            f"{path}: could not be written ({str(error).splitlines()[0]}); the one before is still there. Make room,"
+            " then go on with --resume"
+        ) from error

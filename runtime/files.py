@@ -1,0 +1,53 @@
+"""Files that are there whole or not at all, names that nobody has taken, room on the disk."""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = False, several: bool = False) -> Iterator[Path]:
+    """A path in the same folder to write to. When the block ends well it gets the name `path`; else it is removed.
+
+    Args:
+        sync: the content is on the disk before it gets its name.
+        several: other processes may write this file at the same time, each with a content of its own.
+    """
+    # Short, since names may be as long as the file system has them; always the same, so that a later run clears it away
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    partial = path.with_name(f".{name}.{os.getpid()}.partial" if several else f".{name}.partial")
+    try:
+        yield partial
+        if sync:
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def free_path(
+    folder: Path,
+    stem: str,
+    suffix: str = "",
+    is_taken: Callable[[Path], bool] = os.path.lexists,
+    numbered: bool = False,
+) -> Path:
+    """The first of stem + suffix, stem_2 + suffix, stem_3 + suffix, ... in the folder that is not taken.
+
+    If numbered, stem_1 comes first instead.
+    """
+    first = [] if numbered else [stem + suffix]
+    numbers = (f"{stem}_{number}{suffix}" for number in itertools.count(1 if numbered else 2))
+    return next(path for name in itertools.chain(first, numbers) if not is_taken(path := folder / name))
+
+
+def check_space(path: Path, needed: int) -> None:
+    """HDF5 must not run into a full disk: it cannot let go of the file then, and may take the process down with it."""
+    if needed > (free := shutil.disk_usage(path.parent).free):
+        raise OSError(errno.ENOSPC, f"no space left on the disk, {needed} bytes needed and {free} free", str(path))

@@ -1,0 +1,108 @@
+"""Images to shards: worker processes decode, find the face, predict its 68 landmarks, draw the masks.
+
+A shard is a feature file of some images, of any data sets. A run that was stopped goes on with the images in none.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+from tqdm import tqdm
+
+from faces.finder import FOUND_BY, detect_face, predict_landmarks
+from faces.images import ORIGINAL, TREATMENT, load_rgb
+from faces.regions import REGIONS, draw_region_masks
+from faces.rejection import Rejected
+from faces.workers import face_workers, load_finder, this_finder
+from samples.extracted import SHARDS
+from samples.feature_files import CLASSES, write_features
+from samples.plan import sample_bytes
+from samples.sources import Source, state
+
+SHARD_SIZE = 64  # images between two points that a stopped run can go on from, fewer where memory is short
+CHANGED = "was changed or away while it was to be read; run the same command again"  # a reason
+
+
+def extract_shard(sources: list[Source], settings: dict, data_root: Path, output_dir: Path) -> dict[str, str]:
+    """Writes one shard, a feature file whose samples without a face have NaN for landmarks.
+
+    Returns:
+        {path: reason} of the files that are no images, or changed meanwhile; they are not in the shard.
+    """
+    img_size, grid_size = settings["img_size"], settings["img_size"] // settings["patch_size"]
+    images = np.empty((len(sources), img_size, img_size, 3), np.uint8)
+    used, originals, treatments, faces, skipped = [], [], [], [], {}
+    for source in sources:
+        try:
+            image = load_rgb(data_root / source.path)
+            images[len(used)], face = detect_face(image, this_finder(), img_size)
+        except Rejected as reason:
+            there = state(data_root / source.path) == source.stat
+            skipped[source.path] = str(reason) if there else CHANGED
+            continue
+        used.append(source)
+        originals.append(image.info[ORIGINAL])
+        treatments.append(image.info[TREATMENT])
+        faces.append(face)
+    if not used:
+        return skipped
+    # All predictions in a row: the predictor's 100 MB are slow to come back into the cache after each detection.
+    landmarks = [np.full((68, 2), np.nan) if face is None else predict_landmarks(face, this_finder()) for face in faces]
+    no_masks = np.zeros((len(REGIONS), grid_size, grid_size), np.float32)
+    masks = [
+        no_masks if face is None else draw_region_masks(points, (img_size, img_size), grid_size)
+        for face, points in zip(faces, landmarks)
+    ]
+    images = images[: len(used)]
+    table = {
+        "labels": [CLASSES.index(source.data_set.split("/")[0]) for source in used],
+        "paths": [source.path.encode("utf-8", "surrogateescape") for source in used],
+        "originals": originals,
+        "treatments": treatments,
+        "found_by": [FOUND_BY.index("mean" if face is None else face.found_by) for face in faces],
+        "sha256": [np.frombuffer(hashlib.sha256(image).digest(), np.uint8) for image in images],
+    }
+    name = hashlib.sha256(json.dumps([settings, sources]).encode()).hexdigest()
+    attributes = {"settings": json.dumps(settings), "source_stats": np.array([source.stat for source in used])}
+    blocks = [{"images": images, "landmarks": landmarks, "region_masks": masks}]
+    write_features(output_dir / SHARDS / f"{name}.h5", img_size, grid_size, attributes, table, blocks)
+    return skipped
+
+
+def extract(
+    sources: list[Source], settings: dict, predictor: Path, show: bool, args: argparse.Namespace
+) -> dict[str, str]:
+    """Makes shards of these images, in worker processes, or here if one is enough.
+
+    Returns:
+        {path: reason} of what is no image.
+    """
+    if not sources:
+        return {}
+    load_finder(predictor)
+    cv2.setNumThreads(1)
+    memory = psutil.virtual_memory().available // 10 // args.workers  # for the pixels of a shard
+    size = int(np.clip(memory // sample_bytes(args), 1, SHARD_SIZE))
+    count = -(-len(sources) // (size * args.workers)) * args.workers  # as many for each worker, all of one size
+    shards = [sources[i * len(sources) // count : (i + 1) * len(sources) // count] for i in range(count)]
+    shards = [shard for shard in shards if shard]
+    skipped = {}
+
+    def collect(results: Iterable[dict[str, str]]) -> None:
+        with tqdm(total=len(sources), desc="faces", unit="image", smoothing=0.05, disable=not show) as bar:
+            for shard, result in zip(shards, results):
+                skipped.update(result)
+                bar.update(len(shard))
+
+    if args.workers == 1:
+        collect(extract_shard(shard, settings, args.data_root, args.output_dir) for shard in shards)
+        return skipped
+    with face_workers(predictor, args.workers) as pool:
+        futures = [pool.submit(extract_shard, shard, settings, args.data_root, args.output_dir) for shard in shards]
+        collect(future.result() for future in futures)
+    return skipped

@@ -1,0 +1,143 @@
+"""The options of train.py. The defaults are the paper's recipe, but for docs/differences.md."""
+
+import argparse
+from pathlib import Path
+
+from faces.regions import MASK_STYLES
+
+PARTS = ("region_guidance", "lamm", "head_interaction")  # of the model, which LAMMViTConfig can do without
+
+
+def get_args_parser(description: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for add in (add_files, add_model, add_recipe, add_machine):
+        add(parser)
+    return parser
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("files")
+    option = group.add_argument
+    option("--features", type=Path, default=Path("features"), help="of feature_extraction.py (default: features)")
+    option("--datasets", nargs="+", metavar="NAME", help="data sets to use, real ones included (default: all)")
+    option("--output_dir", type=Path, default=Path("output_model"), help="(default: output_model)")
+    option(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="CHECKPOINT",
+        help="go on from OUTPUT_DIR/last.pth, or the one named, with the same options; from the beginning without one",
+    )
+    option(
+        "--save_minutes",
+        type=float,
+        default=10,
+        help="between two checkpoints within an epoch; there is one after each epoch, too (default: 10)",
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model", "the input's size is that of the features")
+    option = group.add_argument
+    option("--patch_size", type=int, default=16, help="side of a patch in pixels (default: 16)")
+    option("--embed_dim", type=int, default=768, help="width, a multiple of 12 (default: 768)")
+    option("--depth", type=int, default=12, help="number of blocks (default: 12)")
+    option("--mlp_ratio", type=float, default=4.0, help="width of the MLP over embed_dim (default: 4)")
+    option("--dropout", type=float, default=0.1, help="in attention and MLP (default: 0.1)")
+    option(
+        "--mask_style",
+        default="polygon",
+        choices=MASK_STYLES,
+        help="filled areas or a Gaussian fall-off (default: polygon)",
+    )
+    option(
+        "--without",
+        nargs="+",
+        default=[],
+        choices=(*PARTS, "diversity"),
+        metavar="PART",
+        help=f"ablations: leave out {', '.join(PARTS)}, diversity (the loss), or several; all of them: a plain ViT"
+        " (default: nothing)",
+    )
+    option(
+        "--init_from",
+        metavar="FILE",
+        help="start from the state dict of a torchvision vit_b_16; imagenet: its weights, downloaded",
+    )
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("recipe")
+    option = group.add_argument
+    option("--epochs", type=int, default=100, help="at most (default: 100)")
+    option("--batch_size", type=int, default=32, help="images per process and forward pass (default: 32)")
+    option("--accum_steps", type=int, default=4, help="forward passes per step of the optimizer (default: 4)")
+    option(
+        "--sampling",
+        default="balanced",
+        choices=("balanced", "natural"),
+        help="as many real as fake images, or as they come (default: balanced)",
+    )
+    option("--lr", type=float, default=1e-4, help="learning rate of AdamW (default: 1e-4)")
+    option(
+        "--schedule",
+        default="plateau",
+        choices=("plateau", "cosine"),
+        help="halve the rate where the AUC stands still, or warm-up and cosine over --epochs (default: plateau)",
+    )
+    option("--warmup_epochs", type=float, help="of cosine (default: a twentieth of --epochs)")
+    option(
+        "--lr_patience",
+        type=int,
+        default=3,
+        help="epochs without a better AUC before plateau halves the rate (default: 3)",
+    )
+    option("--stop_patience", type=int, default=10, help="epochs without a better AUC before the end (default: 10)")
+    option("--weight_decay", type=float, default=0.05, help="of AdamW, on matrices alone (default: 0.05)")
+    option("--clip_grad", type=float, default=1.0, help="largest norm of a gradient, 0: none (default: 1)")
+    option("--diversity_weight", type=float, default=0.2, help="of the diversity loss (default: 0.2)")
+    option(
+        "--color_jitter",
+        type=float,
+        default=0.0,
+        help="other light in every training image: brightness and contrast times up to exp(±this), as 0.25; for small"
+        " data sets (default: 0, the paper's)",
+    )
+    option("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machine")
+    option = group.add_argument
+    option("--device", default="auto", help="cpu or cuda (default: the GPU where there is one)")
+    option(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="(default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)",
+    )
+    option("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps after")
+    option("--num_workers", type=int, default=2, help="threads that read features, per process (default: 2)")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Completes the options. Raises ValueError where they make no sense."""
+    if min(args.epochs, args.batch_size, args.accum_steps, args.stop_patience) < 1:
+        raise ValueError("--epochs, --batch_size, --accum_steps and --stop_patience have to be at least 1")
+    rates = (args.lr, args.weight_decay, args.clip_grad, args.diversity_weight)
+    if min(*rates, args.lr_patience, args.num_workers, args.save_minutes, args.warmup_epochs or 0) < 0:
+        raise ValueError(
+            "--lr, --weight_decay, --clip_grad, --diversity_weight, --lr_patience, --num_workers, --save_minutes and"
+            " --warmup_epochs cannot be negative"
+        )
+    if not 0 <= args.color_jitter <= 2:
+        raise ValueError(f"--color_jitter {args.color_jitter}: has to be from 0 to 2")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed}: has to be from 0 to {2**32 - 1}")
+    if args.warmup_epochs is not None and (args.schedule != "cosine" or args.warmup_epochs > args.epochs):
+        raise ValueError("--warmup_epochs goes with --schedule cosine, and is no more than --epochs")
+    if args.schedule == "cosine" and args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs / 20
+    if "diversity" in args.without:
+        args.diversity_weight = 0.0
+    args.without = sorted(set(args.without))
