@@ -1,34 +1,47 @@
-# make demo   a first run, from nothing to a table of generators
-# make test   all tests
+# make demo         a first run, from nothing to a table of generators
+# make test         all tests
+# make test-quick   those that start no process, under a minute: after an edit
+# make check        ruff: lint and format
 # Each sets up a virtual environment in .venv first. Needs Python >= 3.10 with venv.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := demo_run
+TOO_OLD := Python 3.10 or newer is needed; try make PYTHON=python3.12
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 3 --dist worksteal
 
-.PHONY: demo test clean
+.PHONY: demo test test-quick check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; try make PYTHON=python3.12")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(TOO_OLD)")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# A small model at 112 px: four by four patches, so that two CPU cores train it in two minutes. Without the diversity loss, which
-# makes the beginning longer. One thread, because layers this small wait for a second one.
+# A small model at 112 px: four by four patches, so that two CPU cores train it in two minutes. Without the diversity
+# loss, which makes the beginning longer. One thread, because layers this small wait for a second one.
 demo: $(VENV)/installed
 	$(RUN) demo.py --output_dir $(DEMO)/datasets --real 2700 --fake 675 --size 160
-	for folder in $(DEMO)/datasets/*/*; do $(RUN) preprocess.py --directory $$folder --target_height 160 --target_width 160 || exit 1; done
+	for folder in $(DEMO)/datasets/*/*; do \
+		$(RUN) preprocess.py --directory $$folder --target_height 160 --target_width 160 || exit 1; done
 	$(RUN) feature_extraction.py --data_root $(DEMO)/datasets --output_dir $(DEMO)/features --img_size 112 --patch_size 28
 	OMP_NUM_THREADS=1 $(RUN) train.py --features $(DEMO)/features --output_dir $(DEMO)/output_model \
 		--patch_size 28 --embed_dim 96 --depth 2 --dropout 0 --without diversity --epochs 32 --stop_patience 32 \
 		--batch_size 32 --accum_steps 1 --lr 3e-4 --schedule cosine --warmup_epochs 2 --num_workers 1 --seed 1
-	$(RUN) inference.py --features $(DEMO)/features --checkpoint $(DEMO)/output_model/best_model.pth --output $(DEMO)/prediction_results.json --report $(DEMO)/report
+	$(RUN) inference.py --features $(DEMO)/features --checkpoint $(DEMO)/output_model/best_model.pth \
+		--output $(DEMO)/prediction_results.json --report $(DEMO)/report
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST)
+
+test-quick: $(VENV)/installed
+	$(PYTEST) -m "not processes"
+
+check: $(VENV)/installed
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
 
 clean:
 	rm -rf $(VENV) $(DEMO) .pytest_cache

@@ -77,7 +77,7 @@ class FaceDataset:
     """Samples of several feature files, one after another. A map-style dataset, in NumPy, for any number of threads.
 
     A sample: image (3, h, w) uint8 RGB, region_masks (8, G, G) float32, landmarks (68, 2) float32 in pixels, label 0 or
-    1, index of the sample. `read` gives a batch of them, which inference.load_batches turns into tensors; torch's
+    1, index of the sample. `read` gives a batch of them, which scoring.load_batches turns into tensors; torch's
     DataLoader works as well, with fork and spawn. In memory there are the labels, one byte a sample, and the layout of
     each file; no more than MAX_OPEN_FILES are open.
 

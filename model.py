@@ -23,9 +23,8 @@ from torchvision.transforms import v2
 from attention import region_gated_attention
 from attention.dropout import dropout
 
-NUM_REGIONS = (
-    8  # left_eye, right_eye, nose, upper_lip, lower_lip, mouth_corners, face_outline, eyebrows (faces/regions.py)
-)
+# left_eye, right_eye, nose, upper_lip, lower_lip, mouth_corners, face_outline, eyebrows (faces/regions.py)
+NUM_REGIONS = 8
 NUM_HEADS = 12  # one head per region + four learned mixtures of regions
 LAYER_EMBED_DIM = 64
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect

@@ -55,13 +55,15 @@ class _Workspace:
 
 
 def _gate(row_masks: Tensor, masks: Tensor, lam: Tensor, theta: Tensor, out: Tensor) -> Tensor:
-    """Γ = σ(λ (M_i M_j − θ)): (g, r), (g, N), (g, 1, 1), (g, 1, 1) -> out (g, r, N). In the formula's order, so that a
-    huge λ rounds alike.
+    """Γ = σ(λ (M_i M_j − θ)): (g, r), (g, N), (g, 1, 1), (g, 1, 1) -> out (g, r, N).
+
+    In the formula's order, so that a huge λ rounds alike.
     """
     return torch.mul(row_masks[..., None], masks[:, None], out=out).sub_(theta).mul_(lam).sigmoid_()
 
 
 def forward(q, k, v, masks, lam, theta, random, dropout_p):
+    """-> the output (B, H, N, Dh), and nothing (0,) for the backward. random: keys (2, 2, B, H, N), or None."""
     out = empty_token_major(q)
     workspace = _Workspace(q, buffers=2)
     masks, lam, theta = (x.to(workspace.dtype) for x in (masks, lam[..., None, None], theta[..., None, None]))
@@ -86,6 +88,7 @@ def forward(q, k, v, masks, lam, theta, random, dropout_p):
 
 
 def backward(grad, out, lse, q, k, v, masks, lam, theta, random, dropout_p):
+    """-> the gradients of q, k, v, masks, lam and theta. out and lse are for the kernels alone."""
     N, scale = q.shape[2], q.shape[-1] ** -0.5
     workspace = _Workspace(q, buffers=4 if random is None else 5)
     grad_q, grad_k, grad_v = (empty_token_major(x) for x in (q, k, v))
@@ -128,8 +131,7 @@ def backward(grad, out, lse, q, k, v, masks, lam, theta, random, dropout_p):
             sum_masks[:, rows] += torch.bmm(slope, masks_[..., None]).squeeze(-1)
             sum_masks += torch.bmm(masks_rows[:, None], slope).squeeze(1)  # Σ_i M_i ·: (g, 1, r) x (g, r, N) -> (g, N)
             sum_theta = sum_theta + slope.sum(dim=(1, 2))
-            # Not from the sums above, Σ M_i · − θ Σ: with a large λ, only pairs with M_i M_j ≈ θ count and these
-            # cancel.
+            # Not from the sums above, Σ M_i · − θ Σ: with a large λ, only pairs with M_i M_j ≈ θ count and these cancel
             differences = torch.mul(masks_rows[..., None], masks_[:, None], out=scores).sub_(theta_)  # M_i M_j − θ
             sum_lam = sum_lam + differences.mul_(slope).sum(dim=(1, 2))
         lam_ = lam_.flatten()

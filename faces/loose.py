@@ -29,13 +29,11 @@ from faces.rejection import NO_FACE, Rejected
 from faces.treatment import parse_treatment, recompress, treat
 from faces.workers import this_finder
 
-SEARCH_SIDE = (
-    1600  # longer side of the copy in which the faces of a large picture are searched: those from a twentieth of it on
-)
+# longer side of the copy in which the faces of a large picture are searched: those from a twentieth of it on
+SEARCH_SIDE = 1600
 UPSAMPLED_SIDE = 800  # longer side of a picture that is doubled before the search
-SLACK = (
-    0.06  # by which a face may be out of the range of 98 % of the training faces and still count as framed like them
-)
+# by which a face may be out of the range of 98 % of the training faces and still count as framed like them
+SLACK = 0.06
 SQUARE = 1.02  # longer over shorter side of a picture that counts as square
 WITHOUT_FACE = f"{NO_FACE}; --whole_image scores it all the same"  # a reason
 
@@ -48,7 +46,7 @@ class Face(NamedTuple):
     image: np.ndarray  # (h, w, 3) uint8 RGB
     landmarks: np.ndarray  # (68, 2) in pixels of the image
     region_masks: np.ndarray  # (8, G, G)
-    found_by: str  # one of dataset.FOUND_BY
+    found_by: str  # one of finder.FOUND_BY
     framing: str  # "whole", "cut" or "aligned"
 
 
@@ -59,7 +57,7 @@ class Framing(NamedTuple):
     grid_size: int
     mask_style: str
     mean_landmarks: np.ndarray  # (68, 2) in pixels of the input
-    usual: np.ndarray  # (2, 2) dataset.face_frame of training faces, in units of the side: its 1st and 99th percentile
+    usual: np.ndarray  # (2, 2) face_frame of training faces, in units of the side: its 1st and 99th percentile
     whole_image: bool  # score pictures without a face
     treatment: str  # what preprocess.py did to the training images
 

@@ -43,6 +43,29 @@ def init_from(model: LAMMViT, source: str, rank: int) -> None:
         print(f"init   {len(state) - len(unused)} tensors of {source}; not used: {', '.join(unused) or 'none'}")
 
 
+def torchvision_names(depth: int) -> dict[str, str]:
+    """{name of a parameter in torchvision's Vision Transformer: ours}."""
+    in_block = {
+        "ln_1": "norm1",
+        "ln_2": "norm2",
+        "self_attention.in_proj": "attn.qkv",
+        "self_attention.out_proj": "attn.proj",
+        "mlp.0": "mlp.0",
+        "mlp.3": "mlp.3",
+        "mlp.linear_1": "mlp.0",  # older files
+        "mlp.linear_2": "mlp.3",
+    }
+    modules = {"conv_proj": "patch_embed", "encoder.ln": "norm", "heads.head": "head"}
+    for i in range(depth):
+        block = f"encoder.layers.encoder_layer_{i}"
+        modules |= {f"{block}.{theirs}": f"blocks.{i}.{ours}" for theirs, ours in in_block.items()}
+    names = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed"}
+    for theirs, ours in modules.items():
+        joint = "_" if theirs.endswith("in_proj") else "."  # in_proj_weight is no module's parameter there
+        names |= {f"{theirs}{joint}{part}": f"{ours}.{part}" for part in ("weight", "bias")}
+    return names
+
+
 def load_torchvision_vit(model: LAMMViT, state: dict[str, Tensor]) -> list[str]:
     """Copies the weights of a torchvision Vision Transformer (vit_b_16 for the default model) to their counterparts.
 
@@ -59,33 +82,13 @@ def load_torchvision_vit(model: LAMMViT, state: dict[str, Tensor]) -> list[str]:
     Raises:
         ValueError: no Vision Transformer of torchvision, or one of another width or patch size.
     """
-    names = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed"}
-    for part in ("weight", "bias"):
-        names |= {
-            f"conv_proj.{part}": f"patch_embed.{part}",
-            f"encoder.ln.{part}": f"norm.{part}",
-            f"heads.head.{part}": f"head.{part}",
-        }
-        for i in range(model.config.depth):
-            theirs, ours = f"encoder.layers.encoder_layer_{i}", f"blocks.{i}"
-            names |= {f"{theirs}.ln_1.{part}": f"{ours}.norm1.{part}", f"{theirs}.ln_2.{part}": f"{ours}.norm2.{part}"}
-            names |= {
-                f"{theirs}.self_attention.in_proj_{part}": f"{ours}.attn.qkv.{part}",
-                f"{theirs}.self_attention.out_proj.{part}": f"{ours}.attn.proj.{part}",
-            }
-            names |= {f"{theirs}.mlp.{layer}.{part}": f"{ours}.mlp.{layer}.{part}" for layer in (0, 3)}
-            # older files
-            names |= {f"{theirs}.mlp.linear_{n}.{part}": f"{ours}.mlp.{layer}.{part}" for n, layer in ((1, 0), (2, 3))}
+    names = torchvision_names(model.config.depth)
     if not isinstance(state, dict) or not {"conv_proj.weight", "class_token", "encoder.pos_embedding"} <= state.keys():
-        what = (
-            f"its entries are {', '.join(map(str, list(state)[:5])) or 'none'}"
-            if isinstance(state, dict)
-            else f"it is a {type(state).__name__}"
-        )
+        entries = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else ""
+        what = f"its entries are {entries or 'none'}" if isinstance(state, dict) else f"it is a {type(state).__name__}"
         raise ValueError(f"not a state dict of a torchvision vit_b_16: {what}")
-    if missing := sorted(
-        {ours for ours in names.values() if not ours.startswith("head.")} - {names.get(theirs) for theirs in state}
-    ):
+    wanted = {ours for ours in names.values() if not ours.startswith("head.")}
+    if missing := sorted(wanted - {names.get(theirs) for theirs in state}):
         raise ValueError(
             f"has nothing for {missing[0]} and {len(missing) - 1} more; choose a --depth of no more than its layers"
         )

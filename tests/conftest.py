@@ -1,23 +1,34 @@
 """Shared by all tests: small data sets, made once by the project's own scripts, and a runner for the scripts."""
 
-import contextlib
-import io
 import os
+
+# Before torch is imported. Each process of a test run has one core at the most: two threads would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import contextlib
+import inspect
+import io
 import shutil
 import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image, ImageCms
 
-if not torch.cuda.is_available():  # before attention.py is imported: its kernels then run in Triton's interpreter
+if not torch.cuda.is_available():  # before attention is imported: its kernels then run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+
+import feature_extraction  # noqa: E402
+import train  # noqa: E402
+from drawing.render import draw_face  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 GENERATORS = ("IrisMismatch", "OffAxisMouth")
@@ -39,11 +50,10 @@ def run_script(
 ) -> subprocess.CompletedProcess:
     """Runs `python script.py ...`, or torchrun with `processes` of it, as a user would, and checks the exit code."""
     script, *arguments = map(str, command)
-    # One thread a process: the models are tiny, and two would wait for each other.
     done = subprocess.run(
         [*launcher(processes), str(ROOT / script), *arguments],
         cwd=cwd,
-        env={"OMP_NUM_THREADS": "1", **os.environ, **environment},
+        env={**os.environ, **environment},
         text=True,
         capture_output=True,
         timeout=300,
@@ -54,9 +64,10 @@ def run_script(
 
 
 def run_here(script: ModuleType, *arguments: object, cwd: Path) -> str:
-    """Runs a script's main in this process, which saves the seconds of starting one, and returns what it printed. One
-    thread, as
-    run_script has it: the numbers are the same to the bit."""
+    """Runs a script's main in this process, which saves the seconds of starting one, and returns what it printed.
+
+    One thread, as run_script has it: the numbers are the same to the bit.
+    """
     printed, before, threads = io.StringIO(), os.getcwd(), torch.get_num_threads()
     try:
         os.chdir(cwd)
@@ -78,7 +89,8 @@ def error_line(done: subprocess.CompletedProcess) -> str:
 
 def refusal(script: ModuleType, *arguments: object) -> str:
     """The message with which a script refuses; here in this process, which saves starting one."""
-    with pytest.raises((ValueError, OSError, SystemExit)) as error:  # what every script's guard turns into one line
+    # What every script's guard turns into one line
+    with pytest.raises((ValueError, OSError, FloatingPointError, SystemExit)) as error:
         script.main(script.get_args_parser().parse_args([str(argument) for argument in arguments]))
     return str(error.value)
 
@@ -178,51 +190,120 @@ def hostile_files(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session")
-def datasets(tmp_path_factory) -> Path:
-    """A data root of drawn faces in the documented layout: 60 real, 2 generators of 30, one picture without a face."""
-    from drawing.render import draw_face
-
-    root = tmp_path_factory.mktemp("data") / "datasets"
-    rng = np.random.default_rng(0)
-    for folder, generator, count in (
-        ("real/Consistent", None, 60),
-        *((f"fake/{name}", name, 30) for name in GENERATORS),
-    ):
-        (root / folder).mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(draw_face(rng, generator)).save(root / folder / f"{i:03}.png")
-    Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)).save(root / "fake/OffAxisMouth/noise.png")
-    return root
+# ---------------------------------------------------------------------------------------------- made once for all tests
 
 
 @pytest.fixture(scope="session")
-def features(datasets) -> Path:
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """made_once(name, make): a folder that make(folder) has filled, once for all of pytest-xdist's workers.
+
+    Tests only read such folders; what they change they copy before.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, is_made = base / name, base / f"{name}.made"
+        with FileLock(base / f"{name}.lock"):
+            if not is_made.exists():
+                folder.mkdir()
+                make(folder)
+                is_made.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def datasets(made_once) -> Path:
+    """A data root of drawn faces in the documented layout: 60 real, 2 generators of 30, one picture of nobody."""
+
+    def draw(folder: Path) -> None:
+        rng, root = np.random.default_rng(0), folder / "datasets"
+        for name, generator, count in (
+            ("real/Consistent", None, 60),
+            *((f"fake/{name}", name, 30) for name in GENERATORS),
+        ):
+            (root / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(draw_face(rng, generator)).save(root / name / f"{i:03}.png")
+        noise = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(root / "fake/OffAxisMouth/noise.png")
+
+    return made_once("data", draw) / "datasets"
+
+
+@pytest.fixture(scope="session")
+def features(made_once, datasets) -> Path:
     """The features of `datasets`."""
-    folder = datasets.parent / "features"
-    run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", folder, cwd=datasets.parent)
-    return folder
+
+    def extract(folder: Path) -> None:
+        options = ("--data_root", datasets, "--output_dir", folder / "features", "--workers", 1)
+        run_here(feature_extraction, *options, cwd=folder)
+
+    return made_once("extracted", extract) / "features"
 
 
-SMALL = (
-    "--patch_size",
-    56,
-    "--embed_dim",
-    24,
-    "--depth",
-    2,
-    "--batch_size",
-    16,
-    "--accum_steps",
-    2,
-    "--num_workers",
-    0,
-)
+SMALL = ("--patch_size", 56, "--embed_dim", 24, "--depth", 2, "--batch_size", 16, "--accum_steps", 2)
 
 
 @pytest.fixture(scope="session")
-def trained(features) -> Path:
+def trained(made_once, features) -> Path:
     """The output folder of a short training of a tiny model on `features`."""
-    folder = features.parent / "output_model"
-    run_script("train.py", "--features", features, "--output_dir", folder, *SMALL, "--epochs", 2, cwd=features.parent)
-    return folder
+
+    def fit(folder: Path) -> None:
+        options = ("--features", features, "--output_dir", folder / "output_model", *SMALL, "--epochs", 2)
+        run_here(train, *options, cwd=folder)
+
+    return made_once("trained", fit) / "output_model"
+
+
+# ---------------------------------------------------------------------------------------------------------- quick tests
+
+# Names by which a test is known to start one
+STARTS_A_PROCESS = {"run_script", "subprocess", "Popen", "launcher", "ProcessPoolExecutor", "face_workers", "chromium"}
+
+
+def names_in(function: Callable) -> set[str]:
+    """All names that a function uses, those in functions within it included."""
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        names |= set(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return names
+
+
+def starts_a_process(function: Callable, seen: set[Callable]) -> bool:
+    """Whether a test, or a helper of its file that it calls, starts one."""
+    function = inspect.unwrap(getattr(function, "_get_wrapped_function", lambda: function)())
+    if function in seen or not hasattr(function, "__code__"):
+        return False
+    seen.add(function)
+    names = names_in(function)
+    helpers = [function.__globals__.get(name) for name in names]
+    own = [
+        helper for helper in helpers if getattr(helper, "__module__", "") == function.__module__ and callable(helper)
+    ]
+    return bool(names & STARTS_A_PROCESS) or any(starts_a_process(helper, seen) for helper in own)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that start a process, by themselves or in a fixture: `make test-quick` leaves them out."""
+    for item in items:
+        definitions = item._fixtureinfo.name2fixturedefs.values()
+        fixtures = [each.func for of_name in definitions for each in of_name if each.argname != "no_processes"]
+        seen: set[Callable] = set()
+        if any(starts_a_process(function, seen) for function in (item.function, *fixtures)):
+            item.add_marker("processes")
+
+
+@pytest.fixture(autouse=True)
+def no_processes(request, monkeypatch) -> None:
+    """A test without the mark that starts a process all the same fails."""
+    if "processes" not in request.keywords:
+
+        def refuse(*arguments: object, **options: object) -> None:
+            pytest.fail("a quick test started a process")
+
+        monkeypatch.setattr(subprocess, "Popen", refuse)

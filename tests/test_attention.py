@@ -1,4 +1,4 @@
-"""attention.py: every path agrees with the formula, forward and backward, with and without dropout; nothing of N x N is
+"""attention: every path agrees with the formula, forward and backward, with and without dropout; nothing of N x N is
 kept.
 """
 
@@ -249,12 +249,7 @@ def test_hashed_dropout_looks_random(p):
     """Rate, independence of neighbours, of rows and of columns: what a poor hash of row and column would fail."""
     torch.manual_seed(0)
     n, draws = 197, 40
-    z = keep_mask(
-        random_keys(draws, n),
-        random_keys(draws, n),
-        p,
-        torch.empty(draws, n, n, dtype=torch.float64),
-    )
+    z = keep_mask(random_keys(draws, n), random_keys(draws, n), p, torch.empty(draws, n, n, dtype=torch.float64))
     z = ((z > 0).double() - (1 - p)) / math.sqrt(p * (1 - p))  # (draws, n, n), mean 0 and variance 1
     assert abs(z.mean()) < 5 / math.sqrt(z.numel())
     for rows_or_columns in (z, z.mT):
@@ -428,12 +423,7 @@ print("compiled")
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler comes with its Linux wheels")
 def test_kernels_compile_for_gpus(tmp_path):
     """To machine code, without a device: what the interpreter does not check."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     script = tmp_path / "compile.py"
     script.write_text(KERNELS_COMPILE)
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)

@@ -354,7 +354,10 @@ def test_no_more_files_are_open_than_allowed(tmp_path, monkeypatch):
         write_file(tmp_path / f"{i:02}.h5", 4)
     monkeypatch.setattr(sys.modules["dataset"], "MAX_OPEN_FILES", 5)
     dataset = FaceDataset(sorted(tmp_path.iterdir()), grid_size=2)
-    handles = lambda: {file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))}  # noqa: E731
+
+    def handles() -> set[str]:
+        return {file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))}
+
     before = dataset.read([0, 13, 47])
     assert len(handles()) == 3
     dataset.read(np.random.default_rng(0).permutation(48))

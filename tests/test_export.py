@@ -31,14 +31,18 @@ pytest.importorskip("onnxscript")
 FILES = ["model.onnx", "model.pt2"]
 
 
-@pytest.fixture(scope="module")
-def exported(trained, tmp_path_factory) -> SimpleNamespace:
+@pytest.fixture(scope="session")
+def exported(trained, made_once) -> SimpleNamespace:
     """What the script wrote and said of the trained model."""
-    folder = tmp_path_factory.mktemp("deployed") / "new"
-    done = run_script(
-        "export.py", "--checkpoint", trained / "best_model.pth", "--output_dir", folder, cwd=folder.parent
-    )
-    return SimpleNamespace(folder=folder, stdout=done.stdout, stderr=done.stderr)
+
+    def export_it(folder: Path) -> None:
+        options = ("--checkpoint", trained / "best_model.pth", "--output_dir", folder / "new")
+        done = run_script("export.py", *options, cwd=folder)
+        (folder / "said.json").write_text(json.dumps([done.stdout, done.stderr]))
+
+    folder = made_once("deployed", export_it)
+    stdout, stderr = json.loads((folder / "said.json").read_text())
+    return SimpleNamespace(folder=folder / "new", stdout=stdout, stderr=stderr)
 
 
 def load(file: Path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -184,22 +184,17 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture(scope="module")
-def evaluated(features, trained, tmp_path_factory) -> tuple[Path, str]:
+@pytest.fixture(scope="session")
+def evaluated(features, trained, made_once) -> tuple[Path, str]:
     """The folder that an evaluation with all it can do has left, and what it printed."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    arguments = (
-        "--features",
-        features,
-        "--checkpoint",
-        trained / "best_model.pth",
-        "--bootstrap",
-        200,
-        "--robustness",
-        "--report",
-        "report",
-    )
-    return folder, run_script("inference.py", *arguments, cwd=folder).stdout
+
+    def test_it(folder: Path) -> None:
+        options = ("--features", features, "--checkpoint", trained / "best_model.pth")
+        options += tuple("--bootstrap 200 --robustness --report report".split())
+        (folder / "said.txt").write_text(run_here(inference, *options, cwd=folder))
+
+    folder = made_once("evaluated", test_it)
+    return folder, (folder / "said.txt").read_text()
 
 
 def read_scores(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -307,10 +302,7 @@ def test_two_processes_and_other_workers_give_the_same_numbers(evaluated, featur
         features,
         "--checkpoint",
         trained / "best_model.pth",
-        "--bootstrap",
-        200,
-        "--num_workers",
-        0,
+        *"--bootstrap 200 --num_workers 0".split(),
     )
     run_script("inference.py", *arguments, "--batch_size", 64, cwd=tmp_path, processes=2)
     assert (tmp_path / "prediction_results.csv").read_bytes() == (evaluated[0] / "prediction_results.csv").read_bytes()

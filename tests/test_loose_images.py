@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, run_script
+from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, run_here, run_script
 from PIL import Image
 
+import feature_extraction
 import inference
+import train
 from dataset import FaceDataset
 from drawing.face import sample_face
 from drawing.render import draw_face, render
@@ -219,12 +222,7 @@ def test_json_lines_patterns_and_pictures_of_the_reasons(datasets, trained, tmp_
         "--images",
         f"{datasets}/real/*/00[0-2].png",
         datasets / "fake/OffAxisMouth/noise.png",
-        "--output",
-        "new/out.jsonl",
-        "--format",
-        "jsonl",
-        "--explain",
-        "why",
+        *"--output new/out.jsonl --format jsonl --explain why".split(),
     )
     done = run_script("inference.py", "--checkpoint", trained / "best_model.pth", *arguments, cwd=tmp_path, expect=3)
     rows = [json.loads(line) for line in (tmp_path / "new/out.jsonl").read_text().splitlines()]
@@ -243,11 +241,7 @@ def test_each_face_has_a_picture_of_its_own(datasets, trained, tmp_path):
         "inference.py",
         "--checkpoint",
         trained / "best_model.pth",
-        "--explain",
-        "why",
-        "--output",
-        "rows.csv",
-        "--images",
+        *"--explain why --output rows.csv --images".split(),
         *names,
         cwd=tmp_path,
     )
@@ -333,68 +327,28 @@ def test_no_more_pictures_are_held_than_the_model_is_behind(trained, monkeypatch
 # --------------------------------------------------------------------------------------------- models of aligned images
 
 
-@pytest.fixture(scope="module")
-def aligned(tmp_path_factory):
+@pytest.fixture(scope="session")
+def aligned(made_once):
     """Turned faces in pictures of another shape, their aligned and recompressed copies, and a model of these."""
-    root = tmp_path_factory.mktemp("aligned")
-    rng = np.random.default_rng(0)
-    for name, generator in (("real/Photos", None), ("fake/Gan", "OffAxisMouth")):
-        (root / "raw" / name).mkdir(parents=True)
-        for i in range(15):
-            canvas = Image.new("RGB", (520, 400), (120, 130, 140))
-            canvas.paste(
-                Image.fromarray(draw_face(rng, generator, 360)).rotate(
-                    rng.uniform(-12, 12), Image.Resampling.BICUBIC, fillcolor=(120, 130, 140)
-                ),
-                (70, 20),
-            )
-            canvas.save(root / "raw" / name / f"{i:02}.jpg", quality=90)
-        run_script(
-            "preprocess.py",
-            "--directory",
-            root / "raw" / name,
-            "--output_dir",
-            root / "data" / name,
-            "--align",
-            "--recompress",
-            "60-90",
-            "--target_height",
-            160,
-            "--target_width",
-            160,
-            cwd=root,
-        )
-    run_script(
-        "feature_extraction.py",
-        "--data_root",
-        "data",
-        "--output_dir",
-        "features",
-        "--img_size",
-        112,
-        "--patch_size",
-        28,
-        cwd=root,
-    )
-    run_script(
-        "train.py",
-        "--features",
-        "features",
-        "--output_dir",
-        "model",
-        "--patch_size",
-        28,
-        "--embed_dim",
-        24,
-        "--depth",
-        2,
-        "--epochs",
-        1,
-        "--batch_size",
-        8,
-        cwd=root,
-    )
-    return root
+
+    def make(root: Path) -> None:
+        rng, gray = np.random.default_rng(0), (120, 130, 140)
+        for name, generator in (("real/Photos", None), ("fake/Gan", "OffAxisMouth")):
+            (root / "raw" / name).mkdir(parents=True)
+            for i in range(15):
+                face, angle = Image.fromarray(draw_face(rng, generator, 360)), rng.uniform(-12, 12)
+                canvas = Image.new("RGB", (520, 400), gray)
+                canvas.paste(face.rotate(angle, Image.Resampling.BICUBIC, fillcolor=gray), (70, 20))
+                canvas.save(root / "raw" / name / f"{i:02}.jpg", quality=90)
+            options = ("--directory", root / "raw" / name, "--output_dir", root / "data" / name)
+            options += tuple("--align --recompress 60-90 --target_height 160 --target_width 160".split())
+            run_script("preprocess.py", *options, cwd=root)
+        options = "--data_root data --output_dir features --img_size 112 --patch_size 28 --workers 1".split()
+        run_here(feature_extraction, *options, cwd=root)
+        options = "--features features --output_dir model --patch_size 28 --embed_dim 24 --depth 2".split()
+        run_here(train, *options, "--epochs", 1, "--batch_size", 8, cwd=root)
+
+    return made_once("aligned", make)
 
 
 def test_loose_pictures_are_aligned_for_a_model_of_aligned_images(aligned, finder, tmp_path):
@@ -498,16 +452,6 @@ def test_images_that_were_not_treated_alike_are_named_and_not_trained_on(aligned
         " resized alone" in done.stdout
     )
     refused = run_script(
-        "train.py",
-        "--features",
-        "features",
-        "--patch_size",
-        28,
-        "--embed_dim",
-        24,
-        "--depth",
-        1,
-        cwd=tmp_path,
-        expect=1,
+        "train.py", *"--features features --patch_size 28 --embed_dim 24 --depth 1".split(), cwd=tmp_path, expect=1
     )
     assert "not treated alike (resized alone; aligned 0.6, JPEG 60-90, 160x160)" in error_line(refused)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 
-from attention.__init__ import region_gated_attention
+from attention import region_gated_attention
 from model import LAMM, LAMMLoss, LAMMViT, LAMMViTConfig, MaskProcessor
 from runtime.pretrained import interpolate_positions, load_torchvision_vit
 

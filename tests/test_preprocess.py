@@ -479,19 +479,7 @@ def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     whole.save(tmp_path / "D/whole.png")
     whole.crop((100, 100, 600, 600)).save(tmp_path / "D/close.jpg", quality=95)
     picture(300, 300).save(tmp_path / "D/nobody.png")
-    command = (
-        "preprocess.py",
-        "--directory",
-        "D",
-        "--output_dir",
-        "O",
-        "--align",
-        "1",
-        "--target_height",
-        96,
-        "--target_width",
-        96,
-    )
+    command = ("preprocess.py", *"--directory D --output_dir O --align 1 --target_height 96 --target_width 96".split())
     done = run_script(*command, cwd=tmp_path)
     assert "1 written, 0 unchanged, 2 rejected" in done.stdout
     assert "of 3, 1 have no face that was found (33.3%), 1 would need their border filled (33.3%)" in done.stdout
@@ -511,18 +499,7 @@ def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     (tmp_path / "D/nobody.png").unlink()
     closer = run_script(
         "preprocess.py",
-        "--directory",
-        "D",
-        "--output_dir",
-        "P",
-        "--align",
-        0.6,
-        "--recompress",
-        80,
-        "--target_height",
-        400,
-        "--target_width",
-        400,
+        *"--directory D --output_dir P --align 0.6 --recompress 80 --target_height 400 --target_width 400".split(),
         cwd=tmp_path,
     )
     assert "2 written, 0 unchanged, 0 rejected" in closer.stdout and "2 of the 2 written were enlarged" in closer.stdout

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import feature_extraction
 import inference
+import preprocess
 import train
 from benchmarks import real_faces
 from benchmarks.comparison import images, jobs, near_duplicates, variants
@@ -51,10 +53,7 @@ def turned(image: np.ndarray, degrees: float, scale: float) -> np.ndarray:
 def take():
     import dlib
 
-    finder, network = (
-        FaceFinder(find_predictor(None)),
-        dlib.face_recognition_model_v1(str(find_network())),
-    )
+    finder, network = (FaceFinder(find_predictor(None)), dlib.face_recognition_model_v1(str(find_network())))
 
     def fingerprint(image: np.ndarray) -> Fingerprint:
         stored, face = detect_face(Image.fromarray(image), finder, 224)
@@ -168,9 +167,9 @@ def data_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("real") / "datasets"
     rng = np.random.default_rng(5)
     for name, generator, count in (
-        ("real/Photos", None, 40),
-        ("fake/Gan", "IrisMismatch", 25),
-        ("fake/Diffusion", "OffAxisMouth", 25),
+        ("real/Photos", None, 30),
+        ("fake/Gan", "IrisMismatch", 20),
+        ("fake/Diffusion", "OffAxisMouth", 20),
         ("fake/New", "NoseLight", 12),
     ):
         (root / name).mkdir(parents=True)
@@ -185,25 +184,8 @@ def data_root(tmp_path_factory) -> Path:
 
 
 OPTIONS = (
-    "--train_on",
-    "Gan",
-    "Diffusion",
-    "--img_size",
-    96,
-    "--patch_size",
-    24,
-    "--seeds",
-    2,
-    "--jobs",
-    1,
-    "--device",
-    "cpu",
-    "--embed_dim",
-    24,
-    "--depth",
-    1,
-    "--epochs",
-    2,
+    *"--workers 1 --train_on Gan Diffusion --img_size 96 --patch_size 24 --seeds 2 --jobs 1".split(),
+    *"--device cpu --embed_dim 24 --depth 1 --epochs 2".split(),
 )
 
 
@@ -217,16 +199,12 @@ def calls(monkeypatch) -> list[str]:
     """Trains and tests in this process, which takes no seconds to import torch. Drawn faces are one person's to dlib's
     network: copies alone are near each other here."""
     seen: list[str] = []
-    run = variants.run
 
     def run_here(command: list[str]) -> None:
         name = Path(command[0]).stem
         seen.append(name)
-        if name in ("train", "inference"):
-            script = {"train": train, "inference": inference}[name]
-            script.main(script.get_args_parser().parse_args(command[1:]))
-        else:
-            run(command)
+        script = {module.__name__: module for module in (preprocess, feature_extraction, train, inference)}[name]
+        script.main(script.get_args_parser().parse_args(command[1:]))
 
     # real_faces.py's threads wait for processes
     monkeypatch.setattr(train, "stopping_on_signals", lambda run: contextlib.nullcontext())
@@ -304,7 +282,7 @@ def test_other_images_other_models(data_root, tmp_path, calls, capsys):
     """
     root, output = tmp_path / "datasets", tmp_path / "out"
     shutil.copytree(data_root, root)
-    options = (*OPTIONS[:8], 1, *OPTIONS[9:], "--main_only")
+    options = (*OPTIONS, "--seeds", 1, "--main_only")
     first = compare(root, output, *options)
     (root / "real/Photos/01.jpg").unlink()
     shutil.copy(root / "fake/Gan/05.png", root / "fake/Gan/nobody.png")  # was no face, is a copy now
@@ -321,8 +299,8 @@ def test_other_images_other_models(data_root, tmp_path, calls, capsys):
         name: sum(of["dropped"].values()) + sum(of[split] for split in SPLITS) for name, of in second["data"].items()
     }
     assert (
-        count["real/Photos"] == 39
-        and count["fake/Gan"] == 26
+        count["real/Photos"] == 29
+        and count["fake/Gan"] == 21
         and second["data"]["fake/New"]["test"] == first["data"]["fake/New"]["test"] + 6
     )
     assert second["data"]["fake/Gan"]["dropped"] == {"near-duplicate": 2}

@@ -320,9 +320,7 @@ def chromium(tmp_path: Path, url: str, *options: str) -> tuple[str, str]:
     # Without its sandbox, which root and some containers do not get; the page is our own.
     command = [
         program,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
+        *"--headless --no-sandbox --disable-gpu".split(),
         "--enable-logging=stderr",
         f"--user-data-dir={tmp_path / 'profile'}",
         "--dump-dom",

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import torch
 
-from evaluation.figures import lamm_weights, training_curves
 from training.run import BEST, BOARD, CURVES, TIMES, WEIGHTS, Run
 
 try:
@@ -46,6 +45,8 @@ def write_board(
 
 
 def draw_pictures(run: Run) -> None:
+    from evaluation.figures import lamm_weights, training_curves  # matplotlib, at the end of a run
+
     training_curves(run.log, run.path(CURVES))
     weights = torch.load(run.path(BEST), map_location="cpu", weights_only=True)["lamm_weights"]
     if weights is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.comparison.near_duplicates import Fingerprint, find_pairs, leave_out, take_fingerprints
-from benchmarks.comparison.variants import ROOT, run
+from benchmarks.comparison.variants import command, run
 from dataset import FaceDataset
 from faces.images import list_images
 from faces.prepared import plan_outputs
@@ -41,22 +41,9 @@ def prepare(args: argparse.Namespace, data_sets: list[str]) -> None:
     for treatment, options in TREATMENTS.items():
         for data_set in tqdm(data_sets, desc=f"prepare, {treatment}", unit="data set"):
             target = args.output_dir / "prepared" / treatment / data_set
-            run(
-                [
-                    str(ROOT / "preprocess.py"),
-                    "--directory",
-                    str(args.data_root / data_set),
-                    "--output_dir",
-                    str(target),
-                    "--workers",
-                    str(args.workers),
-                    "--target_height",
-                    str(args.img_size),
-                    "--target_width",
-                    str(args.img_size),
-                    *options,
-                ]
-            )
+            side = {"target_height": args.img_size, "target_width": args.img_size}
+            given = {"directory": args.data_root / data_set, "output_dir": target, "workers": args.workers}
+            run(command("preprocess.py", *options, **given, **side))
 
 
 def sources_of(args: argparse.Namespace, data_set: str) -> dict[str, Path]:
@@ -66,8 +53,7 @@ def sources_of(args: argparse.Namespace, data_set: str) -> dict[str, Path]:
 
 
 def sift(args: argparse.Namespace, data_sets: list[str]) -> tuple[dict[str, Fingerprint], dict[str, Counter]]:
-    """Which of the prepared images are used, those of data/<treatment>/, the same for both; all others are in
-    dropped.csv.
+    """Which of the prepared images are used: links in data/<treatment>/, the same for both; all others in dropped.csv.
 
     Returns:
         {path of an image: its fingerprint} and {data set: how many were left out for which reason}.
@@ -115,30 +101,12 @@ def kind_of(reason: str) -> str:
 
 
 def extract(args: argparse.Namespace, data_sets: list[str]) -> None:
-    unseen = [
-        data_set
-        for data_set in data_sets
-        if data_set.startswith("fake/") and data_set.split("/")[1] not in args.train_on
-    ]
+    fakes = [data_set for data_set in data_sets if data_set.startswith("fake/")]
+    unseen = [data_set for data_set in fakes if data_set.split("/")[1] not in args.train_on]
     for treatment in tqdm(TREATMENTS, desc="extract"):
-        command = [
-            "feature_extraction.py",
-            "--data_root",
-            str(args.output_dir / "data" / treatment),
-            "--output_dir",
-            str(features_of(args, treatment)),
-        ]
-        command = [
-            str(ROOT / command[0]),
-            *command[1:],
-            "--img_size",
-            str(args.img_size),
-            "--patch_size",
-            str(args.patch_size),
-            "--workers",
-            str(args.workers),
-        ]
-        run([*command, "--test_only", *unseen])
+        folders = {"data_root": args.output_dir / "data" / treatment, "output_dir": features_of(args, treatment)}
+        sizes = {"img_size": args.img_size, "patch_size": args.patch_size, "workers": args.workers}
+        run([*command("feature_extraction.py", **folders, **sizes), "--test_only", *unseen])
 
 
 def features_of(args: argparse.Namespace, treatment: str) -> Path:
@@ -146,8 +114,10 @@ def features_of(args: argparse.Namespace, treatment: str) -> Path:
 
 
 def check_splits(features: Path, kept: dict[str, Fingerprint]) -> dict[str, tuple[int, int, int]]:
-    """That nothing stands on both sides of a split that is near each other. Returns {data set: images in train, val,
-    test}.
+    """That nothing stands on both sides of a split that is near each other.
+
+    Returns:
+        {data set: images in train, val, test}.
 
     Raises:
         ValueError: names the pair.

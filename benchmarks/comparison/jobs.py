@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.comparison.images import TREATMENTS, data_sets_of, features_of
-from benchmarks.comparison.variants import ROOT, VARIANTS, run, train_and_test
+from benchmarks.comparison.variants import VARIANTS, command, run, train_and_test
 from dataset import FaceDataset
 from samples.feature_files import find_feature_files
 from training.options import get_args_parser as train_parser
@@ -59,22 +59,9 @@ def announce(args: argparse.Namespace, jobs: list, options: list[str]) -> None:
         return
     epochs = train_parser().parse_args(options).epochs
     with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
-        run(
-            [
-                str(ROOT / "train.py"),
-                "--features",
-                str(features_of(args, "equalised")),
-                "--output_dir",
-                folder,
-                *options,
-                "--epochs",
-                "1",
-                "--warmup_epochs",
-                "0",
-                "--schedule",
-                "cosine",
-            ]
-        )
+        one_epoch = {"epochs": 1, "warmup_epochs": 0, "schedule": "cosine"}
+        features = features_of(args, "equalised")
+        run(command("train.py", *options, features=features, output_dir=folder, **one_epoch))
         seconds = json.loads(Path(folder, "timing.jsonl").read_text().splitlines()[-1])["seconds"]
     total = seconds * epochs * len(left) / args.jobs
     print(

@@ -67,7 +67,7 @@ def take_fingerprint(image: np.ndarray, face: Detection | None, finder: FaceFind
     """
     Args:
         image: (h, w, 3) uint8 RGB.
-        face: where it was found, by faces.detect_face.
+        face: where it was found, by faces.finder.detect_face.
         network: dlib.face_recognition_model_v1.
     """
     hashes = np.stack([perceptual_hash(image), perceptual_hash(image[:, ::-1])])

@@ -20,6 +20,12 @@ VARIANTS = {
 }
 
 
+def command(script: str, *arguments: str, **options: object) -> list[str]:
+    """The command line of a script of this repository: the arguments as they are, then --name value of each option."""
+    named = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return [str(ROOT / script), *arguments, *named]
+
+
 def run(command: list[str]) -> None:
     """Runs a script of this repository. Raises ValueError with what it said where it fails, or was stopped."""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
@@ -41,27 +47,11 @@ def train_and_test(
     """Trains one model, or goes on with it, and tests it against all generators: inference.py's results."""
     results = folder / "prediction_results.json"
     if not results.exists():
-        command = [
-            str(ROOT / "train.py"),
-            "--features",
-            str(args.features),
-            "--output_dir",
-            str(folder),
-            "--resume",
-            "--seed",
-            str(seed),
-            *options,
-        ]
-        command += ["--datasets", *trained_on]  # after the other options: it takes all that follow
-        run(command + (["--without", *without] if without else []))
-        test = [
-            str(ROOT / "inference.py"),
-            "--features",
-            str(args.features),
-            "--checkpoint",
-            str(folder / "best_model.pth"),
-        ]
-        run([*test, "--output", str(results)])
+        fit = command("train.py", "--resume", *options, features=args.features, output_dir=folder, seed=seed)
+        fit += ["--datasets", *trained_on]  # after the other options: it takes all that follow
+        run(fit + (["--without", *without] if without else []))
+        best = folder / "best_model.pth"
+        run(command("inference.py", features=args.features, checkpoint=best, output=results))
     return json.loads(results.read_text())
 
 
