@@ -66,11 +66,11 @@ def short(value: object) -> object:
     return f"{value:g}" if is_short else value
 
 
-def unbroken(title: str) -> str:
-    """The head of a column, with spaces at which no line breaks."""
+def unbroken(title: str) -> Markup:
+    """The head of a column of ours, with spaces at which no line breaks."""
     for piece in (" %", "real ", "fake "):
-        title = title.replace(piece, piece.replace(" ", "\u00a0"))
-    return title
+        title = title.replace(piece, piece.replace(" ", "&nbsp;"))
+    return Markup(title)
 
 
 def key_line(style: dict) -> Markup:

@@ -198,6 +198,7 @@ def test_everything_is_there(tmp_path):
     } <= set(page.words)
     for line in robustness:
         assert f"{line['Mean']['auc']:.4f}" in page.words
+    assert {"ACC\u00a0%", "real\u00a0ACC\u00a0%"} <= set(page.words) and "\\xa0" not in source
 
 
 def test_mistakes_are_small_pictures(tmp_path):
