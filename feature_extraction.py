@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset import FaceDataset
-from evaluation.tables import as_text
+from evaluation.typeset import as_text
 from faces.finder import FOUND_BY, PREDICTOR_FILE, find_predictor
 from faces.images import NO_IMAGE_BY_NAME
 from faces.regions import draw_region_masks

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.comparison.variants import VARIANTS, heads, row, train_and_test
-from evaluation.tables import as_markdown
+from evaluation.typeset import as_markdown
 from runtime.checkpoint import load_checkpoint
 from samples.feature_files import find_feature_files
 

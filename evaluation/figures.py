@@ -1,5 +1,5 @@
 """The pictures that train.py leaves behind, training_curves.png and lamm_weights.png, and the charts of an evaluation:
-those of report.py, as SVG for an HTML page, and robustness_curves."""
+those of evaluation/report.py, as SVG for an HTML page, and robustness_curves."""
 
 import html
 import re

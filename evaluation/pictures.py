@@ -195,11 +195,12 @@ def explain_rows(model: LAMMViT, threshold: float, rows: Iterator[Row], folder: 
     """
     from evaluation.explain import draw_explanation, explain  # matplotlib, where it is needed
 
-    taken: set[Path] = set()
+    times, taken = Counter(), set()
     for row in rows:
         if row.face:
             name = os.fsencode(row.path.name).decode("utf-8", "replace")[:80]
-            path = free_path(folder, name, ".png", taken.__contains__)
+            times[name] += 1  # where to begin, lest the thousandth face of one name try all numbers before
+            path = free_path(folder, name, ".png", taken.__contains__, first=times[name])
             taken.add(path)
             images, masks = (
                 torch.from_numpy(row.face.image.copy()).permute(2, 0, 1)[None],

@@ -1,19 +1,17 @@
-"""Results as tables: on the terminal, in Markdown for a page, in LaTeX for a paper. The columns are listed here.
-
-tabulate sets the tables; with wcwidth it knows how wide a name is in any script.
-"""
+"""Results as tables: on the terminal, in Markdown for a page, in LaTeX for a paper. The columns are listed here."""
 
 from typing import NamedTuple
 
-from tabulate import LATEX_ESCAPE_RULES, SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
+from tabulate import LATEX_ESCAPE_RULES, SEPARATING_LINE, DataRow, Line, TableFormat
 
 from evaluation.metrics import METRIC_RANGE
+from evaluation.typeset import as_markdown, as_text, set_table
 
 
 class Column(NamedTuple):
     """A metric as tables and report show it."""
 
-    metric: str  # of metrics.METRIC_RANGE, by which it is in percent or in 0-1
+    metric: str  # of METRIC_RANGE, by which it is in percent or in 0-1
     head: str  # in a table, beside the other columns
     title: str  # by itself
     meaning: str
@@ -45,27 +43,6 @@ LATEX_ROWS = TableFormat(
     padding=0,
     with_header_hide=["lineabove"],
 )
-
-
-# ------------------------------------------------------------------------------------------------------------------ any
-
-
-def as_text(heads: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A table for the terminal. The first `left` columns are text, the others numbers."""
-    return _set(heads, rows, left, "plain")
-
-
-def as_markdown(heads: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """The same for a Markdown file."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return _set(heads, escaped, left, "pipe")
-
-
-def _set(heads: list[str], rows: list[list[str]], left: int, style: str | TableFormat) -> str:
-    sides = ["left" if column < left else "right" for column in range(len(heads))]
-    # Numbers come as text with the digits that they are to have
-    table = tabulate(rows, heads, style, disable_numparse=True, colalign=sides if rows else None)
-    return "\n".join(line.rstrip() for line in table.splitlines())
 
 
 # ----------------------------------------------------------------------------------------------------- of an evaluation
@@ -137,15 +114,16 @@ def results_as_latex(results: dict[str, dict]) -> str:
     for name, row in results.items():
         if name in ("Run", "Std"):
             continue
-        values = [f"{in_percent(row, metric):.1f}" for metric in METRIC_RANGE]
+        values = [f"{in_percent(row, column.metric):.1f}" for column in COLUMNS]
         if name == "Mean":
-            values = [rf"{value} $\pm$ {in_percent(spread, metric):.1f}" for value, metric in zip(values, METRIC_RANGE)]
+            spreads = [f"{in_percent(spread, column.metric):.1f}" for column in COLUMNS]
+            values = [rf"{value} $\pm$ {deviation}" for value, deviation in zip(values, spreads)]
             rows.append(SEPARATING_LINE)
         title = "".join(LATEX_ESCAPE_RULES.get(letter, letter) for letter in title_of(name, row))
         rows.append([title, seen_or_not(row), *values, count_of(row)])
     heads = ["generator", "in training", *(head.replace(" %", "") for head in HEADS), "images"]
     heads[-2] += " (all in percent)"
-    return _set(heads, rows, 2, LATEX_ROWS) + "\n"
+    return set_table(heads, rows, 2, LATEX_ROWS) + "\n"
 
 
 def in_percent(row: dict, metric: str) -> float:

@@ -27,8 +27,10 @@ def replacing(path: Path, *, sync: bool = False, several: bool = False) -> Itera
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the cause is what counts
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def free_path(
@@ -37,14 +39,17 @@ def free_path(
     suffix: str = "",
     is_taken: Callable[[Path], bool] = os.path.lexists,
     numbered: bool = False,
+    first: int = 1,
 ) -> Path:
     """The first of stem + suffix, stem_2 + suffix, stem_3 + suffix, ... in the folder that is not taken.
 
-    If numbered, stem_1 comes first instead.
+    Args:
+        numbered: the first name is stem_1 + suffix instead.
+        first: the number of the first name to try.
     """
-    first = [] if numbered else [stem + suffix]
-    numbers = (f"{stem}_{number}{suffix}" for number in itertools.count(1 if numbered else 2))
-    return next(path for name in itertools.chain(first, numbers) if not is_taken(path := folder / name))
+    numbers = itertools.count(first)
+    names = (stem + suffix if number == 1 and not numbered else f"{stem}_{number}{suffix}" for number in numbers)
+    return next(path for name in names if not is_taken(path := folder / name))
 
 
 def check_space(path: Path, needed: int) -> None:

@@ -12,7 +12,7 @@ BENCHMARKS = ("ablation", "data_speed", "images_speed", "model_speed", "real_fac
 
 # From the ground up. A module may import what stands on a line above its own, nothing beside it and nothing above.
 ORDER = """
-runtime.processes  runtime.files  runtime.devices
+runtime.processes  runtime.files  runtime.devices  evaluation.typeset
 attention.layout  attention.textbook  drawing.coordinates  drawing.face
 attention.dropout  attention.kernels  drawing.render  faces.rejection  faces.regions
 attention.blocked  faces.images  faces.finder

@@ -7,7 +7,8 @@ import pytest
 from wcwidth import wcswidth
 
 from evaluation.metrics import METRIC_RANGE
-from evaluation.tables import COLUMNS, HEADS, as_markdown, as_text, generator_rows, print_results, results_as_latex
+from evaluation.tables import COLUMNS, HEADS, generator_rows, print_results, results_as_latex
+from evaluation.typeset import as_markdown, as_text
 
 NAMES = ("StyleGAN3", "扩散模型二号", "ディフュージョン", "Müller", "🙂", "a|b")
 

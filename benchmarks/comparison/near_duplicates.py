@@ -105,7 +105,8 @@ def take_fingerprints(folder: Path, paths: list[str], args: argparse.Namespace) 
         with np.load(store) as kept:
             if str(kept["key"]) == digest.hexdigest():
                 return [Fingerprint(*pair) for pair in zip(kept["hashes"], kept["faces"])]
-    with face_workers(find_predictor(None), args.workers) as pool:
+    # The network of a forked worker would fail where the parent has used a GPU
+    with face_workers(find_predictor(None), args.workers, may_fork=False) as pool:
         images = pool.map(fingerprint, [folder / path for path in paths], chunksize=8)
         found = list(tqdm(images, total=len(paths), desc="sift", unit="image"))
     hashes, of_faces = np.stack([one.hashes for one in found]), np.stack([one.face for one in found])

@@ -16,7 +16,7 @@ from benchmarks.comparison.probes import LIKE_CHANCE, REAL_SIZES
 from benchmarks.comparison.scores import read_scores, swap_masks
 from benchmarks.comparison.variants import VARIANTS, heads, row
 from evaluation.intervals import auc_replicates, compare_aucs, interval, win_matrix
-from evaluation.tables import as_markdown
+from evaluation.typeset import as_markdown
 from samples.feature_files import SPLITS
 
 RESAMPLES = 2000

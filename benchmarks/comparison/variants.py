@@ -47,8 +47,8 @@ def train_and_test(
     """Trains one model, or goes on with it, and tests it against all generators: inference.py's results."""
     results = folder / "prediction_results.json"
     if not results.exists():
-        fit = command("train.py", "--resume", *options, features=args.features, output_dir=folder, seed=seed)
-        fit += ["--datasets", *trained_on]  # after the other options: it takes all that follow
+        fit = command("train.py", features=args.features, output_dir=folder, seed=seed)
+        fit += ["--resume", *options, "--datasets", *trained_on]  # the last takes all that follow
         run(fit + (["--without", *without] if without else []))
         best = folder / "best_model.pth"
         run(command("inference.py", features=args.features, checkpoint=best, output=results))
