@@ -275,18 +275,17 @@ def test_one_and_two_workers_and_another_listing_order_give_the_same(datasets, f
     assert_same(features, tmp_path / "two")
 
 
+def extraction_command(datasets: Path, folder: Path, *options: str) -> list:
+    """From `datasets` to the features in the folder, to be started and stopped."""
+    script = ROOT / "feature_extraction.py"
+    return [sys.executable, script, "--data_root", datasets, "--output_dir", folder / "features", *options]
+
+
 def test_killed_at_any_moment_and_run_again(datasets, features, tmp_path):
     """kill -9 at random moments, a run after the other; no feature file is ever there in part, and the last one goes
     through.
     """
-    command = [
-        sys.executable,
-        ROOT / "feature_extraction.py",
-        "--data_root",
-        datasets,
-        "--output_dir",
-        tmp_path / "features",
-    ]
+    command = extraction_command(datasets, tmp_path)
     rng = np.random.default_rng(0)
     for _ in range(10):
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -303,14 +302,7 @@ def test_killed_at_any_moment_and_run_again(datasets, features, tmp_path):
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_keeps_what_it_has(datasets, features, tmp_path, signal_number):
-    command = [
-        sys.executable,
-        ROOT / "feature_extraction.py",
-        "--data_root",
-        datasets,
-        "--output_dir",
-        tmp_path / "features",
-    ]
+    command = extraction_command(datasets, tmp_path)
     for _ in range(5):
         process = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         while not list((tmp_path / "features" / SHARDS).glob("[!.]*.h5")) and process.poll() is None:
@@ -430,16 +422,7 @@ def test_a_full_disk_loses_nothing(datasets, features, tmp_path):
     """A limit on the size of files, which fails writes as a full disk does: in shards, then in feature files."""
     import resource  # not on Windows
 
-    command = [
-        sys.executable,
-        ROOT / "feature_extraction.py",
-        "--data_root",
-        datasets,
-        "--output_dir",
-        tmp_path / "features",
-        "--workers",
-        "4",
-    ]
+    command = extraction_command(datasets, tmp_path, "--workers", "4")
     for limit in (1_000_000, 5_400_000):  # too small for a shard; for a feature file
         done = subprocess.run(
             command,
