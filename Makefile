@@ -1,6 +1,6 @@
 # make demo         a first run, from nothing to a table of generators
 # make test         all tests
-# make test-quick   those that start no process: after an edit
+# make test-quick   those that start no program and take no seconds: after an edit
 # make check        ruff: lint and format
 # Each sets up a virtual environment in .venv first. Needs Python >= 3.10 with venv.
 
@@ -37,7 +37,7 @@ test: $(VENV)/installed
 	$(PYTEST)
 
 test-quick: $(VENV)/installed
-	$(PYTEST) -m "not processes"
+	$(PYTEST) -m "not slow"
 
 check: $(VENV)/installed
 	$(RUN) -m ruff check

@@ -6,16 +6,17 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import contextlib
-import inspect
 import io
+import runpy
 import shutil
 import struct
 import subprocess
 import sys
+import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -26,8 +27,6 @@ from PIL import Image, ImageCms
 if not torch.cuda.is_available():  # before attention is imported: its kernels then run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
-import feature_extraction  # noqa: E402
-import train  # noqa: E402
 from drawing.render import draw_face  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -46,38 +45,57 @@ def launcher(processes: int, *torchrun: str) -> list[str]:
 
 
 def run_script(
-    *command: object, cwd: Path, expect: int | None = 0, processes: int = 0, **environment: str
+    *command: object, cwd: Path, expect: int | None = 0, processes: int | None = None, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Runs `python script.py ...`, or torchrun with `processes` of it, as a user would, and checks the exit code."""
+    """Runs a script as a user would, and checks the exit code.
+
+    Args:
+        processes: None, in this process, which saves the seconds of importing torch; 0, by `python script.py ...`;
+            more, by torchrun with so many.
+        environment: variables for the script, which then runs in a process of its own.
+    """
     script, *arguments = map(str, command)
-    done = subprocess.run(
-        [*launcher(processes), str(ROOT / script), *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        text=True,
-        capture_output=True,
-        timeout=300,
+    done = (
+        run_here(script, arguments, cwd)
+        if processes is None and not environment
+        else subprocess.run(
+            [*launcher(processes or 0), str(ROOT / script), *arguments],
+            cwd=cwd,
+            env={**os.environ, **environment},
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
     )
     if expect is not None:
         assert done.returncode == expect, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def run_here(script: ModuleType, *arguments: object, cwd: Path) -> str:
-    """Runs a script's main in this process, which saves the seconds of starting one, and returns what it printed.
-
-    One thread, as run_script has it: the numbers are the same to the bit.
-    """
-    printed, before, threads = io.StringIO(), os.getcwd(), torch.get_num_threads()
+def run_here(script: str, arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    """A script from its first line to its exit code. One thread, as in a process of its own: the same bits."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    before, argv, threads, code = os.getcwd(), sys.argv, torch.get_num_threads(), 0
     try:
         os.chdir(cwd)
+        sys.argv = [script, *arguments]
         torch.set_num_threads(1)
-        with contextlib.redirect_stdout(printed):
-            script.main(script.get_args_parser().parse_args([str(argument) for argument in arguments]))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+                if isinstance(stop.code, str):
+                    print(stop.code, file=sys.stderr)
+            except Exception:
+                code = 1
+                traceback.print_exc()
     finally:
         os.chdir(before)
+        sys.argv = argv
         torch.set_num_threads(threads)
-    return printed.getvalue()
+    stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return subprocess.CompletedProcess([script, *arguments], code, stdout, stderr)
 
 
 def error_line(done: subprocess.CompletedProcess) -> str:
@@ -239,7 +257,7 @@ def features(made_once, datasets) -> Path:
 
     def extract(folder: Path) -> None:
         options = ("--data_root", datasets, "--output_dir", folder / "features", "--workers", 1)
-        run_here(feature_extraction, *options, cwd=folder)
+        run_script("feature_extraction.py", *options, cwd=folder)
 
     return made_once("extracted", extract) / "features"
 
@@ -253,57 +271,6 @@ def trained(made_once, features) -> Path:
 
     def fit(folder: Path) -> None:
         options = ("--features", features, "--output_dir", folder / "output_model", *SMALL, "--epochs", 2)
-        run_here(train, *options, cwd=folder)
+        run_script("train.py", *options, cwd=folder)
 
     return made_once("trained", fit) / "output_model"
-
-
-# ---------------------------------------------------------------------------------------------------------- quick tests
-
-# Names by which a test is known to start one
-STARTS_A_PROCESS = {"run_script", "subprocess", "Popen", "launcher", "ProcessPoolExecutor", "face_workers", "chromium"}
-
-
-def names_in(function: Callable) -> set[str]:
-    """All names that a function uses, those in functions within it included."""
-    codes, names = [function.__code__], set()
-    while codes:
-        code = codes.pop()
-        names |= set(code.co_names)
-        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return names
-
-
-def starts_a_process(function: Callable, seen: set[Callable]) -> bool:
-    """Whether a test, or a helper of its file that it calls, starts one."""
-    function = inspect.unwrap(getattr(function, "_get_wrapped_function", lambda: function)())
-    if function in seen or not hasattr(function, "__code__"):
-        return False
-    seen.add(function)
-    names = names_in(function)
-    helpers = [function.__globals__.get(name) for name in names]
-    own = [
-        helper for helper in helpers if getattr(helper, "__module__", "") == function.__module__ and callable(helper)
-    ]
-    return bool(names & STARTS_A_PROCESS) or any(starts_a_process(helper, seen) for helper in own)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that start a process, by themselves or in a fixture: `make test-quick` leaves them out."""
-    for item in items:
-        definitions = item._fixtureinfo.name2fixturedefs.values()
-        fixtures = [each.func for of_name in definitions for each in of_name if each.argname != "no_processes"]
-        seen: set[Callable] = set()
-        if any(starts_a_process(function, seen) for function in (item.function, *fixtures)):
-            item.add_marker("processes")
-
-
-@pytest.fixture(autouse=True)
-def no_processes(request, monkeypatch) -> None:
-    """A test without the mark that starts a process all the same fails."""
-    if "processes" not in request.keywords:
-
-        def refuse(*arguments: object, **options: object) -> None:
-            pytest.fail("a quick test started a process")
-
-        monkeypatch.setattr(subprocess, "Popen", refuse)

@@ -31,6 +31,7 @@ def ablate(*arguments: object) -> None:
     ablation.main(*ablation.get_args_parser().parse_known_args(list(map(str, arguments))))
 
 
+@pytest.mark.slow
 def test_all_variants_in_one_table_and_a_stopped_run_goes_on(features, tmp_path, calls, monkeypatch, capsys):
     arguments = (
         "--features",

@@ -324,6 +324,7 @@ def test_a_batch_holds_what_hdf5_holds(tmp_path, layout):
         np.testing.assert_array_equal(batch["region_masks"], file["region_masks"][:][order])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_read_the_same_after_the_parent_has_read(tmp_path, context):
     dataset = FaceDataset(two_files(tmp_path), grid_size=2, transform=TrainTransform(), seed=3)
@@ -376,6 +377,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_named(tmp_path, monkeypatch
         dataset[0]
 
 
+@pytest.mark.slow
 def test_ten_million_samples_index_in_bounded_memory(tmp_path):
     """Of rows that were never written: the files are small, the index is not."""
     for number in range(4):

@@ -14,6 +14,7 @@ def contents(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_layout_and_repeatability(tmp_path):
     run_script("demo.py", "--output_dir", "one", "--real", 5, "--fake", 2, "--workers", 1, cwd=tmp_path)
     first = contents(tmp_path / "one")

@@ -223,6 +223,7 @@ def test_a_patch_that_gets_nothing_has_the_last_colour_of_the_scale():
     np.testing.assert_allclose(shown.reshape(16, 3), [above if i == 5 else below for i in range(16)], atol=0.01)
 
 
+@pytest.mark.slow
 def test_the_picture_shows_what_differs(tmp_path):
     base, path = make_explanation(2, 14), tmp_path / "why.png"
     plain = draw(path, base, size=224)
@@ -243,6 +244,7 @@ def test_the_picture_shows_what_differs(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "title"),
     [(1, "長" * 240), (2, "W" * 90 + " real"), (12, "a $x^$ \udce9\n" * 30 + "real"), (None, "")],

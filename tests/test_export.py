@@ -59,6 +59,7 @@ def load(file: Path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 # --------------------------------------------------------------------------------------------------------------- scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_the_scores_are_those_of_inference(exported, trained, features, name):
     model, checkpoint = load_checkpoint(trained / "best_model.pth")
@@ -80,6 +81,7 @@ def test_the_scores_are_those_of_inference(exported, trained, features, name):
 EVERYTHING = ("region_guidance", "lamm", "head_interaction")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", [("region_guidance",), ("lamm", "head_interaction"), EVERYTHING], ids="-".join)
 def test_every_ablation(tmp_path, left_out):
     # without it, the first layer's masks do not reach the class token
@@ -109,6 +111,7 @@ def test_every_ablation(tmp_path, left_out):
 # ------------------------------------------------------------------------------------------------------------ the files
 
 
+@pytest.mark.slow
 def test_the_files_say_what_they_are(exported, trained):
     checkpoint_file = trained / "best_model.pth"
     model, checkpoint = load_checkpoint(checkpoint_file)
@@ -133,6 +136,7 @@ def test_the_files_say_what_they_are(exported, trained):
     assert of_torch == metadata
 
 
+@pytest.mark.slow
 def test_the_files_stand_alone(exported):
     assert sorted(path.name for path in exported.folder.iterdir()) == FILES  # no weights beside them
     for name in FILES:
@@ -159,6 +163,7 @@ def test_the_files_stand_alone(exported):
     assert len(operators) > 50 and {operator.namespace for operator in operators} == {"aten"}
 
 
+@pytest.mark.slow
 def test_it_says_two_lines(exported):
     assert exported.stderr == ""
     assert [line.split(": ")[0] for line in exported.stdout.splitlines()] == [
@@ -191,6 +196,7 @@ def assert_untouched(folder: Path) -> None:
     assert all((folder / name).read_text() == f"an earlier {name}" for name in FILES)
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_another_model(exported, trained):
     model, _ = load_checkpoint(trained / "best_model.pth")
     files = [exported.folder / name for name in FILES]

@@ -15,12 +15,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import GENERATORS, ROOT, SMALL, error_line, refusal, run_here, run_script
+from conftest import GENERATORS, ROOT, SMALL, error_line, refusal, run_script
 from PIL import Image
 from sklearn.metrics import accuracy_score, average_precision_score, recall_score, roc_auc_score
 
 import inference
-import train
 from dataset import FaceDataset
 from evaluation.metrics import METRICS
 from evaluation.protocol import draw_comparisons, load_test_set, score
@@ -191,7 +190,7 @@ def evaluated(features, trained, made_once) -> tuple[Path, str]:
     def test_it(folder: Path) -> None:
         options = ("--features", features, "--checkpoint", trained / "best_model.pth")
         options += tuple("--bootstrap 200 --robustness --report report".split())
-        (folder / "said.txt").write_text(run_here(inference, *options, cwd=folder))
+        (folder / "said.txt").write_text(run_script("inference.py", *options, cwd=folder).stdout)
 
     folder = made_once("evaluated", test_it)
     return folder, (folder / "said.txt").read_text()
@@ -208,6 +207,7 @@ def read_scores(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
+@pytest.mark.slow
 def test_metrics_are_scikit_learns_on_the_scores_of_the_csv_file(evaluated, trained):
     folder, printed = evaluated
     results = json.loads((folder / "prediction_results.json").read_text())
@@ -244,6 +244,7 @@ def test_metrics_are_scikit_learns_on_the_scores_of_the_csv_file(evaluated, trai
     }
 
 
+@pytest.mark.slow
 def test_the_scores_are_what_the_model_says(evaluated, features, trained):
     model, checkpoint = load_checkpoint(trained / "best_model.pth")
     files = find_feature_files(features, "test")
@@ -255,6 +256,7 @@ def test_the_scores_are_what_the_model_says(evaluated, features, trained):
         np.testing.assert_allclose(written, scores[chosen], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_for_a_paper(evaluated):
     folder, _ = evaluated
     results = json.loads((folder / "prediction_results.json").read_text())
@@ -273,6 +275,7 @@ def test_rows_for_a_paper(evaluated):
     assert "Mean & " in latex and r"$\pm$" in latex and f"Worst: {results['Worst']['generator']}" in latex
 
 
+@pytest.mark.slow
 def test_names_that_mean_something_to_markdown_and_latex(evaluated):
     results = json.loads((evaluated[0] / "prediction_results.json").read_text())
     odd = {r"A & B_50%, v|2 ~x^y\z {#1} $": results[GENERATORS[0]]} | {name: results[name] for name in ("Mean", "Std")}
@@ -283,6 +286,7 @@ def test_names_that_mean_something_to_markdown_and_latex(evaluated):
     assert row.startswith(r"A \& B\_50\%, v|2 \textasciitilde{}x\^{}y\textbackslash{}z \{\#1\} \$ & seen")
 
 
+@pytest.mark.slow
 def test_under_every_corruption(evaluated):
     folder, printed = evaluated
     rows = json.loads((folder / "prediction_results.json").read_text())["Robustness"]
@@ -296,6 +300,7 @@ def test_under_every_corruption(evaluated):
     assert "<html" in (folder / "report/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_and_other_workers_give_the_same_numbers(evaluated, features, trained, tmp_path):
     arguments = (
         "--features",
@@ -353,6 +358,7 @@ def test_corruptions_depend_on_the_image_alone(test_set):
     )
 
 
+@pytest.mark.slow
 def test_landmarks_are_kept_or_found_again(features, trained):
     model, checkpoint = load_checkpoint(trained / "best_model.pth")
     test_set = load_test_set(model, checkpoint, options("--features", features))
@@ -396,9 +402,19 @@ def test_formats_and_sizes_that_tell_the_class_are_named(features, trained, tmp_
     assert json.loads((tmp_path / "out.json").read_text())["Run"]["warnings"] == []
 
 
+@pytest.mark.slow
 def test_generators_kept_from_training_are_marked(features, tmp_path, capsys):
-    run_here(
-        train, "--features", features, *SMALL, "--epochs", 1, "--datasets", "Consistent", "OffAxisMouth", cwd=tmp_path
+    run_script(
+        "train.py",
+        "--features",
+        features,
+        *SMALL,
+        "--epochs",
+        1,
+        "--datasets",
+        "Consistent",
+        "OffAxisMouth",
+        cwd=tmp_path,
     )
     inference.main(
         options(
@@ -456,6 +472,7 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
     assert not (tmp_path / "prediction_results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_costs_no_results(features, trained, tmp_path):
     command = [
         sys.executable,
@@ -525,6 +542,7 @@ def test_images_treated_otherwise_than_the_training_images_are_told(features, tr
     ]
 
 
+@pytest.mark.slow
 def test_features_of_another_size_are_refused(datasets, trained, tmp_path):
     run_script(
         "feature_extraction.py", "--data_root", datasets, "--output_dir", "features", "--img_size", 112, cwd=tmp_path
@@ -533,7 +551,8 @@ def test_features_of_another_size_are_refused(datasets, trained, tmp_path):
     assert "112 px" in line and "--img_size 224" in line
 
 
+@pytest.mark.slow
 def test_gaussian_masks_travel_with_the_checkpoint(features, tmp_path):
-    run_here(train, "--features", features, *SMALL, "--epochs", 1, "--mask_style", "gaussian", cwd=tmp_path)
+    run_script("train.py", "--features", features, *SMALL, "--epochs", 1, "--mask_style", "gaussian", cwd=tmp_path)
     assert load_checkpoint(tmp_path / "output_model/best_model.pth")[1]["mask_style"] == "gaussian"
-    assert "OffAxisMouth" in run_here(inference, "--features", features, "--bootstrap", 0, cwd=tmp_path)
+    assert "OffAxisMouth" in run_script("inference.py", "--features", features, "--bootstrap", 0, cwd=tmp_path).stdout

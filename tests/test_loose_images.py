@@ -14,12 +14,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, run_here, run_script
+from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, run_script
 from PIL import Image
 
-import feature_extraction
 import inference
-import train
 from dataset import FaceDataset
 from drawing.face import sample_face
 from drawing.render import draw_face, render
@@ -65,6 +63,7 @@ def test_a_picture_framed_as_in_training_is_taken_whole(finder, framing):
         assert 0 <= left < 0.35 < 0.65 < right <= 1 and 0 <= top < 0.45 < 0.7 < bottom <= 1
 
 
+@pytest.mark.slow
 def test_every_face_of_a_picture_is_cut_out_as_the_training_images_are_framed(finder, framing):
     """Three faces on a wide canvas, 8000 pixels wide too: each is found where it is, and comes out as its own picture
     would.
@@ -111,6 +110,7 @@ def test_a_picture_framed_otherwise_is_not_squeezed(finder, framing, width, heig
     )
 
 
+@pytest.mark.slow
 def test_small_faces_beside_a_large_one_have_rows(finder, framing):
     picture = Image.new("RGB", (900, 640), (120, 130, 140))
     for seed, (left, top, side) in {1: (0, 0, 640), 2: (645, 0, 250), 4: (645, 300, 250)}.items():
@@ -176,6 +176,7 @@ def test_scores_are_those_of_the_features(datasets, features, trained, tmp_path)
     ]
 
 
+@pytest.mark.slow
 def test_a_row_for_each_face_or_a_reason_for_each_file(trained, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -217,6 +218,7 @@ def test_a_row_for_each_face_or_a_reason_for_each_file(trained, tmp_path):
     assert "Traceback" not in done.stderr and f"files: {len(everything)}, without a score: " in done.stderr
 
 
+@pytest.mark.slow
 def test_json_lines_patterns_and_pictures_of_the_reasons(datasets, trained, tmp_path):
     arguments = (
         "--images",
@@ -232,6 +234,7 @@ def test_json_lines_patterns_and_pictures_of_the_reasons(datasets, trained, tmp_
     assert all((tmp_path / row["explanation"]).exists() for row in rows[:3])
 
 
+@pytest.mark.slow
 def test_each_face_has_a_picture_of_its_own(datasets, trained, tmp_path):
     for name in ("a", "sub/a", "a_2", "sub/a_2"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -258,6 +261,7 @@ def test_a_file_is_listed_once_and_a_missing_one_is_named(datasets, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_the_run_quietly(datasets, trained):
     command = [
         sys.executable,
@@ -344,13 +348,14 @@ def aligned(made_once):
             options += tuple("--align --recompress 60-90 --target_height 160 --target_width 160".split())
             run_script("preprocess.py", *options, cwd=root)
         options = "--data_root data --output_dir features --img_size 112 --patch_size 28 --workers 1".split()
-        run_here(feature_extraction, *options, cwd=root)
+        run_script("feature_extraction.py", *options, cwd=root)
         options = "--features features --output_dir model --patch_size 28 --embed_dim 24 --depth 2".split()
-        run_here(train, *options, "--epochs", 1, "--batch_size", 8, cwd=root)
+        run_script("train.py", *options, "--epochs", 1, "--batch_size", 8, cwd=root)
 
     return made_once("aligned", make)
 
 
+@pytest.mark.slow
 def test_loose_pictures_are_aligned_for_a_model_of_aligned_images(aligned, finder, tmp_path):
     """Originals and their prepared copies have the score that they have by way of the features."""
     model, checkpoint = load_checkpoint(aligned / "model/best_model.pth")
@@ -423,6 +428,7 @@ def test_loose_pictures_are_aligned_for_a_model_of_aligned_images(aligned, finde
     assert "was resized already, it was a JPEG 500x360" in rows[str(tmp_path / "squashed.png")]["reason"]
 
 
+@pytest.mark.slow
 def test_what_was_treated_otherwise_than_the_training_images_has_no_score(aligned, trained):
     copy = next((aligned / "data/fake/Gan").iterdir())
     done = run_script(
@@ -434,6 +440,7 @@ def test_what_was_treated_otherwise_than_the_training_images_has_no_score(aligne
     )
 
 
+@pytest.mark.slow
 def test_images_that_were_not_treated_alike_are_named_and_not_trained_on(aligned, tmp_path):
     shutil.copytree(aligned / "data", tmp_path / "data")
     shutil.rmtree(tmp_path / "data/fake/Gan")

@@ -183,6 +183,7 @@ def normal_truth(distance: float) -> tuple[float, float]:
     return float(np.mean(true_positive / (true_positive + false_positive))), float(norm.cdf(distance / 2**0.5))
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     """Of 95 % intervals, 93-97 % hold the true value, in 300 simulated sets of each of three kinds.
 
@@ -204,6 +205,7 @@ def test_intervals_cover_the_truth():
         assert 0.93 <= np.mean([one for (name, _), one in hits.items() if name == metric]) <= 0.97
 
 
+@pytest.mark.slow
 def test_interval_of_a_mean_covers_it():
     """Three generators against the same real images, whose common draws belong to the mean's spread."""
     distances, size, hits = (1.0, 2.0, 2.5), 80, 0
@@ -357,6 +359,7 @@ def test_where_the_images_cannot_tell_there_is_no_p_value():
         assert found.difference == 0.5 and np.isnan([found.low, found.high, found.p_value]).all()
 
 
+@pytest.mark.slow
 def test_a_mean_over_generators_keeps_what_they_have_in_common():
     """Two generators stand against 200 real images and against the first 90 of these. The standard error of their mean
     is the true one; with the reals drawn for each alone it is a quarter too small, as the fakes are much alike."""

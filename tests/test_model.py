@@ -347,6 +347,7 @@ def random_vit(**size) -> torch.nn.Module:
     return vit
 
 
+@pytest.mark.slow
 def test_without_all_parts_it_is_torchvisions_vit_b_16():
     vit = random_vit(
         image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072, num_classes=2

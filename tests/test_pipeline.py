@@ -30,9 +30,10 @@ def raw(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_five_commands(raw):
     def run(*command: object):
-        return run_script(*command, cwd=raw)
+        return run_script(*command, cwd=raw, processes=0)
 
     for folder in sorted(path.relative_to(raw / "datasets") for path in (raw / "datasets").glob("*/*")):
         run("preprocess.py", "--directory", f"datasets/{folder}")

@@ -220,15 +220,14 @@ def test_plan_is_the_same_at_every_moment_of_a_run(tmp_path):
         assert all(rest[image] == plan[image] for i, image in enumerate(images) if not done >> i & 1)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again(tmp_path):
-    names = []
-    for folder in ("D", "E"):
-        (tmp_path / folder).mkdir()
-        for i in range(60):
-            picture(800, 600, i).save(tmp_path / folder / f"{i}.jpg", quality=95)
-            names.append(f"{i}.png")
+    (tmp_path / "D").mkdir()
+    for i in range(60):
+        picture(800, 600, i).save(tmp_path / f"D/{i}.jpg", quality=95)
+    shutil.copytree(tmp_path / "D", tmp_path / "E")
     run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
-    for finished in (1, 5, 9, 15, 22, 30, 36, 40, 50, 57):
+    for finished in (1, 5, 15, 30, 40, 50, 57):
         process = subprocess.Popen(
             [sys.executable, ROOT / "preprocess.py", "--directory", "D"], cwd=tmp_path, stderr=subprocess.DEVNULL
         )
@@ -244,6 +243,7 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
     assert visible == contents(tmp_path / "E")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [True, False])
 def test_two_processes_of_torchrun_give_what_one_gives(tmp_path, in_place):
     for folder in ("D", "E"):
@@ -259,11 +259,12 @@ def test_two_processes_of_torchrun_give_what_one_gives(tmp_path, in_place):
         assert one == two
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_worker_that_is_killed(tmp_path):
-    for folder in ("D", "E"):
-        (tmp_path / folder).mkdir()
-        for i in range(80):
-            picture(1600, 1200, i).save(tmp_path / folder / f"{i}.jpg", quality=95)
+    (tmp_path / "D").mkdir()
+    for i in range(80):
+        picture(1600, 1200, i).save(tmp_path / f"D/{i}.jpg", quality=95)
+    shutil.copytree(tmp_path / "D", tmp_path / "E")
     run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
     process = subprocess.Popen(
@@ -367,6 +368,7 @@ def test_a_folder_that_is_linked_twice_is_listed_once(tmp_path):
     assert list_images(tmp_path / "D") == [tmp_path / "D/a/1.jpg"]
 
 
+@pytest.mark.slow
 def test_names_that_are_no_text(tmp_path):
     (tmp_path / "D").mkdir()
     (tmp_path / "D" / os.fsdecode(b"bad\xff.jpg")).write_text("no image")
@@ -400,6 +402,7 @@ def points_of(path: Path) -> np.ndarray:
     return np.array([landmarks[36:42].mean(axis=0), landmarks[42:48].mean(axis=0), landmarks[[48, 54]].mean(axis=0)])
 
 
+@pytest.mark.slow
 def test_aligned_faces_have_eyes_and_mouth_in_one_place(tmp_path):
     """The same face, however it stands in its picture, gives the same picture; of all faces the eyes are level and
     equally wide apart.
@@ -450,6 +453,7 @@ def test_the_crop_is_the_part_of_ffhqs_square_that_was_asked_for():
     assert np.allclose(turned_centre, turn @ centre) and np.allclose(turned_right, turn @ right)
 
 
+@pytest.mark.slow
 def test_alignment_samples_all_pixels():
     """A pattern of single pixels under a face that is made ten times smaller becomes gray, not a pattern."""
     picture = np.asarray(drawn_in(2400, 3.6, 0, (0, 0), 0)).copy()
@@ -473,6 +477,7 @@ def test_a_treatment_says_which_options_it_was():
     assert treatment_of(get_args_parser().parse_args(["--directory", "D"])) == ""
 
 
+@pytest.mark.slow
 def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     (tmp_path / "D").mkdir()
     whole = drawn_in(700, 1, 0, (0, 0), 0)
@@ -567,6 +572,7 @@ def test_a_predictor_that_is_none_is_named(tmp_path):
     assert error_line(run_script(*command, cwd=tmp_path, expect=1)).startswith("p.dat: not a dlib shape predictor")
 
 
+@pytest.mark.slow
 def test_recompression_depends_on_the_content_alone(tmp_path):
     for folder in ("D", "E"):
         (tmp_path / folder).mkdir()

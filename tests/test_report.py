@@ -157,6 +157,7 @@ def written(tmp_path: Path, *arguments: object) -> tuple[str, Page]:
 # ------------------------------------------------------------------------------------------------------------- contents
 
 
+@pytest.mark.slow
 def test_everything_is_there(tmp_path):
     warnings = ["StarGAN: the format of its files tells it from the real ones (PNG; real: JPEG)"]
     arguments = results, comparisons, mistakes, robustness = evaluation(["StyleGAN3", "StarGAN"], warnings=warnings)
@@ -223,6 +224,7 @@ def test_without_intervals_robustness_mistakes_and_warnings(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fakes, reals", [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)])
 @pytest.mark.parametrize("threshold", [np.nextafter(1, 2), 0.0])
 def test_extreme_scores(tmp_path, fakes, reals, threshold):
@@ -233,6 +235,7 @@ def test_extreme_scores(tmp_path, fakes, reals, threshold):
     written(tmp_path, results, {"StyleGAN3": (labels, scores)}, mistakes, None)
 
 
+@pytest.mark.slow
 def test_hostile_names_stay_names(tmp_path):
     results, comparisons, mistakes, robustness = evaluation(
         ["StyleGAN3", HOSTILE], warnings=[HOSTILE], checkpoint=HOSTILE, new_setting={HOSTILE: [HOSTILE]}
@@ -250,6 +253,7 @@ def test_hostile_names_stay_names(tmp_path):
     assert any(HOSTILE_SHOWN in label for label in page.attributes("aria-label"))
 
 
+@pytest.mark.slow
 def test_many_generators(tmp_path):
     names = [f"Generator{i:02}" for i in range(12)]
     source, page = written(tmp_path, *evaluation(names, robust=True))
@@ -260,6 +264,7 @@ def test_many_generators(tmp_path):
     assert len(source) < 800_000
 
 
+@pytest.mark.slow
 def test_same_input_same_bytes(tmp_path):
     arguments = evaluation(["StyleGAN3"])
     source, _ = written(tmp_path, *arguments)
@@ -278,6 +283,7 @@ def test_an_earlier_report_survives_a_failure(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- charts
 
 
+@pytest.mark.slow
 def test_robustness_curves(tmp_path):
     names = ["StyleGAN3", HOSTILE, *(f"A generator with quite a long name {i}" for i in range(28))]
     rows = evaluation(names, size=10)[3]
@@ -353,6 +359,7 @@ def measured(tmp_path: Path, sources: list[str], *options: str) -> list[dict]:
     return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]))
 
 
+@pytest.mark.slow
 def test_opens_from_disk(tmp_path):
     written(tmp_path, *evaluation(["StyleGAN3", HOSTILE, "W" * 200]))
     dom, console = chromium(tmp_path, (tmp_path / "report.html").as_uri())
@@ -364,6 +371,7 @@ def test_opens_from_disk(tmp_path):
     assert "Content Security Policy" in chromium(tmp_path, (tmp_path / "spoiled.html").as_uri())[1]
 
 
+@pytest.mark.slow
 def test_fits_a_phone_and_follows_the_colour_scheme(tmp_path):
     long = [f"{letter * 60}" for letter in "WM"] + [f"Generator{i}" for i in range(4)]
     source, _ = written(tmp_path, *evaluation([*long, HOSTILE], warnings=["w" * 300]))

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 import torchvision
-from conftest import GENERATORS, ROOT, SMALL, error_line, launcher, refusal, run_here, run_script
+from conftest import GENERATORS, ROOT, SMALL, error_line, launcher, refusal, run_script
 from PIL import Image
 
 import train
@@ -124,8 +124,11 @@ def test_tensorboard_gets_scalars_a_curve_and_the_weights_of_heads(trained):
     assert (events.Images("lamm_weights")[0].width, events.Images("lamm_weights")[0].height) == (12 * 16, 2 * 16)
 
 
+@pytest.mark.slow
 def test_the_plan_is_printed_before_the_first_step(features, tmp_path):
-    printed = run_here(train, "--features", features, *SMALL, "--epochs", 1, "--schedule", "cosine", cwd=tmp_path)
+    printed = run_script(
+        "train.py", "--features", features, *SMALL, "--epochs", 1, "--schedule", "cosine", cwd=tmp_path
+    ).stdout
     plan, _, _ = printed.partition("epoch   1")
     for text in (
         "36 real, 36 fake   balanced",
@@ -185,19 +188,21 @@ def test_validation_auc_is_the_one_of_the_saved_weights(features, trained):
     assert metrics["auc"] == pytest.approx(checkpoint["val_auc"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_earlier_model_is_kept(features, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "output_model")
     before = (trained / "best_model.pth").read_bytes()
-    printed = run_here(train, "--features", features, *SMALL, "--epochs", 1, "--seed", 7, cwd=tmp_path)
+    printed = run_script("train.py", "--features", features, *SMALL, "--epochs", 1, "--seed", 7, cwd=tmp_path).stdout
     assert "output_model/earlier_1" in printed
     assert (tmp_path / "output_model/earlier_1/best_model.pth").read_bytes() == before
     assert len(log_of(tmp_path / "output_model")) == 1
 
 
+@pytest.mark.slow
 def test_it_learns(features, tmp_path):
     """The training loss falls well below chance's 0.693 on a handful of faces: gradients reach what they should."""
-    run_here(
-        train,
+    run_script(
+        "train.py",
         "--features",
         features,
         *"--patch_size 56 --embed_dim 48 --depth 2 --batch_size 8 --accum_steps 1 --num_workers 0".split(),
@@ -208,6 +213,7 @@ def test_it_learns(features, tmp_path):
     assert log[-1]["train_ce"] < 0.8 * log[0]["train_ce"] and log[-1]["train_ce"] < 0.6
 
 
+@pytest.mark.slow
 def test_refusals(features, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(features, tmp_path / "cut")
@@ -321,6 +327,7 @@ def spoil(features: Path, folder: Path, name: str, row: int) -> str:
         return file["paths"].asstr()[row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
 def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(features, tmp_path, processes):
     path = spoil(features, tmp_path / "spoilt", "fake/OffAxisMouth", 5)
@@ -328,7 +335,7 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(fea
         *"--features spoilt --patch_size 16 --embed_dim 24 --depth 2".split(),
         *"--batch_size 8 --accum_steps 2 --num_workers 1".split(),
     )
-    done = run_script("train.py", *arguments, cwd=tmp_path, processes=processes, expect=1)
+    done = run_script("train.py", *arguments, cwd=tmp_path, processes=processes or None, expect=1)
     line = next(line for line in done.stderr.replace("\r", "\n").splitlines() if "the loss is not finite" in line)
     assert (
         f"not finite with {path}; the last good checkpoint is kept in output_model/last.pth, " in line
@@ -366,7 +373,7 @@ def straight(features, made_once) -> dict[int, Path]:
     options = ("--features", features, *LONG, "--output_dir")
 
     def in_one(folder: Path) -> None:
-        run_here(train, *options, folder / "out", cwd=folder)
+        run_script("train.py", *options, folder / "out", cwd=folder)
 
     def in_two(folder: Path) -> None:
         run_script("train.py", *options, folder / "out", cwd=folder, processes=2)
@@ -374,6 +381,7 @@ def straight(features, made_once) -> dict[int, Path]:
     return {0: made_once("straight_one", in_one) / "out", 2: made_once("straight_two", in_two) / "out"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
 def test_stopped_in_any_way_and_resumed_is_the_run_that_was_not_stopped(features, straight, tmp_path, processes):
     """Killed at a step of its own, asked to end at another, killed again; then left alone."""
@@ -411,11 +419,20 @@ def test_stopped_in_any_way_and_resumed_is_the_run_that_was_not_stopped(features
     position = torch.load(folder / "last.pth", weights_only=True)
     assert 0 < position["samples"] <= 4 * 72 + 8
     run_script(
-        "train.py", "--features", features, *LONG, "--output_dir", folder, "--resume", cwd=tmp_path, processes=processes
+        "train.py",
+        "--features",
+        features,
+        *LONG,
+        "--output_dir",
+        folder,
+        "--resume",
+        cwd=tmp_path,
+        processes=processes or None,
     )
     assert_same_run(folder, straight[processes])
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_by_itself_after_a_worker_was_killed_twice(features, straight, tmp_path):
     command = [
         *launcher(2, "--max_restarts=3"),
@@ -438,6 +455,7 @@ def test_torchrun_goes_on_by_itself_after_a_worker_was_killed_twice(features, st
     assert_same_run(tmp_path / "out", straight[2])
 
 
+@pytest.mark.slow
 def test_two_machines_go_on_when_one_of_them_loses_its_process(features, straight, tmp_path):
     """Two agents of torchrun. They count restarts for themselves, the one that has lost nothing counts none."""
     with socket.socket() as free:
@@ -470,10 +488,13 @@ def test_two_machines_go_on_when_one_of_them_loses_its_process(features, straigh
     assert_same_run(tmp_path / "out", straight[2])
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_last_checkpoint_goes_on_from_the_one_before(features, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "out")
     (tmp_path / "out/last.pth").unlink()
-    printed = run_here(train, "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path)
+    printed = run_script(
+        "train.py", "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path
+    ).stdout
     assert "goes on from out/previous.pth" in printed
     assert_same_run(tmp_path / "out", straight[0])
 
@@ -486,20 +507,23 @@ def test_damage_inside_a_checkpoint_is_seen(trained, tmp_path):
         load_checkpoint(tmp_path / "last.pth")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(features, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "out")
-    run_here(train, "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path)
+    run_script("train.py", "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path)
     assert_same_run(tmp_path / "out", straight[0])
 
 
+@pytest.mark.slow
 def test_more_epochs_are_what_they_would_have_been(features, straight, tmp_path):
     arguments = ("--features", features, *LONG, "--output_dir", "out")
-    run_here(train, *arguments, "--epochs", 2, cwd=tmp_path)
-    run_here(train, *arguments, "--resume", cwd=tmp_path)
+    run_script("train.py", *arguments, "--epochs", 2, cwd=tmp_path)
+    run_script("train.py", *arguments, "--resume", cwd=tmp_path)
     assert (tmp_path / "out/log.jsonl").read_bytes() == (straight[0] / "log.jsonl").read_bytes()
     assert torch.equal(weights_of(tmp_path / "out")["head.weight"], weights_of(straight[0])["head.weight"])
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_named_and_the_older_one_offered(features, straight, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(straight[0], "out")
@@ -507,10 +531,13 @@ def test_a_torn_checkpoint_is_named_and_the_older_one_offered(features, straight
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     message = refusal(train, "--features", features, *LONG, "--output_dir", "out", "--resume")
     assert "out/last.pth: not a whole checkpoint" in message and "--resume out/previous.pth" in message
-    run_here(train, "--features", features, *LONG, "--output_dir", "out", "--resume", "out/previous.pth", cwd=tmp_path)
+    run_script(
+        "train.py", "--features", features, *LONG, "--output_dir", "out", "--resume", "out/previous.pth", cwd=tmp_path
+    )
     assert_same_run(tmp_path / "out", straight[0])
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_and_says_so(features, straight, tmp_path):
     """Also where only the validation of an epoch is left to do: previous.pth is from before the last one."""
     shutil.copytree(straight[0], tmp_path / "out")
@@ -551,13 +578,14 @@ def one_and_two(features, made_once) -> tuple[list[dict], list[dict], Path]:
     options += tuple("--num_workers 0 --lr 1e-4 --lr_patience 1 --stop_patience 3 --epochs 20".split())
 
     def fit(folder: Path) -> None:
-        run_here(train, *options, "--batch_size", 8, "--output_dir", "one", cwd=folder)
+        run_script("train.py", *options, "--batch_size", 8, "--output_dir", "one", cwd=folder)
         run_script("train.py", *options, "--batch_size", 4, "--output_dir", "two", cwd=folder, processes=2)
 
     folder = made_once("one_and_two", fit)
     return log_of(folder / "one"), log_of(folder / "two"), folder / "two"
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(one_and_two):
     """The same losses, the diversity loss among them, up to rounding; the same schedule, the same end."""
     one, two, _ = one_and_two
@@ -567,6 +595,7 @@ def test_two_processes_train_as_one(one_and_two):
     assert len(one) == len(two) < 20, "the early stop is in the same epoch"
 
 
+@pytest.mark.slow
 def test_validation_over_two_processes_is_exact(one_and_two, features):
     model, checkpoint = load_checkpoint(one_and_two[2] / "best_model.pth")
     dataset = FaceDataset(list(find_feature_files(features, "val").values()), model.config.grid_size)
@@ -576,6 +605,7 @@ def test_validation_over_two_processes_is_exact(one_and_two, features):
     torch.testing.assert_close(one["lamm_weights"], checkpoint["lamm_weights"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_one_process_that_fails_ends_all_and_its_cause_comes_first(features, tmp_path):
     (tmp_path / "failing.py").write_text(
         f"""import os, sys
@@ -614,6 +644,7 @@ train.guarded_main()
 # ------------------------------------------------------------------------------------------------------------- variants
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "without",
     [
@@ -634,6 +665,7 @@ def test_ablations_train_and_are_recorded(features, tmp_path, without):
     assert (tmp_path / "lamm_weights.png").exists() == ("lamm" not in without)
 
 
+@pytest.mark.slow
 def test_an_ablation_trains_on_two_processes(features, tmp_path):
     """No parameter is left without a gradient: DistributedDataParallel would wait for it."""
     run_script(
@@ -641,13 +673,14 @@ def test_an_ablation_trains_on_two_processes(features, tmp_path):
         "--features",
         features,
         *SMALL,
-        *"--epochs 2 --without region_guidance head_interaction".split(),
+        *"--epochs 1 --without region_guidance head_interaction".split(),
         cwd=tmp_path,
         processes=2,
     )
-    assert len(log_of(tmp_path / "output_model")) == 2
+    assert len(log_of(tmp_path / "output_model")) == 1
 
 
+@pytest.mark.slow
 def test_starts_from_a_vision_transformer(features, tmp_path, capsys):
     torch.manual_seed(3)
     vit = torchvision.models.VisionTransformer(224, 56, 2, 12, 24, 96)
@@ -669,6 +702,7 @@ def test_starts_from_a_vision_transformer(features, tmp_path, capsys):
     assert model.norm.eps == vit.encoder.ln.eps
 
 
+@pytest.mark.slow
 def test_bf16_and_fp16_train(features, tmp_path):
     for precision in ("bf16", "fp16"):
         arguments = (

@@ -93,25 +93,28 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 def take_fingerprints(folder: Path, paths: list[str], args: argparse.Namespace) -> list[Fingerprint]:
-    """Of the images with these paths below the folder; kept in fingerprints.npz until images or method change."""
+    """Of the images with these paths below the folder; kept in fingerprints.npz until image or method change."""
     store = args.output_dir / "fingerprints.npz"
-    digest = hashlib.sha256(
-        b"".join(Path(method.__code__.co_filename).read_bytes() for method in (take_fingerprint, detect_face))
-    )
+    method = b"".join(Path(part.__code__.co_filename).read_bytes() for part in (take_fingerprint, detect_face))
+    keys = []
     for path in paths:
         stat = (folder / path).stat()
-        digest.update(json.dumps([path, stat.st_size, stat.st_mtime_ns]).encode())
+        keys.append(hashlib.sha256(method + json.dumps([path, stat.st_size, stat.st_mtime_ns]).encode()).hexdigest())
+    known: dict[str, Fingerprint] = {}
     if store.exists():
         with np.load(store) as kept:
-            if str(kept["key"]) == digest.hexdigest():
-                return [Fingerprint(*pair) for pair in zip(kept["hashes"], kept["faces"])]
-    # The network of a forked worker would fail where the parent has used a GPU
-    with face_workers(find_predictor(None), args.workers, may_fork=False) as pool:
-        images = pool.map(fingerprint, [folder / path for path in paths], chunksize=8)
-        found = list(tqdm(images, total=len(paths), desc="sift", unit="image"))
-    hashes, of_faces = np.stack([one.hashes for one in found]), np.stack([one.face for one in found])
+            keys_known = kept["keys"].tolist() if "keys" in kept else []
+            known = dict(zip(keys_known, map(Fingerprint, kept["hashes"], kept["faces"])))
+    new = {key: folder / path for key, path in zip(keys, paths) if key not in known}
+    if new:
+        # The network of a forked worker would fail where the parent has used a GPU
+        with face_workers(find_predictor(None), args.workers, may_fork=False) as pool:
+            taken = pool.map(fingerprint, new.values(), chunksize=8)
+            known |= dict(zip(new, tqdm(taken, total=len(new), desc="sift", unit="image")))
+    found = [known[key] for key in keys]
+    hashes, faces = np.stack([one.hashes for one in found]), np.stack([one.face for one in found])
     with replacing(store) as partial, open(partial, "wb") as file:
-        np.savez(file, key=digest.hexdigest(), hashes=hashes, faces=of_faces)
+        np.savez(file, keys=keys, hashes=hashes, faces=faces)
     return found
 
 
