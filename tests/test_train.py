@@ -367,18 +367,47 @@ LONG = (*"--patch_size 56 --embed_dim 24 --depth 2 --batch_size 8 --accum_steps 
 LONG += ("--lr_patience", 0, "--save_minutes", 0, "--epochs", 4)
 
 
+# Until the early stop. 72 samples are 4 1/2 steps.
+TO_THE_END = (*"--patch_size 56 --embed_dim 24 --depth 2 --dropout 0 --accum_steps 2 --num_workers 0".split(),)
+TO_THE_END += (*"--lr 1e-4 --lr_patience 1 --stop_patience 3 --epochs 20".split(),)
+ABLATED = (*SMALL, "--epochs", 1, "--without", "region_guidance", "head_interaction")
+
+SEVERAL_RUNS = f"""import functools, json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+
+train.join_processes = functools.cache(train.join_processes)
+for arguments in json.loads(sys.argv[1]):
+    train.main(train.get_args_parser().parse_args(arguments))
+"""
+
+
 @pytest.fixture(scope="session")
-def straight(features, made_once) -> dict[int, Path]:
+def in_two(features, made_once) -> Path:
+    """Runs of two processes, one after another in one torchrun, which saves the seconds of starting it three times."""
+
+    def train_all(folder: Path) -> None:
+        runs = {"straight": LONG, "to_the_end": (*TO_THE_END, "--batch_size", 4), "ablated": ABLATED}
+        runs = [["--features", features, "--output_dir", folder / name, *given] for name, given in runs.items()]
+        (folder / "several.py").write_text(SEVERAL_RUNS)
+        command = [*launcher(2), folder / "several.py", json.dumps([list(map(str, run)) for run in runs])]
+        subprocess.run(list(map(str, command)), cwd=folder, check=True, timeout=300, capture_output=True)
+
+    return made_once("in_two", train_all)
+
+
+@pytest.fixture(scope="session")
+def in_one(features, made_once) -> Path:
+    def train_it(folder: Path) -> None:
+        run_script("train.py", "--features", features, *LONG, "--output_dir", folder / "straight", cwd=folder)
+
+    return made_once("in_one", train_it)
+
+
+@pytest.fixture
+def straight(in_one, in_two) -> dict[int, Path]:
     """Runs that were not stopped, of one process and of two."""
-    options = ("--features", features, *LONG, "--output_dir")
-
-    def in_one(folder: Path) -> None:
-        run_script("train.py", *options, folder / "out", cwd=folder)
-
-    def in_two(folder: Path) -> None:
-        run_script("train.py", *options, folder / "out", cwd=folder, processes=2)
-
-    return {0: made_once("straight_one", in_one) / "out", 2: made_once("straight_two", in_two) / "out"}
+    return {0: in_one / "straight", 2: in_two / "straight"}
 
 
 @pytest.mark.slow
@@ -569,26 +598,21 @@ def test_two_runs_on_one_folder(features, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def one_and_two(features, made_once) -> tuple[list[dict], list[dict], Path]:
-    """1 x batch 8 and 2 x batch 4 until the early stop: their logs, and the folder of the two.
-
-    72 samples are 4 1/2 steps.
-    """
-    options = ("--features", features, *"--patch_size 56 --embed_dim 24 --depth 2 --dropout 0 --accum_steps 2".split())
-    options += tuple("--num_workers 0 --lr 1e-4 --lr_patience 1 --stop_patience 3 --epochs 20".split())
+def one_and_two(features, made_once, in_two) -> tuple[list[dict], list[dict], Path, Path]:
+    """1 x batch 8 and 2 x batch 4 until the early stop: their logs, and their folders."""
 
     def fit(folder: Path) -> None:
-        run_script("train.py", *options, "--batch_size", 8, "--output_dir", "one", cwd=folder)
-        run_script("train.py", *options, "--batch_size", 4, "--output_dir", "two", cwd=folder, processes=2)
+        options = (*TO_THE_END, "--batch_size", 8, "--output_dir", "one")
+        run_script("train.py", "--features", features, *options, cwd=folder)
 
-    folder = made_once("one_and_two", fit)
-    return log_of(folder / "one"), log_of(folder / "two"), folder / "two"
+    one, two = made_once("one_to_the_end", fit) / "one", in_two / "to_the_end"
+    return log_of(one), log_of(two), one, two
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(one_and_two):
     """The same losses, the diversity loss among them, up to rounding; the same schedule, the same end."""
-    one, two, _ = one_and_two
+    one, two, *_ = one_and_two
     for name in ("train_loss", "train_ce", "train_diversity", "val_loss"):
         np.testing.assert_allclose([line[name] for line in one], [line[name] for line in two], atol=1e-5)
     assert [line["lr"] for line in one] == [line["lr"] for line in two] and len({line["lr"] for line in one}) > 1
@@ -597,11 +621,11 @@ def test_two_processes_train_as_one(one_and_two):
 
 @pytest.mark.slow
 def test_validation_over_two_processes_is_exact(one_and_two, features):
-    model, checkpoint = load_checkpoint(one_and_two[2] / "best_model.pth")
+    model, checkpoint = load_checkpoint(one_and_two[3] / "best_model.pth")
     dataset = FaceDataset(list(find_feature_files(features, "val").values()), model.config.grid_size)
     scores = predict_scores(model, dataset, batch_size=16)
     assert binary_metrics(dataset.labels, scores, 0.5)["auc"] == pytest.approx(checkpoint["val_auc"], abs=1e-6)
-    one = torch.load(one_and_two[2].with_name("one") / "best_model.pth", weights_only=True)
+    one = torch.load(one_and_two[2] / "best_model.pth", weights_only=True)
     torch.testing.assert_close(one["lamm_weights"], checkpoint["lamm_weights"], atol=1e-5, rtol=0)
 
 
@@ -666,18 +690,9 @@ def test_ablations_train_and_are_recorded(features, tmp_path, without):
 
 
 @pytest.mark.slow
-def test_an_ablation_trains_on_two_processes(features, tmp_path):
+def test_an_ablation_trains_on_two_processes(in_two):
     """No parameter is left without a gradient: DistributedDataParallel would wait for it."""
-    run_script(
-        "train.py",
-        "--features",
-        features,
-        *SMALL,
-        *"--epochs 1 --without region_guidance head_interaction".split(),
-        cwd=tmp_path,
-        processes=2,
-    )
-    assert len(log_of(tmp_path / "output_model")) == 1
+    assert len(log_of(in_two / "ablated")) == 1
 
 
 @pytest.mark.slow
