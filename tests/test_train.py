@@ -383,25 +383,33 @@ for arguments in json.loads(sys.argv[1]):
 
 
 @pytest.fixture(scope="session")
-def in_two(features, made_once) -> Path:
-    """Runs of two processes, one after another in one torchrun, which saves the seconds of starting it three times."""
-
-    def train_all(folder: Path) -> None:
-        runs = {"straight": LONG, "to_the_end": (*TO_THE_END, "--batch_size", 4), "ablated": ABLATED}
-        runs = [["--features", features, "--output_dir", folder / name, *given] for name, given in runs.items()]
-        (folder / "several.py").write_text(SEVERAL_RUNS)
-        command = [*launcher(2), folder / "several.py", json.dumps([list(map(str, run)) for run in runs])]
-        subprocess.run(list(map(str, command)), cwd=folder, check=True, timeout=300, capture_output=True)
-
-    return made_once("in_two", train_all)
-
-
-@pytest.fixture(scope="session")
 def in_one(features, made_once) -> Path:
     def train_it(folder: Path) -> None:
         run_script("train.py", "--features", features, *LONG, "--output_dir", folder / "straight", cwd=folder)
 
     return made_once("in_one", train_it)
+
+
+@pytest.fixture(scope="session")
+def in_two(features, made_once, in_one) -> Path:
+    """Runs of two processes, one after another in one torchrun, which saves the seconds of starting it four times."""
+
+    def train_all(folder: Path) -> None:
+        shutil.copytree(in_one / "straight", folder / "of_one_before")
+        (folder / "of_one_before/last.pth").unlink()
+        runs = {
+            "straight": LONG,
+            "to_the_end": (*TO_THE_END, "--batch_size", 4),
+            "ablated": ABLATED,
+            "of_one_before": (*LONG, "--epochs", 5, "--resume"),
+        }
+        runs = [["--features", features, "--output_dir", folder / name, *given] for name, given in runs.items()]
+        (folder / "several.py").write_text(SEVERAL_RUNS)
+        command = [*launcher(2), folder / "several.py", json.dumps([list(map(str, run)) for run in runs])]
+        with open(folder / "said", "w") as said:
+            subprocess.run(list(map(str, command)), cwd=folder, check=True, timeout=300, stdout=said, stderr=said)
+
+    return made_once("in_two", train_all)
 
 
 @pytest.fixture
@@ -567,21 +575,10 @@ def test_a_torn_checkpoint_is_named_and_the_older_one_offered(features, straight
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on_and_says_so(features, straight, tmp_path):
+def test_another_number_of_processes_goes_on_and_says_so(in_two, straight):
     """Also where only the validation of an epoch is left to do: previous.pth is from before the last one."""
-    shutil.copytree(straight[0], tmp_path / "out")
-    (tmp_path / "out/last.pth").unlink()
-    done = run_script(
-        "train.py",
-        "--features",
-        features,
-        *LONG,
-        *"--epochs 5 --output_dir out --resume".split(),
-        cwd=tmp_path,
-        processes=2,
-    )
-    assert "of 1 processes, these are 2" in done.stdout
-    log = log_of(tmp_path / "out")
+    assert "of 1 processes, these are 2" in (in_two / "said").read_text()
+    log = log_of(in_two / "of_one_before")
     assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5]
     assert log[3]["train_ce"] == pytest.approx(log_of(straight[0])[3]["train_ce"])
 
