@@ -174,8 +174,8 @@ class FaceDataset:
             return self._open[number]
 
     def column(self, name: str) -> np.ndarray:
-        """One of the small per-sample datasets (labels, paths, originals, treatments, found_by, sha256) over all files,
-        in the order of samples.
+        """One of the small per-sample datasets (labels, paths, originals, treatments, found_by, filled, about,
+        sha256) over all files, in the order of samples.
         """
         columns = []
         for path in self.files:

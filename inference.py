@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation import tables
+from evaluation.groups import errors_by, group_table, groups_of, warn_of_few
 from evaluation.mistakes import find_mistakes
 from evaluation.pictures import score_images
 from evaluation.protocol import PROTOCOLS, TestSet, load_test_set, score
@@ -48,15 +49,21 @@ EXIT_UNSCORED = 3
 def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespace) -> None:
     """The whole evaluation. All processes score, the first one writes and prints."""
     test_set = load_test_set(model, checkpoint, args)
+    for column in args.by:
+        groups_of(test_set, column)  # raises before hours are spent
     check_outputs(args)
     scores = score(model, test_set, args)
     results = summarize(test_set, scores, checkpoint, args.bootstrap if rank == 0 else 0, args.seed)
     robustness = test_robustness(model, checkpoint, test_set, results, args) if args.robustness else None
     if rank > 0:
         return
+    by = {column: errors_by(test_set, scores, column, checkpoint["val_threshold"]) for column in args.by}
     warnings = warn_of_treatment(test_set, checkpoint["framing"]["treatment"]) + warn_of_traces(test_set, args.protocol)
+    warnings += [line for column, errors in by.items() for line in warn_of_few(errors, column)]
     results["Run"] = describe_run(checkpoint, test_set, warnings, args)
-    write_results(args.output, results, robustness)  # before anything is printed: a reader that has gone costs nothing
+    write_results(
+        args.output, results, robustness, by
+    )  # before anything is printed: a reader that has gone costs nothing
     write_scores(args.output.with_suffix(".csv"), test_set, scores, checkpoint["val_threshold"])
     if args.report:
         from evaluation.report import write_report  # matplotlib, where it is needed
@@ -66,6 +73,8 @@ def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespa
     tables.print_results(results)
     if robustness:
         tables.print_robustness(robustness)
+    for column, errors in by.items():
+        print(f"\n{group_table(errors, column)}")
     for warning in warnings:
         print(f"WARNING: {warning}")
     beside = args.output.with_suffix(".csv").name
@@ -85,11 +94,18 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise ValueError(f"{taken[0]}: is a folder; give --output another name")
 
 
-def write_results(out: Path, results: dict, robustness: list[dict] | None) -> None:
-    """The JSON file, tables in Markdown and LaTeX beside it, and the curves of robustness."""
+def write_results(out: Path, results: dict, robustness: list[dict] | None, by: dict[str, dict]) -> None:
+    """The JSON file, tables in Markdown and LaTeX beside it, and the curves of robustness.
+
+    Args:
+        by: {column of --by: errors_by}.
+    """
+    further = ({"Robustness": robustness} if robustness else {}) | ({"By": by} if by else {})
     with replacing(out) as partial:
-        partial.write_text(json.dumps(results | ({"Robustness": robustness} if robustness else {}), indent=2) + "\n")
-    texts = {".md": tables.results_as_markdown(results, robustness), ".tex": tables.results_as_latex(results)}
+        partial.write_text(json.dumps(results | further, indent=2) + "\n")
+    markdown = tables.results_as_markdown(results, robustness)
+    markdown += "".join(f"\n{group_table(errors, column, markdown=True)}\n" for column, errors in by.items())
+    texts = {".md": markdown, ".tex": tables.results_as_latex(results)}
     for suffix, text in texts.items():
         out.with_suffix(suffix).write_text(text, encoding="utf-8", errors="backslashreplace")
     if robustness:
@@ -153,6 +169,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     option("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     option(
+        "--without_cnn",
+        action="store_true",
+        help="do not look with dlib's CNN for faces that its frontal detector misses; for --images and --redetect",
+    )
+    option(
         "--predictor",
         type=Path,
         help="dlib's 68-point predictor, as for feature_extraction.py; for --images and --redetect",
@@ -184,6 +205,13 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
         "--redetect",
         action="store_true",
         help="find the face again in each corrupted image, instead of keeping the clean one's landmarks",
+    )
+    option(
+        "--by",
+        nargs="+",
+        default=[],
+        metavar="COLUMN",
+        help="false alarms and missed fakes also by these columns of the manifest, or by dataset",
     )
     option("--report", type=Path, metavar="DIR", help="write DIR/report.html, one file with tables, curves, mistakes")
     option("--num_workers", type=int, default=2, help="threads that read features (default: 2)")
@@ -227,6 +255,7 @@ def check_options(args: argparse.Namespace) -> None:
         "robustness",
         "redetect",
         "report",
+        "by",
         "num_workers",
     )
     defaults = vars(get_args_parser().parse_args([]))

@@ -29,8 +29,8 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from faces.images import ENLARGED, IMAGE_EXTENSIONS, NO_IMAGE_BY_NAME, list_files, list_images, load_rgb
-from faces.prepared import is_prepared, plan_outputs, write_png
+from faces.images import ENLARGED, FILLED, IMAGE_EXTENSIONS, NO_IMAGE_BY_NAME, list_files, list_images, load_rgb
+from faces.prepared import filled_of, is_prepared, plan_outputs, write_png
 from faces.rejection import BEYOND, NO_FACE, REJECTED_SUFFIX, Rejected, read_reasons, write_reasons
 from faces.treatment import ALIGNED_CROP, treat, treatment_of
 from runtime.files import free_path, replacing
@@ -43,6 +43,7 @@ class Outcome(NamedTuple):
     source: Path
     status: str  # "written", "unchanged" or "rejected"
     reason: str = ""  # why it was rejected; or ENLARGED
+    filled: float = 0.0  # the share of the crop that lies beyond the picture
 
 
 def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
@@ -59,7 +60,7 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
         and target.stat().st_mtime_ns == source.stat().st_mtime_ns
         and is_prepared(target, size)
     ):
-        return Outcome(source, "unchanged")
+        return Outcome(source, "unchanged", filled=filled_of(target) if args.align else 0.0)
     try:
         image = load_rgb(source)  # in full, a prepared one too: its end may be missing
         if image.height < args.min_height or image.width < args.min_width:
@@ -85,7 +86,8 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
     write_png(image, target, sync=False)
     stat = source.stat()
     os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by which the next run knows that the source is the same
-    return Outcome(source, "written", ENLARGED if image.info.get(ENLARGED) else "")
+    filled = image.info.get(FILLED, 0.0)
+    return Outcome(source, "written", ENLARGED if image.info.get(ENLARGED) else "", filled)
 
 
 @contextlib.contextmanager
@@ -100,10 +102,10 @@ def preparing(args: argparse.Namespace) -> Iterator[Callable[[tuple[Path, Path]]
     if not args.align:
         yield lambda pair: prepare(*pair, args)
         return
-    from faces.finder import find_predictor  # OpenCV and dlib, where they are needed
+    from faces.finder import finder_files  # OpenCV and dlib, where they are needed
     from faces.workers import face_workers
 
-    with face_workers(find_predictor(args.predictor), args.workers) as pool:
+    with face_workers(finder_files(args.predictor, not args.without_cnn), args.workers) as pool:
         yield lambda pair: pool.submit(prepare, *pair, args).result()
 
 
@@ -113,10 +115,12 @@ def preparing(args: argparse.Namespace) -> Iterator[Callable[[tuple[Path, Path]]
 def claim_output(output: Path, directory: Path, args: argparse.Namespace) -> None:
     """Notes in the output folder whose images it holds, and how treated, lest others of the same names be mixed in.
 
-    Sets args.look_again where these were made with another minimum size.
+    Sets args.look_again where these were made with another minimum size, share that may be filled, or finder.
     """
     note, treatment = output / ".source", treatment_of(args).encode()
-    minimum = f"{args.min_width}x{args.min_height}".encode()
+    minimum = f"{args.min_width}x{args.min_height}"
+    minimum += f", filled {args.max_filled:g}" if args.max_filled < 1 else ""
+    minimum = (minimum + (", without CNN" if args.without_cnn else "")).encode()
     known = note.read_bytes().split(b"\0") if note.exists() else []
     holds_images = output.is_dir() and bool(list_images(output))
     if output.is_dir() and (known[0] != os.fsencode(directory) if known and known[0] else holds_images):
@@ -141,6 +145,8 @@ def check_options(args: argparse.Namespace, directory: Path) -> None:
         sys.exit("--target_height, --target_width and --workers have to be at least 1")
     if args.align and not 0.2 <= args.align <= 2:
         sys.exit(f"--align {args.align:g}: has to be from 0.2 to 2, in parts of FFHQ's square")
+    if not 0 <= args.max_filled <= 1:
+        sys.exit(f"--max_filled {args.max_filled:g}: has to be from 0 to 1")
     if args.align and args.target_height != args.target_width:
         sys.exit("--align makes squares: --target_height and --target_width have to be equal")
     if treatment_of(args) and args.output_dir is None:
@@ -212,11 +218,15 @@ def set_aside(
 
 
 def report(
-    results: list[tuple[dict, list[Outcome]]], others: list[Path], directory: Path, args: argparse.Namespace
+    results: list[tuple[Counter, list[Outcome], list[float]]],
+    others: list[Path],
+    directory: Path,
+    args: argparse.Namespace,
 ) -> None:
     """Sets the rejected files of all processes aside, and prints what came of the run."""
-    counts = sum((counts for counts, _ in results), Counter())
-    rejected = sorted(outcome for _, outcomes in results for outcome in outcomes)
+    counts = sum((counts for counts, *_ in results), Counter())
+    rejected = sorted(outcome for _, outcomes, _ in results for outcome in outcomes)
+    filled = [share for *_, shares in results for share in shares]
     in_place = args.output_dir is None
     output = directory if in_place else args.output_dir.resolve()
     rejected_folder = output.with_name(output.name + REJECTED_SUFFIX)
@@ -232,11 +242,14 @@ def report(
         )
     if args.align and (total := counts["written"] + counts["unchanged"] + len(rejected)):
         faceless = sum(outcome.reason == NO_FACE for outcome in rejected)
-        beyond = sum(outcome.reason.startswith(BEYOND) for outcome in rejected)
-        print(
-            f"  of {total}, {faceless} have no face that was found ({faceless / total:.1%}), {beyond} would need their"
-            f" border filled ({beyond / total:.1%})"
-        )
+        print(f"  of {total}, {faceless} have no face that was found ({faceless / total:.1%})")
+        if filled:
+            print(
+                f"  {len(filled)} crops reach over the border of their picture ({len(filled) / total:.1%}), and are"
+                f" filled by reflection: {sum(filled) / len(filled):.1%} of such a crop, {max(filled):.1%} at the most"
+            )
+        if beyond := sum(outcome.reason.startswith(BEYOND) for outcome in rejected):
+            print(f"  {beyond} were dropped for more, --max_filled {args.max_filled:g} ({beyond / total:.1%})")
     if counts[ENLARGED]:
         print(
             f"WARNING: {counts[ENLARGED]} of the {counts['written']} written were enlarged, their crops have fewer"
@@ -290,9 +303,21 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="CROP",
         help=(
             "turn and cut out the largest face, eyes and mouth in the same place in all images; CROP is the side in"
-            f" parts of FFHQ's alignment (default: {ALIGNED_CROP}). Without a face, or with a crop beyond the border,"
-            " an image is rejected"
+            f" parts of FFHQ's alignment (default: {ALIGNED_CROP}). An image without a face is rejected; a crop that"
+            " reaches over the border is filled by reflection"
         ),
+    )
+    parser.add_argument(
+        "--max_filled",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="with --align, reject images of whose crop more than this share would be filled (default: 1)",
+    )
+    parser.add_argument(
+        "--without_cnn",
+        action="store_true",
+        help="with --align, do not look with dlib's CNN for faces that its frontal detector misses",
     )
     parser.add_argument(
         "--recompress",
@@ -326,7 +351,7 @@ def main(args: argparse.Namespace) -> None:
         mine, args.look_again = scatter(
             [(work[r::world], args.look_again) for r in range(world)] if rank == 0 else None
         )
-        counts, rejected = Counter(), []
+        counts, rejected, filled = Counter(), [], []
         # Threads, since Pillow decodes, resizes and encodes outside of Python's lock
         outcomes = map_ahead(locks.enter_context(preparing(args)), mine, args.workers, ahead=16 * args.workers)
         for outcome in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
@@ -334,7 +359,8 @@ def main(args: argparse.Namespace) -> None:
                 rejected.append(outcome)
             else:
                 counts.update([outcome.status, *([ENLARGED] if outcome.reason else [])])
-        results = gather((counts, rejected))
+                filled += [outcome.filled] if outcome.filled else []
+        results = gather((counts, rejected, filled))
         if rank == 0:
             report(results, others, directory, args)
         gather(None)  # nobody leaves before all is done, lest a restart miss one

@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset import FaceDataset
 from drawing.render import draw_file
-from faces.finder import FOUND_BY, FaceFinder, find_predictor
+from faces.finder import FOUND_BY, FaceFinder, finder_files
 from faces.images import list_images
 from samples.feature_files import SPLITS
 from samples.transforms import TrainTransform
@@ -61,7 +61,7 @@ def bare_preprocess(job: list, target: str) -> None:
 
 
 def bare_extraction(job: list, target: str) -> None:
-    finder = FaceFinder(find_predictor(None))
+    finder = FaceFinder(finder_files())
     for path, upsampling in job:
         picture = np.asarray(Image.open(path).convert("RGB"))
         faces = finder.detector(picture, upsampling)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from drawing.face import sample_face
 from drawing.render import render
 from evaluation.scoring import fake_probability
-from faces.finder import FaceFinder, find_predictor
+from faces.finder import FaceFinder, finder_files
 from faces.loose import SEARCH_SIDE, UPSAMPLED_SIDE
 from model import LAMMViT, LAMMViTConfig
 from runtime.checkpoint import CHECKPOINT_VERSION, load_checkpoint
@@ -66,7 +66,7 @@ _finder = None
 def bare_detection(path: str) -> int:
     """Number of faces, found and with landmarks."""
     global _finder
-    _finder = _finder or FaceFinder(find_predictor(None))
+    _finder = _finder or FaceFinder(finder_files())
     try:
         image = Image.open(path).convert("RGB")
     except OSError:

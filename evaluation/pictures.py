@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.scoring import fake_probability
-from faces.finder import find_predictor
+from faces.finder import finder_files
 from faces.loose import Face, Framing, faces_in_file, list_pictures
 from faces.workers import face_workers
 from model import LAMMViT
@@ -37,6 +37,7 @@ COLUMNS = (
     "verdict",
     "face",
     "framing",
+    "filled",
     "explanation",
     "reason",
 )
@@ -79,6 +80,7 @@ class Row(NamedTuple):
                 "verdict": self.verdict,
                 "face": self.face.found_by,
                 "framing": self.face.framing,
+                "filled": self.face.filled,
             }
         return values
 
@@ -112,7 +114,7 @@ def score_pictures(model: LAMMViT, checkpoint: dict, pictures: list[tuple[Path, 
 
     # The workers never use torch, but what is on a GPU cannot be shared with them
     may_fork = not torch.cuda.is_initialized()
-    with face_workers(find_predictor(args.predictor), workers, may_fork) as pool:
+    with face_workers(finder_files(args.predictor, not args.without_cnn), workers, may_fork) as pool:
 
         def found(picture: tuple[Path, str]) -> list[Face] | str:
             path, reason = picture

@@ -3,7 +3,6 @@
 import argparse
 import queue
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -11,7 +10,7 @@ from PIL import Image
 from evaluation.metrics import METRICS
 from evaluation.protocol import TestSet, score
 from evaluation.summary import summarize
-from faces.finder import FaceFinder, find_face, find_predictor
+from faces.finder import FaceFinder, FinderFiles, find_face, finder_files
 from faces.regions import draw_region_masks
 from model import LAMMViT
 
@@ -24,18 +23,18 @@ ROBUSTNESS = {
 }
 
 
-def finder_again(test_set: TestSet, checkpoint: dict, predictor: Path | None) -> Callable:
+def finder_again(test_set: TestSet, checkpoint: dict, files: FinderFiles) -> Callable:
     """For TestTransform: finds the face in a corrupted image; where there is none any more, the mean landmarks stand
     in.
     """
     side, grid_size, mean = test_set.dataset.img_size, test_set.dataset.grid_size, test_set.dataset.mean_landmarks
-    path, free = find_predictor(predictor), queue.LifoQueue()  # a finder is for one thread at a time
+    free = queue.LifoQueue()  # a finder is for one thread at a time
 
     def find(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         try:
             finder = free.get_nowait()
         except queue.Empty:
-            finder = FaceFinder(path)
+            finder = FaceFinder(files)
         _, landmarks, _ = find_face(Image.fromarray(image), finder, side)
         free.put(finder)
         landmarks = mean if landmarks is None else landmarks
@@ -50,7 +49,8 @@ def test_robustness(
     """A row for each corruption and level: {"corruption", "level", generator: metrics, ..., "Mean": metrics}; first the
     clean one.
     """
-    find_again = finder_again(test_set, checkpoint, args.predictor) if args.redetect else None
+    files = finder_files(args.predictor, not args.without_cnn) if args.redetect else None
+    find_again = finder_again(test_set, checkpoint, files) if files else None
     names = [*test_set.comparisons, "Mean"]
     rows = [
         {"corruption": "none", "level": 0}

@@ -1,6 +1,7 @@
 """Files to pixels: which files of a folder are images, and what people see in them."""
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -48,7 +49,14 @@ ABOUT_THE_FILE = (
 ORIGINAL = "Original"  # "JPEG 1024x768", width x height
 ENLARGED = "enlarged"  # in image.info alone: an aligned crop had fewer pixels than the result
 TREATMENT = "Treatment"  # "aligned 0.6, JPEG 75-95, 224x224"; faces/treatment.py
+# Of aligned crops: the share that lies beyond the border of the picture, and was filled; which of finder.FOUND_BY; the
+# landmarks, (68, 2) in pixels of the crop. The PNG holds all three, with a checksum of its pixels.
+FILLED = "Filled"
+FOUND = "Found"
+LANDMARKS = "Landmarks"
+STALE = "stale"  # in image.info alone: the pixels are not those whose landmarks the PNG holds
 ORIGINAL_PATTERN = r"\w+ \d+x\d+"
+FACE_NOTE_PATTERN = r"(\w+) ([01]\.\d{4}) ([0-9a-f]{16}) ((?:-?\d+\.\d\d ?){136})"
 TREATMENT_PATTERN = r"(?=aligned|JPEG)(?:aligned ([\d.]+), )?(?:JPEG (\d+)(?:-(\d+))?, )?(\d+)x(\d+)"
 
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
@@ -98,12 +106,33 @@ def turn_upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def face_note(image: Image.Image) -> str:
+    """What the PNG of an aligned crop says of its face: "frontal 0.0312 <checksum of the pixels> 61.02 103.48 ..."."""
+    points = " ".join(f"{value:.2f}" for value in np.ravel(image.info[LANDMARKS]).tolist())
+    return f"{image.info[FOUND]} {image.info[FILLED]:.4f} {pixel_checksum(image)} {points}"
+
+
+def pixel_checksum(image: Image.Image) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()[:16]
+
+
+def read_face_note(note: object, image: Image.Image) -> dict[str, object]:
+    """For image.info: FILLED, FOUND and LANDMARKS of face_note; FILLED and STALE where the pixels changed since."""
+    if not isinstance(note, str) or not (parts := re.fullmatch(FACE_NOTE_PATTERN, note)):
+        return {}
+    found_by, filled, checksum, points = parts.groups()
+    if checksum != pixel_checksum(image):
+        return {FILLED: float(filled), STALE: True}
+    landmarks = np.array(points.split(), np.float32).reshape(68, 2)
+    return {FILLED: float(filled), FOUND: found_by, LANDMARKS: landmarks}
+
+
 def load_rgb(path: Path) -> Image.Image:
     """Decodes a file as people see it: upright (EXIF orientation), 8-bit RGB, transparent parts on white, first frame
     only.
 
     image.info[ORIGINAL] tells what it was before preprocess.py, "JPEG 1024x768", and image.info[TREATMENT] how that
-    treated it.
+    treated it; of an aligned crop also FILLED, and FOUND and LANDMARKS, or STALE.
 
     Raises:
         Rejected: the file is not an image, or not a whole one.
@@ -127,7 +156,9 @@ def load_rgb(path: Path) -> Image.Image:
             picture, image = image, Image.new("RGBA", image.size, "white")
             image.alpha_composite(picture.convert("RGBA"))
         image = image if image.mode == "RGB" else image.convert("RGB")
-        image.info |= {ORIGINAL: original, TREATMENT: treatment}
+        others = {key: value for key, value in image.info.items() if key not in (FILLED, FOUND, LANDMARKS, STALE)}
+        of_face = read_face_note(file.info.get(LANDMARKS), image)
+        image.info = {**others, ORIGINAL: original, TREATMENT: treatment, **of_face}
         return image
     except MemoryError as error:
         raise Rejected("has more pixels than there is memory for") from error

@@ -2,12 +2,11 @@
 
 A picture whose face stands in it as the faces of the training images did is taken whole, as feature_extraction.py takes
 it: it gets the score that it has by way of the features. Of any other picture, and for any further face, a square is
-cut out with the margin that the training images have. Nothing is filled up: a cut that would reach over the border is
-moved inside, or made smaller.
+cut out with the margin that the training images have: a cut that would reach over the border is moved inside, or made
+smaller.
 
-A model that was trained on images of `preprocess.py --align` gets the largest face of each picture, aligned and
-recompressed in the same way; a picture with which that cannot be done has no score, as it would not have been trained
-on.
+A model that was trained on images of `preprocess.py --align` gets every face aligned and recompressed in the same way,
+the largest one as preprocess.py would; what of the square lies beyond the picture is filled, and the row says how much.
 """
 
 import glob
@@ -21,12 +20,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from faces.alignment import CORNERS
-from faces.finder import FaceFinder, detect_face, find_face, predict_landmarks, search_copy
-from faces.images import NO_IMAGE_BY_NAME, TREATMENT, list_files, load_rgb
+from faces.alignment import cut_aligned, find_landmarks, refine
+from faces.finder import FaceFinder, as_stored, detect_face, find_face, predict_landmarks, search_copy
+from faces.images import FILLED, FOUND, LANDMARKS, NO_IMAGE_BY_NAME, TREATMENT, list_files, load_rgb
 from faces.regions import draw_region_masks, face_frame, face_size
 from faces.rejection import NO_FACE, Rejected
-from faces.treatment import parse_treatment, recompress, treat
+from faces.treatment import check_original, parse_treatment, recompress, treat
 from faces.workers import this_finder
 
 # longer side of the copy in which the faces of a large picture are searched: those from a twentieth of it on
@@ -48,6 +47,7 @@ class Face(NamedTuple):
     region_masks: np.ndarray  # (8, G, G)
     found_by: str  # one of finder.FOUND_BY
     framing: str  # "whole", "cut" or "aligned"
+    filled: float = 0.0  # the share of an aligned square that lies beyond the picture
 
 
 class Framing(NamedTuple):
@@ -165,25 +165,44 @@ def cut_out(image: Image.Image, landmarks: np.ndarray, box: tuple, finder: FaceF
     return as_face(box, stored, expected.astype(np.float32), "original", framing, "cut")
 
 
-def aligned_face(image: Image.Image, finder: FaceFinder, framing: Framing) -> Face:
-    """The face of a picture that treat has aligned, as feature_extraction.py takes it."""
-    stored, detection = detect_face(image, finder, framing.side)
-    first, right, _, below = image.info[CORNERS]
-    unit = framing.side
-    inside = np.array([(0, 0), (unit, 0), (unit, unit), (0, unit)], float)
-    if detection:
-        left, top, end, bottom = (
-            detection.box.left(),
-            detection.box.top(),
-            detection.box.right(),
-            detection.box.bottom(),
-        )
-        inside = detection.to_stored(np.array([(left, top), (end, top), (end, bottom), (left, bottom)], float)) + 0.5
-    # (4, 2) in pixels of the upright picture
-    outside = first + inside / unit @ np.array([right - first, below - first])
-    box = tuple(np.rint([*outside.min(axis=0), *outside.max(axis=0)]).astype(int).tolist())
-    landmarks = predict_landmarks(detection, finder) if detection else None
-    return as_face(box, stored, landmarks, detection.found_by if detection else "mean", framing, "aligned")
+def aligned_faces(image: Image.Image, path: Path, finder: FaceFinder, framing: Framing) -> list[Face]:
+    """All faces of a picture, aligned and recompressed as the training images were; the largest, as preprocess.py finds
+    it, first.
+
+    Raises:
+        ValueError: the picture is no original.
+    """
+    options = parse_treatment(framing.treatment)
+    check_original(image, path, options)
+    found = find_landmarks(image, finder)
+    places = [(*found, landmarks_box(found[0], image.size))] if found else []
+    if max(image.size) > 1.5 * framing.side:  # in a small picture, what stands beside a face is too small to be found
+        for points, box in search(image, finder, thorough=False):
+            if not any(same_face(box, other) for *_, other in places):
+                points = refine(image, points, finder)
+                places.append((points, "frontal", landmarks_box(points, image.size)))
+    faces = []
+    for points, way, box in places:
+        crop = cut_aligned(image, points, way, options.target_width, options.align)
+        if options.recompress:
+            crop = recompress(crop, path, options.recompress)
+        faces.append(as_known(crop, box, framing, "aligned"))
+    return faces
+
+
+def landmarks_box(landmarks: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The box around landmarks (68, 2) in pixels of a picture of this (width, height), within it."""
+    return as_box(np.stack([landmarks.min(axis=0), landmarks.max(axis=0)]), size)
+
+
+def as_known(crop: Image.Image, box: tuple | None, framing: Framing, how: str) -> Face:
+    """An aligned crop whose landmarks are known, as feature_extraction.py takes it."""
+    stored, scale = as_stored(crop, framing.side), np.float32(framing.side) / np.array(crop.size, np.float32)
+    landmarks = crop.info[LANDMARKS]
+    if (scale != 1).any():
+        landmarks = (landmarks + np.float32(0.5)) * scale - np.float32(0.5)
+    face = as_face(box, stored, landmarks, crop.info[FOUND], framing, how)
+    return face._replace(filled=crop.info[FILLED])
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -195,16 +214,16 @@ def faces_in_file(path: Path, framing: Framing) -> list[Face] | str:
     try:
         image = load_rgb(path)
         if framing.treatment == image.info[TREATMENT]:
+            if LANDMARKS in image.info:
+                return [as_known(image, landmarks_box(image.info[LANDMARKS] + 0.5, image.size), framing, "whole")]
             return find_faces(image, finder, framing) or WITHOUT_FACE
         if not framing.treatment:
             return f"is {image.info[TREATMENT]}, and the training images are not; take the original"
         options = parse_treatment(framing.treatment)
         if options.align:
-            try:
-                return [aligned_face(treat(image, path, options), finder, framing)]
-            except Rejected:  # no face, or one too near to the border
-                if not framing.whole_image:
-                    raise
+            faces = aligned_faces(image, path, finder, framing)
+            if faces or not framing.whole_image:
+                return faces or WITHOUT_FACE
             options.align = 0.0
             stored, landmarks, found_by = find_face(treat(image, path, options), finder, framing.side)
             return [as_face(None, stored, landmarks, found_by, framing, "whole")]

@@ -1,13 +1,14 @@
 """The PNGs that preprocess.py makes: their names, their notes, and how they are known again."""
 
 import os
+import re
 import struct
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from faces.images import ORIGINAL, TREATMENT, turn_upright
+from faces.images import FACE_NOTE_PATTERN, LANDMARKS, ORIGINAL, TREATMENT, face_note, turn_upright
 from runtime.files import free_path, replacing
 
 
@@ -32,6 +33,13 @@ def is_prepared(path: Path, size: tuple[int, int]) -> bool:
         )
 
 
+def filled_of(path: Path) -> float:
+    """The share of an aligned crop that was filled, as its PNG says."""
+    with Image.open(path) as image:
+        note = re.fullmatch(FACE_NOTE_PATTERN, str(image.info.get(LANDMARKS, "")))
+    return float(note[2]) if note else 0.0
+
+
 def write_png(image: Image.Image, path: Path, sync: bool) -> None:
     """Writes the image and what travels with it. Under `path` there is never half a file.
 
@@ -43,6 +51,8 @@ def write_png(image: Image.Image, path: Path, sync: bool) -> None:
         text.add_text(ORIGINAL, image.info[ORIGINAL])
     if image.info[TREATMENT]:
         text.add_text(TREATMENT, image.info[TREATMENT])
+    if LANDMARKS in image.info:
+        text.add_text(LANDMARKS, face_note(image))
     with replacing(path, sync=sync) as partial:
         image.save(partial, format="PNG", pnginfo=text)
 

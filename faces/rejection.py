@@ -4,8 +4,8 @@
     is not a file, more pixels than memory       faces/images.py     load_rgb
     left alone: its name ends in none of …       faces/images.py     NO_IMAGE_BY_NAME
     under the minimum of 12x12                   preprocess.py       --min_width, --min_height
-    no face found                                faces/alignment.py  align_face, with --align
-    the aligned crop would reach … pixels …      faces/alignment.py  align_face, with --align
+    no face found                                faces/treatment.py  treat, with --align
+    … of the crop lies beyond the border …       faces/treatment.py  treat, with --align and --max_filled
     was changed or away while it was to be read  feature_extraction.py
 
 preprocess.py lists them in <folder>_rejected/rejected.csv, feature_extraction.py in features/skipped.csv.
@@ -17,7 +17,7 @@ from pathlib import Path
 from runtime.files import replacing
 
 REJECTED_SUFFIX = "_rejected"  # of the folder beside a data set
-NO_FACE, BEYOND = "no face found", "the aligned crop would reach"  # of --align, by their beginnings
+NO_FACE, BEYOND = "no face found", "too much of the crop lies beyond the border"  # of --align, by their beginnings
 
 
 class Rejected(Exception):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from faces.images import ORIGINAL, TREATMENT, TREATMENT_PATTERN
-from faces.rejection import Rejected
+from faces.images import FILLED, ORIGINAL, TREATMENT, TREATMENT_PATTERN
+from faces.rejection import BEYOND, NO_FACE, Rejected
 
-# From the brows to the chin; FFHQ's own size reaches over the border of nearly all close-ups, and so names their class
+# From the brows to the chin; FFHQ's own size reaches over the border of nearly all close-ups
 ALIGNED_CROP = 0.6
 
 
@@ -38,7 +38,20 @@ def parse_treatment(treatment: str) -> argparse.Namespace:
         recompress=(int(low), int(high or low)) if low else None,
         target_width=int(width),
         target_height=int(height),
+        max_filled=1.0,
     )
+
+
+def check_original(image: Image.Image, source: Path, args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: the image is none as it was taken, but resized or treated by an earlier run, and would be again.
+    """
+    info, treatment = image.info, treatment_of(args)
+    if treatment and info[TREATMENT]:
+        raise ValueError(f"{source}: is {info[TREATMENT]} already; take the originals for {treatment}")
+    if args.align and info[ORIGINAL].split()[1] != f"{image.width}x{image.height}":
+        raise ValueError(f"{source}: was resized already, it was a {info[ORIGINAL]}; take the originals for --align")
 
 
 def treat(image: Image.Image, source: Path, args: argparse.Namespace) -> Image.Image:
@@ -51,18 +64,16 @@ def treat(image: Image.Image, source: Path, args: argparse.Namespace) -> Image.I
         ValueError: it is none as it was taken, but resized or treated by an earlier run.
     """
     size, info, treatment = (args.target_width, args.target_height), image.info, treatment_of(args)
-    if treatment and info[TREATMENT]:
-        raise ValueError(f"{source}: is {info[TREATMENT]} already; take the originals for {treatment}")
-    if args.align and info[ORIGINAL].split()[1] != f"{image.width}x{image.height}":
-        raise ValueError(f"{source}: was resized already, it was a {info[ORIGINAL]}; take the originals for --align")
+    check_original(image, source, args)
     if args.align:
         from faces.alignment import align_face  # OpenCV and dlib, where they are needed
         from faces.workers import this_finder
 
-        aligned = align_face(image, this_finder(), args.target_width, args.align)
-        if isinstance(aligned, str):
-            raise Rejected(aligned)
-        image = aligned
+        image = align_face(image, this_finder(), args.target_width, args.align)
+        if image is None:
+            raise Rejected(NO_FACE)
+        if image.info[FILLED] > args.max_filled:
+            raise Rejected(f"{BEYOND}: {image.info[FILLED]:.1%}, --max_filled {args.max_filled:g}")
     else:
         image = image.resize(size, Image.Resampling.LANCZOS)  # Pillow widens the filter when it shrinks: antialiased
     if treatment:  # comments and colour profiles go: they could name the class

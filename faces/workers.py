@@ -8,23 +8,22 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import cv2
 from PIL import Image
 
-from faces.finder import FaceFinder
+from faces.finder import FaceFinder, FinderFiles
 from runtime.processes import end_with, under_torchrun
 
 _finder: FaceFinder | None = None  # one a process; forked workers share the memory of the one that they come from
-_predictor: Path | None = None  # the file that it was read from
+_files: FinderFiles | None = None  # that it was made of
 
 
-def load_finder(predictor: Path) -> FaceFinder:
-    """This process's finder. The file is read once."""
-    global _finder, _predictor
-    if predictor != _predictor:
-        _finder, _predictor = FaceFinder(predictor), predictor
+def load_finder(files: FinderFiles) -> FaceFinder:
+    """This process's finder. The files are read once."""
+    global _finder, _files
+    if files != _files:
+        _finder, _files = FaceFinder(files), files
     return _finder
 
 
@@ -33,33 +32,34 @@ def this_finder() -> FaceFinder:
     return _finder
 
 
-def start_worker(predictor: Path, parent: int) -> None:
+def start_worker(files: FinderFiles, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it lets what is in hand be finished
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     cv2.setNumThreads(1)  # the worker processes are the parallelism
-    load_finder(predictor)
+    load_finder(files)
     end_with(parent)
 
 
 @contextlib.contextmanager
-def face_workers(predictor: Path, count: int, may_fork: bool = True) -> Iterator[ProcessPoolExecutor]:
+def face_workers(files: FinderFiles, count: int, may_fork: bool = True) -> Iterator[ProcessPoolExecutor]:
     """So many processes, each with a finder.
 
-    Forked workers start at once and share the predictor's memory. Where this process has threads (torchrun's), or
-    forking is not safe (macOS), they start from nothing.
+    Forked workers start at once and share the predictor's memory. Where this process has threads (torchrun's, the
+    CNN's), or forking is not safe (macOS), they start from nothing.
 
     Args:
         may_fork: whether nothing in this process stands against it, as CUDA does.
 
     Raises:
-        ValueError: the file is not a dlib shape predictor.
+        ValueError: a file is not what it should be.
     """
-    load_finder(predictor)
+    load_finder(files)
     # A forked worker would wait forever for OpenCV's threads, which stay behind
     cv2.setNumThreads(1)
-    method = "fork" if sys.platform == "linux" and may_fork and not under_torchrun() else "spawn"
-    pool = ProcessPoolExecutor(count, get_context(method), start_worker, (predictor, os.getpid()))
+    may_fork = may_fork and sys.platform == "linux" and not under_torchrun() and not FaceFinder.has_run_cnn
+    method = "fork" if may_fork else "spawn"
+    pool = ProcessPoolExecutor(count, get_context(method), start_worker, (files, os.getpid()))
     try:
         pool.submit(int)  # all workers start here, not in a thread beside others at work
         yield pool

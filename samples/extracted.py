@@ -15,6 +15,7 @@ from samples.sources import Source
 
 # Folders below output_dir while a run goes on: extracted images, finished feature files
 SHARDS, STAGE = ".shards", ".complete"
+SKIPPED = "skipped.csv"  # in output_dir: files that were not used, with the reason
 
 
 class Plan(NamedTuple):

@@ -13,12 +13,24 @@ from faces.finder import FOUND_BY
 from faces.regions import REGIONS
 from runtime.files import check_space, replacing
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 SPARE = 4 * 2**20  # bytes on the disk for what HDF5 writes of itself
 CLASSES = ("real", "fake")  # the label is the index
 SPLITS = ("train", "val", "test")
-PER_SAMPLE = ("images", "landmarks", "region_masks", "labels", "paths", "originals", "treatments", "found_by", "sha256")
-TEXTS = ("paths", "originals", "treatments")
+PER_SAMPLE = (
+    "images",
+    "landmarks",
+    "region_masks",
+    "labels",
+    "paths",
+    "originals",
+    "treatments",
+    "found_by",
+    "filled",
+    "about",
+    "sha256",
+)
+TEXTS = ("paths", "originals", "treatments", "about")
 
 
 class FeatureFileError(ValueError):
@@ -49,11 +61,13 @@ def write_features(
         originals     str (N,)                  format and size of the source before preprocess.py, "JPEG 1024x768"
         treatments    str (N,)                  what preprocess.py did to it, faces/treatment.py; "" for resized alone
         found_by      enum (N,)                 index into FOUND_BY
+        filled        float32 (N,)              share of an aligned crop that lay beyond its picture, and was filled
+        about         str (N,)                  further columns of a manifest, JSON; "" without
         sha256        uint8 (N, 32)             of the stored image
 
     Args:
         attributes: of the file, beside schema_version, regions and mask_style.
-        table: labels, paths, originals, treatments, found_by and sha256, whole.
+        table: labels, paths, originals, treatments, found_by, filled, about and sha256, whole.
         blocks: images, landmarks and region_masks, some samples at a time.
         compress: images in gzip, which any HDF5 library reads.
 
@@ -108,6 +122,7 @@ def schema(img_size: int, grid_size: int) -> dict[str, tuple[tuple, object, int]
         "labels": ((), "u1", 4096),
         **{name: ((), h5py.string_dtype(), 1024) for name in TEXTS},
         "found_by": ((), found_by, 4096),
+        "filled": ((), "f4", 4096),
         "sha256": ((32,), "u1", 1024),
     }
 

@@ -5,26 +5,35 @@ import hashlib
 import json
 import shutil
 
-from faces.finder import PADDING, SEARCH_SIDE
+from faces.finder import CNN_SIDE, PADDING, SEARCH_SIDE
 from faces.regions import REGIONS
 from samples.extracted import Plan, find_extracted, publish
 from samples.feature_files import SCHEMA_VERSION, open_features
+from samples.manifest import read_manifest
 from samples.sources import Source, find_sources, is_named
 from samples.splits import SPLIT_FRACTIONS
 
 
-def make_plan(args: argparse.Namespace, predictor_checksum: str) -> Plan:
-    """What is to do; prints in what the images and options differ from those of the feature files that are there."""
-    sources, others = find_sources(args.data_root)
+def make_plan(args: argparse.Namespace, checksums: list[str | None]) -> Plan:
+    """What is to do; prints in what the images and options differ from those of the feature files that are there.
+
+    Args:
+        checksums: of the finder's files.
+    """
+    if args.manifest:
+        sources, others = read_manifest(args.manifest, args.data_root), []
+    else:
+        sources, others = find_sources(args.data_root)
     settings = {
         "schema": SCHEMA_VERSION,
         "img_size": args.img_size,
         "patch_size": args.patch_size,
-        "search": [SEARCH_SIDE, PADDING],
+        "search": [SEARCH_SIDE, PADDING, CNN_SIDE],
+        "search_again": args.search_again,
+        "finder": checksums,
     }
-    settings["predictor"] = predictor_checksum
     if unknown := [name for name in args.test_only if not any(is_named(source.data_set, [name]) for source in sources)]:
-        raise ValueError(f"--test_only {', '.join(unknown)}: no such data set in {args.data_root}")
+        raise ValueError(f"--test_only {', '.join(unknown)}: no such data set in {args.manifest or args.data_root}")
     plan = Plan(sources, others, settings, fingerprint_of(sources, settings, args), published=False, missing=[])
     if publish(plan, args.output_dir):
         return plan._replace(published=True)

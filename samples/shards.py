@@ -8,14 +8,16 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import psutil
+from PIL import Image
 from tqdm import tqdm
 
-from faces.finder import FOUND_BY, detect_face, predict_landmarks
-from faces.images import ORIGINAL, TREATMENT, load_rgb
+from faces.finder import FOUND_BY, Detection, FinderFiles, as_stored, detect_face, predict_landmarks
+from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, load_rgb
 from faces.regions import REGIONS, draw_region_masks
 from faces.rejection import Rejected
 from faces.workers import face_workers, load_finder, this_finder
@@ -28,31 +30,60 @@ SHARD_SIZE = 64  # images between two points that a stopped run can go on from, 
 CHANGED = "was changed or away while it was to be read; run the same command again"  # a reason
 
 
-def extract_shard(sources: list[Source], settings: dict, data_root: Path, output_dir: Path) -> dict[str, str]:
-    """Writes one shard, a feature file whose samples without a face have NaN for landmarks.
+class Looked(NamedTuple):
+    """What was odd about the images of a shard."""
 
-    Returns:
-        {path: reason} of the files that are no images, or changed meanwhile; they are not in the shard.
-    """
+    skipped: dict[str, str]  # {path: reason} of the files that are no images, or changed meanwhile: not in the shard
+    stale: list[str]  # aligned images that were changed since, so that their faces were searched again
+
+
+class Known(NamedTuple):
+    """A face that preprocess.py has found."""
+
+    landmarks: np.ndarray  # (68, 2) float32 in pixels of the stored image
+    found_by: str
+
+
+def look_at(image: Image.Image, img_size: int, search_again: bool) -> tuple[np.ndarray, Known | Detection | None]:
+    """The image as it is stored, and its face: where preprocess.py found it, else searched."""
+    if search_again or LANDMARKS not in image.info:
+        return detect_face(image, this_finder(), img_size)
+    scale = np.float32(img_size) / np.array(image.size, np.float32)
+    landmarks = image.info[LANDMARKS]
+    if (scale != 1).any():
+        landmarks = (landmarks + np.float32(0.5)) * scale - np.float32(0.5)
+    return as_stored(image, img_size), Known(landmarks, image.info[FOUND])
+
+
+def extract_shard(sources: list[Source], settings: dict, data_root: Path, output_dir: Path) -> Looked:
+    """Writes one shard, a feature file whose samples without a face have NaN for landmarks."""
     img_size, grid_size = settings["img_size"], settings["img_size"] // settings["patch_size"]
     images = np.empty((len(sources), img_size, img_size, 3), np.uint8)
-    used, originals, treatments, faces, skipped = [], [], [], [], {}
+    used, infos, faces, looked = [], [], [], Looked({}, [])
     for source in sources:
         try:
             image = load_rgb(data_root / source.path)
-            images[len(used)], face = detect_face(image, this_finder(), img_size)
+            images[len(used)], face = look_at(image, img_size, settings["search_again"])
         except Rejected as reason:
             there = state(data_root / source.path) == source.stat
-            skipped[source.path] = str(reason) if there else CHANGED
+            looked.skipped[source.path] = str(reason) if there else CHANGED
             continue
         used.append(source)
-        originals.append(image.info[ORIGINAL])
-        treatments.append(image.info[TREATMENT])
+        infos.append(image.info)
         faces.append(face)
+        if STALE in image.info:
+            looked.stale.append(source.path)
     if not used:
-        return skipped
+        return looked
     # All predictions in a row: the predictor's 100 MB are slow to come back into the cache after each detection.
-    landmarks = [np.full((68, 2), np.nan) if face is None else predict_landmarks(face, this_finder()) for face in faces]
+    landmarks = [
+        np.full((68, 2), np.nan)
+        if face is None
+        else face.landmarks
+        if isinstance(face, Known)
+        else predict_landmarks(face, this_finder())
+        for face in faces
+    ]
     no_masks = np.zeros((len(REGIONS), grid_size, grid_size), np.float32)
     masks = [
         no_masks if face is None else draw_region_masks(points, (img_size, img_size), grid_size)
@@ -62,8 +93,10 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
     table = {
         "labels": [CLASSES.index(source.data_set.split("/")[0]) for source in used],
         "paths": [source.path.encode("utf-8", "surrogateescape") for source in used],
-        "originals": originals,
-        "treatments": treatments,
+        "originals": [info[ORIGINAL] for info in infos],
+        "treatments": [info[TREATMENT] for info in infos],
+        "filled": [info.get(FILLED, 0.0) for info in infos],
+        "about": [""] * len(used),  # may change without a new extraction: written with the feature files
         "found_by": [FOUND_BY.index("mean" if face is None else face.found_by) for face in faces],
         "sha256": [np.frombuffer(hashlib.sha256(image).digest(), np.uint8) for image in images],
     }
@@ -71,38 +104,33 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
     attributes = {"settings": json.dumps(settings), "source_stats": np.array([source.stat for source in used])}
     blocks = [{"images": images, "landmarks": landmarks, "region_masks": masks}]
     write_features(output_dir / SHARDS / f"{name}.h5", img_size, grid_size, attributes, table, blocks)
-    return skipped
+    return looked
 
 
-def extract(
-    sources: list[Source], settings: dict, predictor: Path, show: bool, args: argparse.Namespace
-) -> dict[str, str]:
-    """Makes shards of these images, in worker processes, or here if one is enough.
-
-    Returns:
-        {path: reason} of what is no image.
-    """
+def extract(sources: list[Source], settings: dict, files: FinderFiles, show: bool, args: argparse.Namespace) -> Looked:
+    """Makes shards of these images, in worker processes, or here if one is enough."""
+    everything = Looked({}, [])
     if not sources:
-        return {}
-    load_finder(predictor)
+        return everything
+    load_finder(files)
     cv2.setNumThreads(1)
     memory = psutil.virtual_memory().available // 10 // args.workers  # for the pixels of a shard
     size = int(np.clip(memory // sample_bytes(args), 1, SHARD_SIZE))
     count = -(-len(sources) // (size * args.workers)) * args.workers  # as many for each worker, all of one size
     shards = [sources[i * len(sources) // count : (i + 1) * len(sources) // count] for i in range(count)]
     shards = [shard for shard in shards if shard]
-    skipped = {}
 
-    def collect(results: Iterable[dict[str, str]]) -> None:
+    def collect(results: Iterable[Looked]) -> None:
         with tqdm(total=len(sources), desc="faces", unit="image", smoothing=0.05, disable=not show) as bar:
             for shard, result in zip(shards, results):
-                skipped.update(result)
+                everything.skipped.update(result.skipped)
+                everything.stale.extend(result.stale)
                 bar.update(len(shard))
 
     if args.workers == 1:
         collect(extract_shard(shard, settings, args.data_root, args.output_dir) for shard in shards)
-        return skipped
-    with face_workers(predictor, args.workers) as pool:
+        return everything
+    with face_workers(files, args.workers) as pool:
         futures = [pool.submit(extract_shard, shard, settings, args.data_root, args.output_dir) for shard in shards]
         collect(future.result() for future in futures)
-    return skipped
+    return everything

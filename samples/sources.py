@@ -20,6 +20,10 @@ class Source(NamedTuple):
     path: str  # below the data root
     # size in bytes, time of the last change in ns; (-1, -1): nothing there that this program may read
     stat: tuple[int, int]
+    # What a manifest says
+    split: str = ""  # that it has to be in; "": dealt
+    group: str | None = None  # whose images share a split
+    about: str = ""  # further columns, JSON
 
 
 def state(path: Path) -> tuple[int, int]:

@@ -1,15 +1,24 @@
 """Which images are for training, validation and test: dealt by content, copies and groups together."""
 
+import argparse
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from samples.feature_files import SPLITS
-from samples.sources import is_named
+from samples.feature_files import SPLITS, FeatureFileError
+from samples.sources import Source, is_named
 
 SPLIT_FRACTIONS = (0.6, 0.2, 0.2)  # train, val, test; the authors'
+
+
+class SplitError(ValueError):
+    """Samples that must not be apart are given different splits; by_split: {split: index of one of them}."""
+
+    def __init__(self, by_split: dict[str, int]):
+        super().__init__(f"samples that must not be apart are given different splits: {by_split}")
+        self.by_split = by_split
 
 
 def bundle(contents: Sequence[bytes], groups: Sequence[str | None]) -> list[list[int]]:
@@ -30,37 +39,76 @@ def deal_splits(
     groups: Sequence[str | None],
     seed: int,
     test_only: Sequence[str] = (),
+    given: Sequence[str] = (),
 ) -> np.ndarray:
     """Deals samples to train, val and test, 60/20/20 in every data set, by nothing but the content of the files.
 
     Samples of the same content, and of the same group, stay together, whatever data sets they are in. The bundles that
-    result are taken in an order drawn from content and seed, those for the test first, then large ones, and each goes
-    where its data sets are furthest from their share.
+    result are taken in an order drawn from content and seed, those whose split is given first, then large ones, and
+    each of the others goes where its data sets are furthest from their share.
 
     Args:
         data_sets: each sample's data set.
         contents: each sample's hash.
         groups: each sample's group, None for those on their own.
         test_only: data sets that go to test whole, with all that must not be apart from them.
+        given: each sample's split, "" where it is dealt; none of them if empty.
 
     Returns:
         (N,) int, index into SPLITS.
+
+    Raises:
+        SplitError: copies of an image, or images of a group, are given different splits.
     """
 
-    def is_tested(members: list[int]) -> bool:
-        return any(is_named(data_sets[i], test_only) for i in members)
+    def given_to(members: list[int]) -> str:
+        """The split that is given to a bundle."""
+        by_split = {given[i]: i for i in members if given and given[i]}
+        if tested := [i for i in members if is_named(data_sets[i], test_only)]:
+            by_split["test"] = tested[0]
+        if len(by_split) > 1:
+            raise SplitError(by_split)
+        return next(iter(by_split), "")
 
     def turn(members: list[int]) -> tuple[bool, int, bytes]:
         drawn = hashlib.sha256(str(seed).encode() + min(contents[i] for i in members)).digest()
-        return not is_tested(members), -len(members), drawn
+        return not given_to(members), -len(members), drawn
 
     share = {name: np.array(SPLIT_FRACTIONS) * count for name, count in Counter(data_sets).items()}  # (3,)
     dealt = {name: np.zeros(len(SPLITS)) for name in share}
     splits = np.empty(len(contents), int)
     for members in sorted(bundle(contents, groups), key=turn):
         filled = sum(dealt[data_sets[i]] / share[data_sets[i]] for i in members)
-        split = SPLITS.index("test") if is_tested(members) else int(np.argmin(filled))  # the first of equals: train
+        fixed = given_to(members)
+        split = SPLITS.index(fixed) if fixed else int(np.argmin(filled))  # the first of equals: train
         splits[members] = split
         for i in members:
             dealt[data_sets[i]][split] += 1
     return splits
+
+
+def groups_of(sources: Sequence[Source], by_folder: bool) -> list[str | None]:
+    """Of each image the group that its manifest names, or the folder below its data set whose images stay together,
+    real/FFHQ/person of real/FFHQ/person/video/1.png; None for one on its own.
+    """
+    parts = [source.path.split("/") for source in sources]
+    folders = ["/".join(path[:3]) if by_folder and len(path) > 3 else None for path in parts]
+    return [source.group or folder for source, folder in zip(sources, folders)]
+
+
+def deal(sources: Sequence[Source], contents: Sequence[bytes], args: argparse.Namespace) -> np.ndarray:
+    """deal_splits of these images, with the options of feature_extraction.py.
+
+    Raises:
+        FeatureFileError: splits that are given keep apart what must not be.
+    """
+    data_sets, groups = [source.data_set for source in sources], groups_of(sources, args.group_by_folder)
+    given = [source.split for source in sources]
+    try:
+        return deal_splits(data_sets, contents, groups, args.seed, args.test_only, given)
+    except SplitError as error:
+        (one, i), (other, j), *_ = error.by_split.items()
+        raise FeatureFileError(
+            f"{args.manifest or args.data_root}: {sources[i].path} is for {one} and {sources[j].path} for {other}, and"
+            " they must not be apart: copies of an image and images of a group share a split"
+        ) from None

@@ -7,7 +7,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import contextlib
 import io
-import runpy
 import shutil
 import struct
 import subprocess
@@ -31,6 +30,7 @@ from drawing.render import draw_face  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 GENERATORS = ("IrisMismatch", "OffAxisMouth")
+MAIN = ("__main__", "__mp_main__")  # the second is what its spawned workers call it
 NO_IMAGES_BY_NAME = ("notes.txt", "animated.gif")  # of hostile_files
 
 
@@ -76,13 +76,17 @@ def run_here(script: str, arguments: list[str], cwd: Path) -> subprocess.Complet
     """A script from its first line to its exit code. One thread, as in a process of its own: the same bits."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     before, argv, threads, code = os.getcwd(), sys.argv, torch.get_num_threads(), 0
+    main = ModuleType("__main__")
+    main.__file__ = str(ROOT / script)
+    known = {name: sys.modules[name] for name in MAIN if name in sys.modules}
     try:
+        sys.modules |= dict.fromkeys(MAIN, main)
         os.chdir(cwd)
         sys.argv = [script, *arguments]
         torch.set_num_threads(1)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                runpy.run_path(str(ROOT / script), run_name="__main__")
+                exec(compile((ROOT / script).read_text(), main.__file__, "exec"), main.__dict__)
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
                 if isinstance(stop.code, str):
@@ -91,6 +95,7 @@ def run_here(script: str, arguments: list[str], cwd: Path) -> subprocess.Complet
                 code = 1
                 traceback.print_exc()
     finally:
+        sys.modules |= known
         os.chdir(before)
         sys.argv = argv
         torch.set_num_threads(threads)

@@ -38,7 +38,7 @@ from drawing.face import sample_face
 from drawing.render import render
 from faces import finder as face_finder
 from faces import workers
-from faces.finder import FOUND_BY, FaceFinder, find_face, find_predictor
+from faces.finder import FOUND_BY, FaceFinder, find_face, find_predictor, finder_files
 from faces.images import list_images
 from faces.regions import REGIONS, draw_region_masks
 from runtime.processes import lock
@@ -54,7 +54,7 @@ DATA_SETS = ("real/Consistent", *(f"fake/{name}" for name in GENERATORS))
 
 @pytest.fixture(scope="module")
 def finder() -> FaceFinder:
-    return FaceFinder(find_predictor(None))
+    return FaceFinder(finder_files())
 
 
 def read(folder: Path) -> dict[str, dict[str, np.ndarray]]:

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ("preprocess", "feature_extraction", "train", "inference", "export", "demo")
-BENCHMARKS = ("ablation", "data_speed", "images_speed", "model_speed", "real_faces")
+BENCHMARKS = ("ablation", "data_speed", "faces_found", "images_speed", "model_speed", "real_faces")
 
 # From the ground up. A module may import what stands on a line above its own, nothing beside it and nothing above.
 ORDER = """
@@ -19,13 +19,13 @@ attention.blocked  faces.images  faces.finder
 attention  faces.alignment  faces.workers  faces.prepared
 model  faces.treatment  samples.feature_files  samples.transforms
 runtime.checkpoint  runtime.pretrained  faces.loose  samples.sources  dataset
-samples.splits  samples.extracted
+samples.splits  samples.extracted  samples.manifest
 samples.plan
 samples.shards
 evaluation.scoring  evaluation.metrics
 evaluation.tables  evaluation.intervals  evaluation.figures  evaluation.protocol
 evaluation.summary  evaluation.traces  evaluation.mistakes  evaluation.explain
-evaluation.robustness  evaluation.report  evaluation.pictures
+evaluation.robustness  evaluation.report  evaluation.pictures  evaluation.groups
 training.options  training.data  training.run
 training.schedule  training.record
 training.setup  training.step  training.state

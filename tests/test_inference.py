@@ -26,6 +26,7 @@ from evaluation.protocol import draw_comparisons, load_test_set, score
 from evaluation.robustness import ROBUSTNESS, finder_again
 from evaluation.scoring import load_batches, predict_scores
 from evaluation.tables import results_as_latex, results_as_markdown
+from faces.finder import finder_files
 from model import normalize
 from runtime.checkpoint import CheckpointError, load_checkpoint
 from samples.feature_files import find_feature_files
@@ -362,7 +363,7 @@ def test_corruptions_depend_on_the_image_alone(test_set):
 def test_landmarks_are_kept_or_found_again(features, trained):
     model, checkpoint = load_checkpoint(trained / "best_model.pth")
     test_set = load_test_set(model, checkpoint, options("--features", features))
-    find = finder_again(test_set, checkpoint, None)
+    find = finder_again(test_set, checkpoint, finder_files())
     index = int(np.flatnonzero(test_set.dataset.column("found_by") == 0)[0])
     sample = test_set.dataset.read([index])
     shift = np.roll(sample["image"][0].transpose(1, 2, 0), 20, axis=1)  # (3, h, w) -> (h, w, 3), 20 pixels to the right

@@ -24,9 +24,9 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from drawing.render import draw_face
-from faces.alignment import align_face, alignment_square
-from faces.finder import FaceFinder, find_face, find_predictor
-from faces.images import ORIGINAL, TREATMENT, list_images, load_rgb
+from faces.alignment import CORNERS, align_face, alignment_square, cut_aligned, find_landmarks
+from faces.finder import FaceFinder, find_face, finder_files
+from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, list_images, load_rgb
 from faces.prepared import plan_names
 from faces.rejection import BEYOND, NO_FACE, Rejected
 from faces.treatment import parse_treatment, treatment_of
@@ -36,7 +36,7 @@ from runtime.processes import agree_on_start, map_ahead
 
 @functools.cache
 def finder() -> FaceFinder:
-    return FaceFinder(find_predictor(None))
+    return FaceFinder(finder_files())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -486,14 +486,22 @@ def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     picture(300, 300).save(tmp_path / "D/nobody.png")
     command = ("preprocess.py", *"--directory D --output_dir O --align 1 --target_height 96 --target_width 96".split())
     done = run_script(*command, cwd=tmp_path)
-    assert "1 written, 0 unchanged, 2 rejected" in done.stdout
-    assert "of 3, 1 have no face that was found (33.3%), 1 would need their border filled (33.3%)" in done.stdout
-    reasons = rejections(tmp_path / "O_rejected")
-    assert reasons["nobody.png"] == NO_FACE and reasons["close.jpg"].startswith(BEYOND)
+    assert "2 written, 0 unchanged, 1 rejected" in done.stdout
+    assert "of 3, 1 have no face that was found (33.3%)\n  1 crops reach over the border" in done.stdout
+    assert rejections(tmp_path / "O_rejected") == {"nobody.png": NO_FACE}
+    filled = {name: load_rgb(tmp_path / f"O/{name}.png").info[FILLED] for name in ("whole", "close")}
+    assert filled["whole"] == 0 and 0.1 < filled["close"] < 0.6
+    fewer = run_script(*command, "--max_filled", 0.1, cwd=tmp_path)
+    assert "0 written, 1 unchanged, 2 rejected" in fewer.stdout or "1 written, 0 unchanged, 2 rejected" in fewer.stdout
+    assert "1 were dropped for more, --max_filled 0.1 (33.3%)" in fewer.stdout
+    assert rejections(tmp_path / "O_rejected")["close.jpg"].startswith(f"{BEYOND}: {filled['close']:.1%}")
+    assert not (tmp_path / "O/close.png").exists()
     with Image.open(tmp_path / "O/whole.png") as image:
         assert (image.size, image.mode, image.info[TREATMENT]) == ((96, 96), "RGB", "aligned 1, 96x96")
+    assert "2 written, 0 unchanged, 1 rejected" in run_script(*command, cwd=tmp_path).stdout
     before = contents(tmp_path / "O")
-    assert "0 written, 1 unchanged, 2 rejected" in run_script(*command, cwd=tmp_path).stdout
+    again = run_script(*command, cwd=tmp_path).stdout
+    assert "0 written, 2 unchanged, 1 rejected" in again and "1 crops reach over the border" in again
     refused = run_script(*command[:-6], "--align", 0.6, cwd=tmp_path, expect=1)
     assert "holds images that are aligned 1, 96x96; name another --output_dir" in error_line(refused)
     assert "--target_height and --target_width have to be equal" in error_line(
@@ -509,6 +517,63 @@ def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     )
     assert "2 written, 0 unchanged, 0 rejected" in closer.stdout and "2 of the 2 written were enlarged" in closer.stdout
     assert "enlarged" not in done.stdout and not (tmp_path / "P_rejected").exists()
+
+
+def test_the_border_is_filled_by_reflection():
+    """And what is filled is told to a thousandth."""
+    whole = drawn_in(700, 1, 0, (0, 0), 0)
+    landmarks, way = find_landmarks(whole, finder())
+    crop = cut_aligned(whole, landmarks, way, 200, 0.6)
+    assert crop.info[FILLED] == 0 and crop.info[FOUND] == "frontal"
+    left, right = crop.info[CORNERS][:, 0].min(), crop.info[CORNERS][:, 0].max()
+    cut = round(left + 0.25 * (right - left))  # a fourth of the crop's width is gone
+    rest = whole.crop((cut, 0, *whole.size))
+    filled = cut_aligned(rest, landmarks - [cut, 0], way, 200, 0.6)
+    assert filled.info[FILLED] == pytest.approx((cut - left) / (right - left), abs=0.02)
+    a, b = (np.asarray(image, float)[20:-20] for image in (crop, filled))
+    assert np.abs(a[:, 60:] - b[:, 60:]).mean() < 0.5 and np.abs(b[:, 10:48] - b[:, 89:51:-1]).mean() < 12
+    np.testing.assert_allclose(filled.info[LANDMARKS], crop.info[LANDMARKS], atol=0.02)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5, 3.0])
+def test_landmarks_do_not_depend_on_the_margin(margin):
+    """A face with more around it than before, and one that was cut close: the same crop to a pixel."""
+    face = drawn_in(700, 1, 0, (0, 0), 0)
+    reference, _ = find_landmarks(face, finder())
+    left, top = reference.min(axis=0).astype(int) - 60
+    side = int(np.ptp(reference, axis=0).max()) + 120
+    border = round(margin * side)
+    canvas = Image.new("RGB", (side + 2 * border,) * 2, (90, 100, 110))
+    canvas.paste(face.crop((left, top, left + side, top + side)), (border, border))
+    landmarks, _ = find_landmarks(canvas, finder())
+    off = landmarks - border + [left, top] - reference
+    assert np.abs(off).mean() < 0.01 * side
+
+
+def test_landmarks_travel_with_the_png(tmp_path):
+    (tmp_path / "D").mkdir()
+    drawn_in(600, 1, 10, (0, 0), 0).save(tmp_path / "D/a.png")
+    run_script("preprocess.py", *"--directory D --output_dir O --align --recompress 80".split(), cwd=tmp_path)
+    info = load_rgb(tmp_path / "O/a.png").info
+    assert info[FOUND] == "frontal" and info[FILLED] == 0 and info[LANDMARKS].shape == (68, 2)
+    _, searched, _ = find_face(Image.open(tmp_path / "O/a.png").convert("RGB"), finder(), 224)
+    assert np.abs(info[LANDMARKS] - searched).mean() < 4
+    with Image.open(tmp_path / "O/a.png") as image:
+        note, changed = PngInfo(), image.convert("RGB")
+        for key, text in image.text.items():
+            note.add_text(key, text)
+    changed.putpixel((5, 5), (1, 2, 3))
+    changed.save(tmp_path / "O/a.png", pnginfo=note)
+    info = load_rgb(tmp_path / "O/a.png").info
+    assert info[STALE] and LANDMARKS not in info, "they are of other pixels"
+
+
+def test_the_cnn_finds_what_the_frontal_detector_does_not(tmp_path):
+    """A face lying on its side."""
+    lying = drawn_in(500, 1, 0, (0, 0), 3).rotate(75, Image.Resampling.BICUBIC, fillcolor=(120, 130, 140))
+    found = find_landmarks(lying, finder())
+    without = find_landmarks(lying, FaceFinder(finder_files(cnn=False)))
+    assert found is not None and found[1] == "cnn" and without is None
 
 
 def test_a_file_that_was_mended_is_no_longer_listed_as_rejected(tmp_path):

@@ -25,7 +25,7 @@ from benchmarks.comparison.jobs import MAIN
 from benchmarks.comparison.near_duplicates import Fingerprint, find_network, find_pairs, leave_out, take_fingerprint
 from benchmarks.comparison.scores import read_scores
 from drawing.render import draw_face
-from faces.finder import FaceFinder, detect_face, find_predictor
+from faces.finder import FaceFinder, detect_face, finder_files
 from faces.rejection import BEYOND, NO_FACE
 from samples.feature_files import SPLITS, find_feature_files, open_features
 
@@ -53,7 +53,7 @@ def turned(image: np.ndarray, degrees: float, scale: float) -> np.ndarray:
 def take():
     import dlib
 
-    finder, network = (FaceFinder(find_predictor(None)), dlib.face_recognition_model_v1(str(find_network())))
+    finder, network = (FaceFinder(finder_files()), dlib.face_recognition_model_v1(str(find_network())))
 
     def fingerprint(image: np.ndarray) -> Fingerprint:
         stored, face = detect_face(Image.fromarray(image), finder, 224)
@@ -133,7 +133,7 @@ def test_reasons_are_counted_by_what_they_say():
         NOT_AGAIN: NOT_AGAIN,
         NO_FACE: NO_FACE,
         "near-duplicate, 2 of 63 bits: a": "near-duplicate",
-        f"{BEYOND} 3 pixels beyond the border": BEYOND,
+        f"{BEYOND}: 30.1%, --max_filled 0.3": BEYOND,
         "face at a distance of 0.20: a": "face at a distance",
         "truncated": "unusable",
     }

@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 from scipy.fft import dctn
 from tqdm import tqdm
 
-from faces.finder import Detection, FaceFinder, detect_face, find_predictor
+from faces.finder import Detection, FaceFinder, detect_face, finder_files
+from faces.images import LANDMARKS, load_rgb
 from faces.workers import face_workers, this_finder
 from runtime.files import replacing
 
@@ -46,6 +46,11 @@ def perceptual_hash(image: np.ndarray) -> np.ndarray:
     # without the mean
     low = dctn(cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA), norm="ortho")[:8, :8].ravel()[1:]
     return low > np.median(low)
+
+
+def hashes_of(image: np.ndarray) -> np.ndarray:
+    """image (h, w, 3) uint8 RGB -> (2, 63) bool: of it and of its mirror."""
+    return np.stack([perceptual_hash(image), perceptual_hash(image[:, ::-1])])
 
 
 def find_network() -> Path:
@@ -70,7 +75,7 @@ def take_fingerprint(image: np.ndarray, face: Detection | None, finder: FaceFind
         face: where it was found, by faces.finder.detect_face.
         network: dlib.face_recognition_model_v1.
     """
-    hashes = np.stack([perceptual_hash(image), perceptual_hash(image[:, ::-1])])
+    hashes = hashes_of(image)
     if face is None:
         return Fingerprint(hashes, np.full(128, np.nan, np.float32))
     landmarks = finder.predictor(face.picture, face.box)
@@ -87,15 +92,24 @@ def load_network() -> object:
 
 def fingerprint(path: Path) -> Fingerprint:
     """In a process of faces/workers.py."""
-    with Image.open(path) as image:
-        stored, face = detect_face(image.convert("RGB"), this_finder(), image.width)
-    return take_fingerprint(stored, face, this_finder(), load_network())
+    image = load_rgb(path)
+    if LANDMARKS not in image.info:
+        stored, face = detect_face(image, this_finder(), image.width)
+        return take_fingerprint(stored, face, this_finder(), load_network())
+    import dlib
+
+    points = [dlib.point(*map(round, point)) for point in image.info[LANDMARKS].tolist()]
+    box = dlib.rectangle(0, 0, image.width, image.height)  # by which the network sets nothing: it takes the landmarks
+    face = load_network().compute_face_descriptor(np.asarray(image), dlib.full_object_detection(box, points))
+    return Fingerprint(hashes_of(np.asarray(image)), np.array(face, np.float32))
 
 
 def take_fingerprints(folder: Path, paths: list[str], args: argparse.Namespace) -> list[Fingerprint]:
     """Of the images with these paths below the folder; kept in fingerprints.npz until image or method change."""
     store = args.output_dir / "fingerprints.npz"
-    method = b"".join(Path(part.__code__.co_filename).read_bytes() for part in (take_fingerprint, detect_face))
+    method = b"".join(
+        Path(part.__code__.co_filename).read_bytes() for part in (take_fingerprint, detect_face, load_rgb)
+    )
     keys = []
     for path in paths:
         stat = (folder / path).stat()
@@ -108,7 +122,7 @@ def take_fingerprints(folder: Path, paths: list[str], args: argparse.Namespace) 
     new = {key: folder / path for key, path in zip(keys, paths) if key not in known}
     if new:
         # The network of a forked worker would fail where the parent has used a GPU
-        with face_workers(find_predictor(None), args.workers, may_fork=False) as pool:
+        with face_workers(finder_files(), args.workers, may_fork=False) as pool:
             taken = pool.map(fingerprint, new.values(), chunksize=8)
             known |= dict(zip(new, tqdm(taken, total=len(new), desc="sift", unit="image")))
     found = [known[key] for key in keys]
