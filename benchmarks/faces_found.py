@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import cross_val_predict
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
@@ -70,7 +70,8 @@ def look(path: Path, crop: float) -> Seen:
 def probe(features: np.ndarray, labels: np.ndarray) -> float:
     """AUC of a logistic regression on (N, D), each score from a model that has not seen the image."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=0.1, class_weight="balanced"))
-    scores = cross_val_predict(model, features, labels, cv=5, method="predict_proba")[:, 1]
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    scores = cross_val_predict(model, features, labels, cv=folds, method="predict_proba")[:, 1]
     return roc_auc_score(labels, scores)
 
 

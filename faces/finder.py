@@ -27,8 +27,8 @@ PREDICTOR_SHA256 = "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11
 # How a face was found, with growing effort; mean: not at all, mean landmarks stand in
 FOUND_BY = ("frontal", "upsampled", "original", "cnn", "padded", "mean")
 CNN_FILE = "mmod_human_face_detector.dat"
-# Longer side of the copy on which the CNN searches: half a second on a core
-CNN_SIDE = 400
+# Longer side of the copy on which the CNN searches: up to a second on a core
+CNN_SIDE = 320
 # longer side of the copy on which a large image is searched, so that the time for a face does not grow with it
 SEARCH_SIDE = 480
 PADDING = 0.25  # of each side; brings a face that fills the frame back into the detector's reach
