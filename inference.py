@@ -219,7 +219,8 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
 
 def add_loose_images(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument_group("loose images").add_argument
-    option("--images", nargs="+", metavar="PATH", help="images, folders of images, patterns; a row for each face")
+    option("--images", nargs="+", metavar="PATH", help="images, videos, folders of them, patterns; a row for each face")
+    option("--frames", type=int, default=16, help="of each video, evenly spread (default: 16)")
     option("--format", default="csv", choices=("csv", "jsonl"), help="of the rows: CSV or JSON lines (default: csv)")
     option("--whole_image", action="store_true", help="score pictures without a face, too, with mean landmarks")
     option(
@@ -236,15 +237,15 @@ def add_loose_images(parser: argparse.ArgumentParser) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Completes the options. Raises ValueError where they make no sense together."""
     if (
-        min(args.batch_size, args.workers) < 1
+        min(args.batch_size, args.workers, args.frames) < 1
         or min(args.num_workers, args.bootstrap, args.seed) < 0
         or 0 < args.bootstrap < 100
     ):
         raise ValueError(
-            "--batch_size and --workers have to be at least 1, --num_workers and --seed at least 0, --bootstrap 0 or at"
-            " least 100"
+            "--batch_size, --workers and --frames have to be at least 1, --num_workers and --seed at least 0,"
+            " --bootstrap 0 or at least 100"
         )
-    loose = ("format", "whole_image", "explain", "workers")
+    loose = ("frames", "format", "whole_image", "explain", "workers")
     others = (
         "features",
         "datasets",

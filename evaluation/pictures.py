@@ -29,6 +29,9 @@ from runtime.processes import map_ahead
 
 COLUMNS = (
     "path",
+    "frame",
+    "seconds",
+    "number",
     "left",
     "top",
     "right",
@@ -38,6 +41,8 @@ COLUMNS = (
     "face",
     "framing",
     "filled",
+    "frames",
+    "spread",
     "explanation",
     "reason",
 )
@@ -66,18 +71,28 @@ class Row(NamedTuple):
     verdict: str = ""
     reason: str = ""
     explanation: str = ""  # file of --explain
+    # Of a face that was followed through a video, in the row of all its frames
+    number: int | None = None
+    frames: int | None = None  # in how many it was
+    spread: float | None = None  # standard deviation of its probabilities
 
     def as_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = dict.fromkeys(COLUMNS) | {
             "path": str(self.path),
+            "probability": None if math.isnan(self.probability) else self.probability,
+            "verdict": self.verdict or None,
+            "number": self.number,
+            "frames": self.frames,
+            "spread": self.spread,
             "reason": self.reason or None,
             "explanation": self.explanation or None,
         }
         if self.face:
             values |= dict(zip(("left", "top", "right", "bottom"), self.face.box or (None,) * 4))
             values |= {
-                "probability": self.probability,
-                "verdict": self.verdict,
+                "frame": self.face.frame,
+                "seconds": self.face.seconds,
+                "number": self.face.number,
                 "face": self.face.found_by,
                 "framing": self.face.framing,
                 "filled": self.face.filled,
@@ -118,13 +133,35 @@ def score_pictures(model: LAMMViT, checkpoint: dict, pictures: list[tuple[Path, 
 
         def found(picture: tuple[Path, str]) -> list[Face] | str:
             path, reason = picture
-            return reason or pool.submit(faces_in_file, path, framing).result()
+            return reason or pool.submit(faces_in_file, path, framing, args.frames).result()
 
         for (path, _), faces in zip(pictures, map_ahead(found, pictures, 2 * workers, ahead=4 * workers)):
             waiting += [(path, None, faces)] if isinstance(faces, str) else [(path, face, "") for face in faces]
             if len(waiting) >= args.batch_size:
                 yield from flush()
         yield from flush()
+
+
+def with_summaries(rows: Iterator[Row], threshold: float) -> Iterator[Row]:
+    """After the rows of a video one for each face that was followed in it: the mean over its frames."""
+    scores: dict[int, list[float]] = {}
+    path = None
+
+    def summaries() -> Iterator[Row]:
+        for number, of_face in sorted(scores.items()):
+            mean, spread = float(np.mean(of_face)), float(np.std(of_face))
+            verdict = "fake" if mean >= threshold else "real"
+            yield Row(path, None, mean, verdict, number=number, frames=len(of_face), spread=spread)
+        scores.clear()
+
+    for row in rows:
+        if row.path != path:
+            yield from summaries()
+            path = row.path
+        if row.face and row.face.number is not None:
+            scores.setdefault(row.face.number, []).append(row.probability)
+        yield row
+    yield from summaries()
 
 
 def write_rows(rows: Iterator[Row], stream: Any, as_json: bool) -> Iterator[Row]:
@@ -164,7 +201,7 @@ def score_images(model: LAMMViT, checkpoint: dict, args: Any) -> int:
     if args.explain:
         args.explain.mkdir(parents=True, exist_ok=True)
     counts, last = Counter(), None
-    rows = score_pictures(model, checkpoint, pictures, args)
+    rows = with_summaries(score_pictures(model, checkpoint, pictures, args), checkpoint["val_threshold"])
     if args.explain:
         rows = explain_rows(model, checkpoint["val_threshold"], rows, args.explain)
     try:
@@ -174,7 +211,8 @@ def score_images(model: LAMMViT, checkpoint: dict, args: Any) -> int:
             disable=not sys.stderr.isatty() or (not args.output and sys.stdout.isatty()),
         ) as bar:
             for row in write_rows(rows, stream, args.format == "jsonl"):
-                counts[row.verdict] += 1
+                if row.frames is None:
+                    counts[row.verdict] += 1
                 if row.path != last:  # rows come picture by picture
                     last = row.path
                     bar.update()

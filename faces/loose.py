@@ -12,7 +12,7 @@ the largest one as preprocess.py would; what of the square lies beyond the pictu
 import glob
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from faces.images import FILLED, FOUND, LANDMARKS, NO_IMAGE_BY_NAME, TREATMENT, 
 from faces.regions import draw_region_masks, face_frame, face_size
 from faces.rejection import NO_FACE, Rejected
 from faces.treatment import check_original, parse_treatment, recompress, treat
+from faces.videos import follow, is_video, sample_frames
 from faces.workers import this_finder
 
 # longer side of the copy in which the faces of a large picture are searched: those from a twentieth of it on
@@ -48,6 +49,10 @@ class Face(NamedTuple):
     found_by: str  # one of finder.FOUND_BY
     framing: str  # "whole", "cut" or "aligned"
     filled: float = 0.0  # the share of an aligned square that lies beyond the picture
+    place: np.ndarray | None = None  # (68, 2) landmarks in pixels of the upright picture; None: no face
+    frame: int | None = None  # of a video, from 0 on
+    seconds: float | None = None  # its time
+    number: int | None = None  # of the face, followed over the frames
 
 
 class Framing(NamedTuple):
@@ -77,12 +82,13 @@ def find_faces(image: Image.Image, finder: FaceFinder, framing: Framing) -> list
         )
         largest = (landmarks + 0.5) * unit, as_box((detection.to_stored(corners) + 0.5) * unit, image.size)
         if is_framed(landmarks, image.size, framing):
-            faces, boxes = [as_face(largest[1], stored, landmarks, detection.found_by, framing, "whole")], [largest[1]]
+            face = as_face(largest[1], stored, landmarks, detection.found_by, framing, "whole")
+            faces, boxes = [face._replace(place=largest[0])], [largest[1]]
     # In a small picture, what stands beside a framed face is too small to be found.
     found = [] if faces and max(image.size) <= 1.5 * framing.side else search(image, finder, thorough=detection is None)
     for points, box in [*found, *([largest] if largest else [])]:
         if not any(same_face(box, other) for other in boxes):
-            faces.append(cut_out(image, points, box, finder, framing))
+            faces.append(cut_out(image, points, box, finder, framing)._replace(place=points))
             boxes.append(box)
     if not faces and framing.whole_image:
         faces = [as_face(None, stored, None, "mean", framing, "whole")]
@@ -165,7 +171,9 @@ def cut_out(image: Image.Image, landmarks: np.ndarray, box: tuple, finder: FaceF
     return as_face(box, stored, expected.astype(np.float32), "original", framing, "cut")
 
 
-def aligned_faces(image: Image.Image, path: Path, finder: FaceFinder, framing: Framing) -> list[Face]:
+def aligned_faces(
+    image: Image.Image, path: Path, content: Callable[[], bytes], finder: FaceFinder, framing: Framing
+) -> list[Face]:
     """All faces of a picture, aligned and recompressed as the training images were; the largest, as preprocess.py finds
     it, first.
 
@@ -185,8 +193,8 @@ def aligned_faces(image: Image.Image, path: Path, finder: FaceFinder, framing: F
     for points, way, box in places:
         crop = cut_aligned(image, points, way, options.target_width, options.align)
         if options.recompress:
-            crop = recompress(crop, path, options.recompress)
-        faces.append(as_known(crop, box, framing, "aligned"))
+            crop = recompress(crop, content(), options.recompress)
+        faces.append(as_known(crop, box, framing, "aligned")._replace(place=points))
     return faces
 
 
@@ -208,41 +216,73 @@ def as_known(crop: Image.Image, box: tuple | None, framing: Framing, how: str) -
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def faces_in_file(path: Path, framing: Framing) -> list[Face] | str:
-    """The faces of an image file, or the reason why there is none. In a process of faces/workers.py."""
-    finder = this_finder()
+def faces_in_file(path: Path, framing: Framing, frames: int) -> list[Face] | str:
+    """The faces of an image file, or of so many frames of a video, or the reason why there is none. In a process of
+    faces/workers.py.
+    """
     try:
-        image = load_rgb(path)
-        if framing.treatment == image.info[TREATMENT]:
-            if LANDMARKS in image.info:
-                return [as_known(image, landmarks_box(image.info[LANDMARKS] + 0.5, image.size), framing, "whole")]
-            return find_faces(image, finder, framing) or WITHOUT_FACE
-        if not framing.treatment:
-            return f"is {image.info[TREATMENT]}, and the training images are not; take the original"
-        options = parse_treatment(framing.treatment)
-        if options.align:
-            faces = aligned_faces(image, path, finder, framing)
-            if faces or not framing.whole_image:
-                return faces or WITHOUT_FACE
-            options.align = 0.0
-            stored, landmarks, found_by = find_face(treat(image, path, options), finder, framing.side)
-            return [as_face(None, stored, landmarks, found_by, framing, "whole")]
-        faces = find_faces(image, finder, framing)
-        return [
-            face._replace(image=np.asarray(recompress(Image.fromarray(face.image), path, options.recompress)))
-            for face in faces
-        ] or WITHOUT_FACE
+        if is_video(path):
+            return faces_in_video(path, framing, frames) or NO_FACE
+        return faces_in_picture(load_rgb(path), path, path.read_bytes, framing) or WITHOUT_FACE
     except (Rejected, OSError, ValueError) as reason:
         return str(reason)
     except (MemoryError, RuntimeError, cv2.error) as error:  # of one picture; the others have their rows
         return f"could not be searched ({type(error).__name__}: {error})"
 
 
+def faces_in_video(path: Path, framing: Framing, count: int) -> list[Face]:
+    """Those of all its frames, frame by frame. Of a frame no more is kept than its faces."""
+    framing, frames = framing._replace(whole_image=False), []
+    for number, seconds, image in sample_frames(path, count):
+        faces = faces_in_picture(image, path, image.tobytes, framing)
+        frames.append([face._replace(frame=number, seconds=seconds) for face in faces])
+    numbers = follow([[(face.box, face.place) for face in faces] for faces in frames])
+    return [
+        face._replace(number=number)
+        for faces, of_frame in zip(frames, numbers)
+        for face, number in zip(faces, of_frame)
+    ]
+
+
+def faces_in_picture(image: Image.Image, path: Path, content: Callable[[], bytes], framing: Framing) -> list[Face]:
+    """
+    Args:
+        image: RGB, upright, with the notes of load_rgb in its info.
+        path: for messages.
+        content: gives what a JPEG's quality is drawn from.
+
+    Raises:
+        Rejected, ValueError: it has no score, though it may have a face.
+    """
+    finder = this_finder()
+    if framing.treatment == image.info[TREATMENT]:
+        if LANDMARKS in image.info:
+            place = image.info[LANDMARKS] + 0.5
+            face = as_known(image, landmarks_box(place, image.size), framing, "whole")
+            return [face._replace(place=place)]
+        return find_faces(image, finder, framing)
+    if not framing.treatment:
+        raise Rejected(f"is {image.info[TREATMENT]}, and the training images are not; take the original")
+    options = parse_treatment(framing.treatment)
+    if not options.align:
+        return [
+            face._replace(image=np.asarray(recompress(Image.fromarray(face.image), content(), options.recompress)))
+            for face in find_faces(image, finder, framing)
+        ]
+    faces = aligned_faces(image, path, content, finder, framing)
+    if faces or not framing.whole_image:
+        return faces
+    options.align = 0.0
+    stored, landmarks, found_by = find_face(treat(image, path, options), finder, framing.side)
+    return [as_face(None, stored, landmarks, found_by, framing, "whole")]
+
+
 def list_pictures(given: list[str]) -> Iterator[tuple[Path, str]]:
     """Each file that is meant by paths, folders (any depth) and patterns, once, and why it is no picture ("": it may be
     one).
 
-    In folders, names without an image's extension are none; a file that is named itself is tried whatever it is called.
+    In folders, names without an extension of images or videos are none; a file that is named itself is tried whatever
+    it is called.
     """
     seen = set()
     for name in given:
@@ -254,7 +294,8 @@ def list_pictures(given: list[str]) -> Iterator[tuple[Path, str]]:
         for path in map(Path, matches or [name]):
             if path.is_dir():
                 images, others = list_files(path)
-                files = sorted([(image, "") for image in images] + [(other, NO_IMAGE_BY_NAME) for other in others])
+                others = [(other, "" if is_video(other) else NO_IMAGE_BY_NAME) for other in others]
+                files = sorted([(image, "") for image in images] + others)
             else:
                 files = [(path, "" if os.path.lexists(path) else "no such file")]
             for file, reason in files:

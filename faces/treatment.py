@@ -80,14 +80,14 @@ def treat(image: Image.Image, source: Path, args: argparse.Namespace) -> Image.I
         info = {ORIGINAL: info[ORIGINAL], TREATMENT: treatment} | (image.info if args.align else {})
     image.info = info
     if args.recompress:
-        image = recompress(image, source, args.recompress)
+        image = recompress(image, source.read_bytes(), args.recompress)
     return image
 
 
-def recompress(image: Image.Image, source: Path, qualities: tuple[int, int]) -> Image.Image:
+def recompress(image: Image.Image, content: bytes, qualities: tuple[int, int]) -> Image.Image:
     """The image after a JPEG of a quality between the two, both included, drawn from the content of its file."""
     low, high = qualities
-    drawn = int.from_bytes(hashlib.sha256(source.read_bytes()).digest()[:8], "big")
+    drawn = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
     stream = io.BytesIO()
     image.save(stream, format="JPEG", quality=low + drawn % (high - low + 1))
     decoded = Image.open(stream).convert("RGB")

@@ -1,0 +1,141 @@
+"""Videos to pictures: some frames, evenly spread; and which faces of them are one, followed from frame to frame."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's complaints; the reasons are ours to give
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from faces.images import ORIGINAL, TREATMENT
+from faces.rejection import Rejected
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # nor OpenCV's warnings
+
+VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+NO_STREAM = "cannot be read as a video: no video stream in it, or cut off before its index"  # reasons
+NO_FRAME = "cannot be read as a video: none of its frames can be decoded"
+MOST_FRAMES = 10_000_000  # of a file that does not say how many it has
+STEP = 250  # frames; what is nearer than that is read on to, what is farther is sought
+NEAR = 0.7  # mean distance of landmarks, in face sizes, at which two faces of neighbouring frames may be one
+OVERLAP = 0.3  # of their boxes, intersection over union, at which they are
+
+
+class Frame(NamedTuple):
+    number: int  # from 0 on
+    seconds: float
+    image: Image.Image  # RGB
+
+
+def is_video(path: Path) -> bool:
+    return path.name.lower().endswith(VIDEO_EXTENSIONS)
+
+
+def sample_frames(path: Path, count: int) -> Iterator[Frame]:
+    """So many frames, the middles of equal parts of the video; all of a shorter one. One is held at a time.
+
+    Of a file that is cut off, of what can be decoded.
+
+    Raises:
+        Rejected: none can.
+    """
+    capture = open_video(path)
+    total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    if total <= 0 or not reaches(capture, total - 1):
+        total = count_frames(path, total)
+    if not total:
+        raise Rejected(NO_FRAME)
+    capture = open_video(path)
+    rate, position, given = capture.get(cv2.CAP_PROP_FPS), 0, 0
+    for number in sorted({int((i + 0.5) * total / count) for i in range(count)}):
+        position = go_to(capture, position, number)
+        decoded, pixels = capture.read()
+        position += 1
+        if not decoded:
+            continue
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., ::-1]))  # BGR -> RGB
+        image.info = {ORIGINAL: f"{path.suffix[1:].upper()} {image.width}x{image.height}", TREATMENT: ""}
+        given += 1
+        yield Frame(number, round(number / rate, 3) if rate > 0 else 0.0, image)
+    if not given:
+        raise Rejected(NO_FRAME)
+
+
+def open_video(path: Path) -> cv2.VideoCapture:
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    if not capture.isOpened():
+        raise Rejected(NO_STREAM)
+    return capture
+
+
+def reaches(capture: cv2.VideoCapture, number: int) -> bool:
+    """Whether a frame is there: the last one of a file that was cut off is not."""
+    capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+    return capture.grab()
+
+
+def go_to(capture: cv2.VideoCapture, position: int, number: int) -> int:
+    """Moves to a frame, so that it is the next one to be read. Returns its number."""
+    if number - position > STEP:
+        capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+        return number
+    while position < number and capture.grab():
+        position += 1
+    return position
+
+
+def count_frames(path: Path, promised: int) -> int:
+    """How many frames can be read, by reading them: of a file that does not say so, or that was cut off."""
+    capture, found, most = open_video(path), 0, promised if promised > 0 else MOST_FRAMES
+    while found < most and capture.grab():
+        found += 1
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- one face
+
+
+def follow(frames: Sequence[Sequence[tuple[tuple | None, np.ndarray]]]) -> list[list[int]]:
+    """Which faces of a video are one: by overlap from frame to frame, and by the distance of their landmarks.
+
+    Args:
+        frames: of each frame its faces, box (left, top, right, bottom) and landmarks (68, 2), in pixels.
+
+    Returns:
+        for each face the number of the one that it is, from 0 on, in the order in which they first appear.
+    """
+    last: dict[int, tuple[tuple, np.ndarray]] = {}
+    numbers = []
+    for faces in frames:
+        pairs = sorted((unlikeness(face, other), i, k) for i, face in enumerate(faces) for k, other in last.items())
+        given: dict[int, int] = {}
+        for cost, i, k in pairs:
+            if cost < np.inf and i not in given and k not in given.values():
+                given[i] = k
+        for i in range(len(faces)):
+            given.setdefault(i, max([-1, *last, *given.values()]) + 1)
+        last |= {given[i]: face for i, face in enumerate(faces)}
+        numbers.append([given[i] for i in range(len(faces))])
+    return numbers
+
+
+def unlikeness(face: tuple, other: tuple) -> float:
+    """Of two faces in neighbouring frames: 0 where they are in one place, infinite where they cannot be one."""
+    (box, points), (other_box, other_points) = face, other
+    size = np.sqrt(np.ptp(points, axis=0).prod() * np.ptp(other_points, axis=0).prod()) ** 0.5
+    distance = float(np.linalg.norm(points - other_points, axis=1).mean() / max(size, 1e-6))
+    return distance if distance < NEAR or overlap(box, other_box) > OVERLAP else np.inf
+
+
+def overlap(box: tuple | None, other: tuple | None) -> float:
+    """Intersection over union."""
+    if box is None or other is None:
+        return 0.0
+    sides = [min(box[k + 2], other[k + 2]) - max(box[k], other[k]) for k in (0, 1)]
+    shared = max(0, sides[0]) * max(0, sides[1])
+    both = sum((one[2] - one[0]) * (one[3] - one[1]) for one in (box, other))
+    return shared / max(both - shared, 1)

@@ -1,0 +1,147 @@
+"""Videos in inference.py --images: a row for each face in each frame, one for each face that is followed."""
+
+import csv
+import io
+import wave
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import run_script
+from PIL import Image
+
+from drawing.face import sample_face
+from drawing.render import render
+from faces.rejection import Rejected
+from faces.videos import NO_FRAME, NO_STREAM, follow, sample_frames
+
+SIZE = (640, 360)
+CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".avi": "MJPG", ".mkv": "MJPG"}
+
+
+def frame_of(i: int, faces: bool = True) -> np.ndarray:
+    """(360, 640, 3) RGB: its number as a row of white and black squares, and two faces, one of which moves."""
+    picture = np.full((SIZE[1], SIZE[0], 3), 110, np.uint8)
+    for bit in range(10):
+        picture[340:356, 20 * bit : 20 * bit + 16] = 255 * (i >> bit & 1)
+    if faces:
+        for seed, left in ((1, 10), (2, 330 + i)):
+            picture[20:270, left : left + 250] = render(sample_face(np.random.default_rng(seed)), 250)
+    return picture
+
+
+def number_in(image: Image.Image) -> int:
+    pixels = np.asarray(image.convert("L"))
+    return sum(int(pixels[348, 20 * bit + 8] > 127) << bit for bit in range(10))
+
+
+def film(path: Path, frames: int, faces: bool = True) -> Path:
+    if path.suffix == ".gif":
+        first, *others = [Image.fromarray(frame_of(i, faces)) for i in range(frames)]
+        first.save(path, save_all=True, append_images=others, duration=100)
+        return path
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*CODECS[path.suffix]), 10, SIZE)
+    assert writer.isOpened(), path.suffix
+    for i in range(frames):
+        writer.write(np.ascontiguousarray(frame_of(i, faces)[..., ::-1]))
+    writer.release()
+    return path
+
+
+def cut_off(source: Path, target: Path, share: float) -> Path:
+    content = source.read_bytes()
+    target.write_bytes(content[: int(share * len(content))])
+    return target
+
+
+def rows_of(text: str) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+# --------------------------------------------------------------------------------------------------------------- frames
+
+
+@pytest.mark.parametrize("suffix", [*CODECS, ".gif"])
+def test_frames_are_evenly_spread_and_what_they_say(tmp_path, suffix):
+    path = film(tmp_path / f"clip{suffix}", 40, faces=False)
+    frames = list(sample_frames(path, 8))
+    assert [frame.number for frame in frames] == [2, 7, 12, 17, 22, 27, 32, 37]
+    assert [number_in(frame.image) for frame in frames] == [2, 7, 12, 17, 22, 27, 32, 37]
+    assert frames[3].seconds == pytest.approx(1.7, abs=0.11) and frames[0].image.size == SIZE
+    assert [frame.number for frame in sample_frames(path, 100)] == list(range(40)), "all of a short one"
+
+
+def test_far_frames_are_sought(tmp_path):
+    path = film(tmp_path / "long.avi", 900, faces=False)
+    assert [number_in(frame.image) for frame in sample_frames(path, 2)] == [225, 675]
+
+
+def test_a_video_that_is_cut_off_is_used_as_far_as_it_goes(tmp_path):
+    whole = film(tmp_path / "whole.avi", 60, faces=False)
+    frames = list(sample_frames(cut_off(whole, tmp_path / "cut.avi", 0.5), 6))
+    assert len(frames) >= 5 and all(number_in(frame.image) == frame.number for frame in frames)
+    assert 20 < frames[-1].number < 31
+
+
+def test_what_is_no_video_is_named(tmp_path):
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "empty.mkv").touch()
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(16000))
+    (tmp_path / "sound.wav").rename(tmp_path / "sound.mov")
+    cut_off(film(tmp_path / "whole.mp4", 20, faces=False), tmp_path / "cut.mp4", 0.5)  # its index is at the end
+    for name in ("text.mp4", "empty.mkv", "sound.mov", "cut.mp4"):
+        with pytest.raises(Rejected) as error:
+            list(sample_frames(tmp_path / name, 4))
+        assert str(error.value) in (NO_STREAM, NO_FRAME), name
+
+
+def test_faces_are_followed():
+    def face(x: float, y: float, size: float = 40) -> tuple:
+        points = np.random.default_rng(0).uniform(0, size, (68, 2)) + [x, y]
+        return (int(x), int(y), int(x + size), int(y + size)), points
+
+    still, moving = [face(0, 0)] * 4, [face(100 + 12 * i, 50) for i in range(4)]
+    frames = [[still[0], moving[0]], [moving[1], still[1]], [still[2]], [face(300, 300), still[3], moving[3]]]
+    assert follow(frames) == [[0, 1], [1, 0], [0], [2, 0, 1]]
+    assert follow([[face(0, 0)], [face(0, 0, 200)], []]) == [[0], [1], []], "another size is another face"
+
+
+# ------------------------------------------------------------------------------------------------------ whole commands
+
+
+@pytest.mark.slow
+def test_rows_of_frames_and_of_faces(trained, tmp_path):
+    film(tmp_path / "clip.mp4", 30)
+    film(tmp_path / "nobody.avi", 5, faces=False)
+    (tmp_path / "hostile.webm").write_bytes(bytes(1000))
+    Image.fromarray(render(sample_face(np.random.default_rng(3)), 300)).save(tmp_path / "photo.png")
+    (tmp_path / "notes.txt").write_text("no video")
+    options = ("--checkpoint", trained / "best_model.pth", "--images", tmp_path, "--frames", 5, "--workers", 1)
+    done = run_script("inference.py", *options, cwd=tmp_path, expect=3)
+    rows = {
+        name: [row for row in rows_of(done.stdout) if row["path"].endswith(name)]
+        for name in ("clip.mp4", "nobody.avi", "hostile.webm", "photo.png", "notes.txt")
+    }
+    assert sum(map(len, rows.values())) == len(rows_of(done.stdout))
+    of_frames = [row for row in rows["clip.mp4"] if not row["frames"]]
+    assert [int(row["frame"]) for row in of_frames] == [i for i in (3, 9, 15, 21, 27) for _ in range(2)]
+    of_faces = [row for row in rows["clip.mp4"] if row["frames"]]
+    assert [(row["number"], row["frames"]) for row in of_faces] == [("0", "5"), ("1", "5")]
+    for row in of_faces:
+        scores = [float(one["probability"]) for one in of_frames if one["number"] == row["number"]]
+        assert float(row["probability"]) == pytest.approx(np.mean(scores))
+        assert float(row["spread"]) == pytest.approx(np.std(scores)) and row["verdict"] in ("real", "fake")
+        lefts = [int(one["left"]) for one in of_frames if one["number"] == row["number"]]
+        assert np.ptp(lefts) < 30 and (np.diff(lefts) >= -2).all(), "one stands, one moves 24 pixels to the right"
+    assert [row["reason"] for name in ("nobody.avi", "hostile.webm") for row in rows[name]] == [
+        "no face found",
+        NO_STREAM,
+    ]
+    (photo,) = rows["photo.png"]
+    assert photo["verdict"] and not photo["frame"] and not photo["frames"]
+    assert "left alone" in rows["notes.txt"][0]["reason"] and "faces: " in done.stderr
+    again = run_script("inference.py", *options, cwd=tmp_path, expect=3)
+    assert again.stdout == done.stdout
