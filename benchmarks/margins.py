@@ -23,12 +23,13 @@ sys.path.insert(0, str(ROOT))
 from evaluation.pictures import score_pictures
 from evaluation.typeset import as_text
 from faces.alignment import find_landmarks
-from faces.finder import FaceFinder, finder_files
+from faces.finder import FaceFinder, finder_files, search_copy
 from faces.images import list_images, load_rgb
 from runtime.checkpoint import load_checkpoint
 from runtime.processes import default_workers
 
 MARGINS = (0.0, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0, 3.0)  # of the face's side, on each of the four sides
+LONGEST = 512  # longer side in pixels of what the margin is put around
 AS_IT_IS, JPEG = "as it is", "JPEG 90"
 
 
@@ -48,12 +49,13 @@ def with_margin(image: Image.Image, landmarks: np.ndarray, margin: float) -> Ima
 
 def variants(path: Path, finder: FaceFinder) -> dict[str, Image.Image]:
     """{what was done: picture}; empty where no face is found."""
-    image = load_rgb(path)
+    image = search_copy(load_rgb(path), LONGEST)
     found = find_landmarks(image, finder)
     if found is None:
         return {}
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=90)
+    image.info = {}
     made = {AS_IT_IS: image, JPEG: Image.open(stream).convert("RGB")}
     return made | {f"{margin:.0%}": with_margin(image, found[0], margin) for margin in MARGINS}
 
