@@ -24,75 +24,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
 
-from faces.images import ENLARGED, FILLED, IMAGE_EXTENSIONS, NO_IMAGE_BY_NAME, list_files, list_images, load_rgb
-from faces.prepared import filled_of, is_prepared, plan_outputs, write_png
-from faces.rejection import BEYOND, NO_FACE, REJECTED_SUFFIX, Rejected, read_reasons, write_reasons
-from faces.treatment import ALIGNED_CROP, treat, treatment_of
+from faces.images import ENLARGED, IMAGE_EXTENSIONS, NO_IMAGE_BY_NAME, is_video, list_files, list_images, video_of
+from faces.prepare import Outcome, prepare_file
+from faces.prepared import plan_outputs
+from faces.rejection import BEYOND, NO_FACE, REJECTED_SUFFIX, read_reasons, write_reasons
+from faces.treatment import ALIGNED_CROP, treatment_of
 from runtime.files import free_path, replacing
 from runtime.processes import default_workers, gather, join_processes, lock, map_ahead, scatter
 
-# ------------------------------------------------------------------------------------------------------------ one image
-
-
-class Outcome(NamedTuple):
-    source: Path
-    status: str  # "written", "unchanged" or "rejected"
-    reason: str = ""  # why it was rejected; or ENLARGED
-    filled: float = 0.0  # the share of the crop that lies beyond the picture
-
-
-def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
-    """Makes one image; `target` lies beside the source (in place) or in the output folder.
-
-    Raises:
-        ValueError: as from treat.
-    """
-    size, in_place = (args.target_width, args.target_height), args.output_dir is None
-    if (
-        not in_place
-        and not args.look_again
-        and target.exists()
-        and target.stat().st_mtime_ns == source.stat().st_mtime_ns
-        and is_prepared(target, size)
-    ):
-        return Outcome(source, "unchanged", filled=filled_of(target) if args.align else 0.0)
-    try:
-        image = load_rgb(source)  # in full, a prepared one too: its end may be missing
-        if image.height < args.min_height or image.width < args.min_width:
-            raise Rejected(
-                f"{image.width}x{image.height} pixels, under the minimum of {args.min_width}x{args.min_height}"
-            )
-        prepared = is_prepared(source, size) and not treatment_of(args)
-        if not prepared:
-            image = treat(image, source, args)
-    except Rejected as error:
-        if not in_place:
-            target.unlink(missing_ok=True)  # made when the file, or the minimum, was another
-        return Outcome(source, "rejected", str(error))
-
-    if in_place:
-        # Content first, then the name: at every moment there is exactly one file, the original or its PNG.
-        if not prepared:
-            write_png(image, source, sync=True)
-        if source != target:
-            os.rename(source, target)
-        return Outcome(source, "unchanged" if prepared and source == target else "written")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_png(image, target, sync=False)
-    stat = source.stat()
-    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by which the next run knows that the source is the same
-    filled = image.info.get(FILLED, 0.0)
-    return Outcome(source, "written", ENLARGED if image.info.get(ENLARGED) else "", filled)
-
 
 @contextlib.contextmanager
-def preparing(args: argparse.Namespace) -> Iterator[Callable[[tuple[Path, Path]], Outcome]]:
-    """prepare of a (source, target), for threads: here, or in as many processes where dlib finds faces.
+def preparing(args: argparse.Namespace) -> Iterator[Callable[[tuple[Path, Path]], list[Outcome]]]:
+    """prepare_file of a (source, target), for threads: here, or in as many processes where dlib finds faces.
 
     dlib holds Python's lock while it searches.
 
@@ -100,13 +47,13 @@ def preparing(args: argparse.Namespace) -> Iterator[Callable[[tuple[Path, Path]]
         OSError, ValueError: no predictor.
     """
     if not args.align:
-        yield lambda pair: prepare(*pair, args)
+        yield lambda pair: prepare_file(*pair, args)
         return
     from faces.finder import finder_files  # OpenCV and dlib, where they are needed
     from faces.workers import face_workers
 
     with face_workers(finder_files(args.predictor, not args.without_cnn), args.workers) as pool:
-        yield lambda pair: pool.submit(prepare, *pair, args).result()
+        yield lambda pair: pool.submit(prepare_file, *pair, args).result()
 
 
 # ---------------------------------------------------------------------------------------------------------- the folders
@@ -119,6 +66,7 @@ def claim_output(output: Path, directory: Path, args: argparse.Namespace) -> Non
     """
     note, treatment = output / ".source", treatment_of(args).encode()
     minimum = f"{args.min_width}x{args.min_height}"
+    minimum += f", {args.frames} frames" if args.frames != 16 else ""
     minimum += f", filled {args.max_filled:g}" if args.max_filled < 1 else ""
     minimum = (minimum + (", without CNN" if args.without_cnn else "")).encode()
     known = note.read_bytes().split(b"\0") if note.exists() else []
@@ -141,8 +89,8 @@ def check_options(args: argparse.Namespace, directory: Path) -> None:
     """Exits where they make no sense."""
     if not directory.is_dir():
         sys.exit(f"{args.directory}: no such folder; --directory takes a folder of images")
-    if min(args.target_height, args.target_width, args.workers) < 1:
-        sys.exit("--target_height, --target_width and --workers have to be at least 1")
+    if min(args.target_height, args.target_width, args.workers, args.frames) < 1:
+        sys.exit("--target_height, --target_width, --workers and --frames have to be at least 1")
     if args.align and not 0.2 <= args.align <= 2:
         sys.exit(f"--align {args.align:g}: has to be from 0.2 to 2, in parts of FFHQ's square")
     if not 0 <= args.max_filled <= 1:
@@ -172,13 +120,17 @@ def plan_work(
     check_options(args, directory)
     output = args.output_dir.resolve() if args.output_dir is not None else directory
     images, others = list_files(directory)
-    if not images:
+    videos = [path for path in others if is_video(path)] if args.output_dir is not None else []
+    if not images and not videos:
         sys.exit(f"{args.directory}: no images in it ({', '.join(IMAGE_EXTENSIONS)})")
     if args.output_dir is not None:
         claim_output(output, directory, args)
     locks.enter_context(lock(output))
     work = [(image, output / name) for image, name in plan_outputs(directory, images).items()]
-    if args.output_dir is not None and (orphans := sorted(set(list_images(output)) - {target for _, target in work})):
+    work += [(video, output / video.relative_to(directory)) for video in videos]
+    targets, others = {target for _, target in work}, [path for path in others if path not in videos]
+    orphans = [path for path in list_images(output) if path not in targets and video_of(path) not in targets]
+    if args.output_dir is not None and orphans:
         print(
             f"WARNING: {len(orphans)} images in {output} are of files that are no longer in {directory}; remove them:"
             f" {orphans[0]} ..."
@@ -308,6 +260,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument(
+        "--frames",
+        type=int,
+        default=16,
+        help="of each video, evenly spread, with --output_dir (default: 16); one video's frames share a split",
+    )
+    parser.add_argument(
         "--max_filled",
         type=float,
         default=1.0,
@@ -354,12 +312,12 @@ def main(args: argparse.Namespace) -> None:
         counts, rejected, filled = Counter(), [], []
         # Threads, since Pillow decodes, resizes and encodes outside of Python's lock
         outcomes = map_ahead(locks.enter_context(preparing(args)), mine, args.workers, ahead=16 * args.workers)
-        for outcome in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
-            if outcome.status == "rejected":
-                rejected.append(outcome)
-            else:
-                counts.update([outcome.status, *([ENLARGED] if outcome.reason else [])])
-                filled += [outcome.filled] if outcome.filled else []
+        for of_file in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
+            rejected += [outcome for outcome in of_file if outcome.status == "rejected"]
+            for outcome in of_file:
+                if outcome.status != "rejected":
+                    counts.update([outcome.status, *([ENLARGED] if outcome.reason else [])])
+                    filled += [outcome.filled] if outcome.filled else []
         results = gather((counts, rejected, filled))
         if rank == 0:
             report(results, others, directory, args)

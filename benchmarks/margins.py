@@ -3,7 +3,7 @@
     python benchmarks/margins.py --checkpoint output_model/best_model.pth --real FFHQ/ --fake StyleGAN/
 
 Each picture is cut to its face, from the brows to the chin, and given 0 % to 300 % of the face's side as margin: first
-from the picture itself, beyond it by reflection. Drift is the change of the probability against that of the picture as
+from the picture itself, beyond it by drawing on its border. Drift is the change of the probability against that of the picture as
 it is: mean, and 95th percentile. For a model of aligned images (preprocess.py --align).
 """
 
@@ -34,7 +34,9 @@ AS_IT_IS, JPEG = "as it is", "JPEG 90"
 
 
 def with_margin(image: Image.Image, landmarks: np.ndarray, margin: float) -> Image.Image:
-    """The face's square, and so much around it: of the image, and where that ends, its reflection."""
+    """The face's square, and so much around it: of the image, and where that ends, of its border drawn on. (Reflected,
+    it would hold the face again.)
+    """
     low, high = landmarks.min(axis=0), landmarks.max(axis=0)
     side, centre = (high - low).max(), (low + high) / 2
     left, top = np.rint(centre - side * (0.5 + margin)).astype(int)
@@ -42,7 +44,7 @@ def with_margin(image: Image.Image, landmarks: np.ndarray, margin: float) -> Ima
     pixels = np.asarray(image)
     before = [max(0, -top), max(0, -left)]
     after = [max(0, top + size - image.height), max(0, left + size - image.width)]
-    padded = np.pad(pixels, [*zip(before, after), (0, 0)], mode="symmetric")
+    padded = np.pad(pixels, [*zip(before, after), (0, 0)], mode="edge")
     top, left = top + before[0], left + before[1]
     return Image.fromarray(padded[top : top + size, left : left + size])
 

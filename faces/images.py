@@ -15,6 +15,9 @@ from PIL import Image
 from faces.rejection import Rejected
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+# A video's frame that preprocess.py stores: clip.mp4.frame000123.png; the first part names the video
+FRAME_PATTERN = r"(.+\.(?:mp4|mov|mkv|webm|avi|gif))\.frame\d{6,}\.png"
 NO_IMAGE_BY_NAME = f"left alone: its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"  # a reason
 
 # What Pillow raises on files that are not, or not all, there: its own errors are OSError, broken PNG chunks
@@ -96,6 +99,20 @@ def list_files(directory: Path) -> tuple[list[Path], list[Path]]:
 
 def list_images(directory: Path) -> list[Path]:
     return list_files(directory)[0]
+
+
+def is_video(path: Path) -> bool:
+    return path.name.lower().endswith(VIDEO_EXTENSIONS)
+
+
+def frame_name(video: Path, number: int) -> str:
+    return f"{video.name}.frame{number:06}.png"
+
+
+def video_of(frame: Path) -> Path | None:
+    """The video beside which frame_name would put this file; None where it is no frame."""
+    match = re.fullmatch(FRAME_PATTERN, frame.name)
+    return frame.with_name(match[1]) if match else None
 
 
 def turn_upright(image: Image.Image) -> Image.Image:

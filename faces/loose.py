@@ -22,11 +22,11 @@ from PIL import Image
 
 from faces.alignment import cut_aligned, find_landmarks, refine
 from faces.finder import FaceFinder, as_stored, detect_face, find_face, predict_landmarks, search_copy
-from faces.images import FILLED, FOUND, LANDMARKS, NO_IMAGE_BY_NAME, TREATMENT, list_files, load_rgb
+from faces.images import FILLED, FOUND, LANDMARKS, NO_IMAGE_BY_NAME, TREATMENT, is_video, list_files, load_rgb
 from faces.regions import draw_region_masks, face_frame, face_size
 from faces.rejection import NO_FACE, Rejected
 from faces.treatment import check_original, parse_treatment, recompress, treat
-from faces.videos import follow, is_video, sample_frames
+from faces.videos import follow, sample_frames
 from faces.workers import this_finder
 
 # longer side of the copy in which the faces of a large picture are searched: those from a twentieth of it on

@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -54,10 +55,15 @@ def check_original(image: Image.Image, source: Path, args: argparse.Namespace) -
         raise ValueError(f"{source}: was resized already, it was a {info[ORIGINAL]}; take the originals for --align")
 
 
-def treat(image: Image.Image, source: Path, args: argparse.Namespace) -> Image.Image:
+def treat(
+    image: Image.Image, source: Path, args: argparse.Namespace, content: Callable[[], bytes] | None = None
+) -> Image.Image:
     """An upright RGB image in its new size, aligned and recompressed where that is asked for.
 
     Aligning takes a process of faces/workers.py, which holds a finder.
+
+    Args:
+        content: gives what a JPEG's quality is drawn from, if not the file.
 
     Raises:
         Rejected: it cannot be aligned.
@@ -80,7 +86,7 @@ def treat(image: Image.Image, source: Path, args: argparse.Namespace) -> Image.I
         info = {ORIGINAL: info[ORIGINAL], TREATMENT: treatment} | (image.info if args.align else {})
     image.info = info
     if args.recompress:
-        image = recompress(image, source.read_bytes(), args.recompress)
+        image = recompress(image, (content or source.read_bytes)(), args.recompress)
     return image
 
 

@@ -16,7 +16,6 @@ from faces.rejection import Rejected
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # nor OpenCV's warnings
 
-VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 NO_STREAM = "cannot be read as a video: no video stream in it, or cut off before its index"  # reasons
 NO_FRAME = "cannot be read as a video: none of its frames can be decoded"
 MOST_FRAMES = 10_000_000  # of a file that does not say how many it has
@@ -29,10 +28,6 @@ class Frame(NamedTuple):
     number: int  # from 0 on
     seconds: float
     image: Image.Image  # RGB
-
-
-def is_video(path: Path) -> bool:
-    return path.name.lower().endswith(VIDEO_EXTENSIONS)
 
 
 def sample_frames(path: Path, count: int) -> Iterator[Frame]:

@@ -2,11 +2,13 @@
 
 import argparse
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from faces.images import FRAME_PATTERN
 from samples.feature_files import SPLITS, FeatureFileError
 from samples.sources import Source, is_named
 
@@ -89,11 +91,12 @@ def deal_splits(
 
 def groups_of(sources: Sequence[Source], by_folder: bool) -> list[str | None]:
     """Of each image the group that its manifest names, or the folder below its data set whose images stay together,
-    real/FFHQ/person of real/FFHQ/person/video/1.png; None for one on its own.
+    real/FFHQ/person of real/FFHQ/person/video/1.png, or the video that it is a frame of; None for one on its own.
     """
     parts = [source.path.split("/") for source in sources]
     folders = ["/".join(path[:3]) if by_folder and len(path) > 3 else None for path in parts]
-    return [source.group or folder for source, folder in zip(sources, folders)]
+    videos = [frame and frame[1] for frame in (re.fullmatch(FRAME_PATTERN, source.path) for source in sources)]
+    return [source.group or folder or video for source, folder, video in zip(sources, folders, videos)]
 
 
 def deal(sources: Sequence[Source], contents: Sequence[bytes], args: argparse.Namespace) -> np.ndarray:

@@ -18,7 +18,7 @@ attention.dropout  attention.kernels  drawing.render  faces.rejection  faces.reg
 attention.blocked  faces.images  faces.finder
 attention  faces.alignment  faces.workers  faces.prepared  faces.videos
 model  faces.treatment  samples.feature_files  samples.transforms
-runtime.checkpoint  runtime.pretrained  faces.loose  samples.sources  dataset
+runtime.checkpoint  runtime.pretrained  faces.loose  faces.prepare  samples.sources  dataset
 samples.splits  samples.extracted  samples.manifest
 samples.plan
 samples.shards

@@ -15,6 +15,7 @@ from drawing.face import sample_face
 from drawing.render import render
 from faces.rejection import Rejected
 from faces.videos import NO_FRAME, NO_STREAM, follow, sample_frames
+from samples.feature_files import SPLITS, open_features
 
 SIZE = (640, 360)
 CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".avi": "MJPG", ".mkv": "MJPG"}
@@ -110,6 +111,43 @@ def test_faces_are_followed():
 
 
 # ------------------------------------------------------------------------------------------------------ whole commands
+
+
+@pytest.mark.slow
+def test_frames_are_images_of_one_split(tmp_path):
+    for kind, name in (("real", "A"), ("fake", "B")):
+        (tmp_path / "raw" / kind / name / "sub").mkdir(parents=True)
+        for i in range(4):
+            film(tmp_path / "raw" / kind / name / f"sub/{i}.mp4", 12 + i)
+        (tmp_path / "raw" / kind / name / "torn.mov").write_bytes(bytes(100))
+        Image.fromarray(frame_of(3)).save(tmp_path / "raw" / kind / name / "photo.jpg")
+        options = ("--directory", f"raw/{kind}/{name}", "--output_dir", f"data/{kind}/{name}", "--frames", 3)
+        done = run_script("preprocess.py", *options, "--align", cwd=tmp_path)
+        assert "13 written, 0 unchanged, 1 rejected" in done.stdout and f"torn.mov: {NO_STREAM}" in done.stdout
+        done = run_script("preprocess.py", *options, "--align", cwd=tmp_path)
+        assert "0 written, 13 unchanged, 1 rejected" in done.stdout and "WARNING: " not in done.stdout.split("\n")[0]
+    names = sorted(path.name for path in (tmp_path / "data/real/A/sub").iterdir())
+    assert names[:3] == ["0.mp4.frame000002.png", "0.mp4.frame000006.png", "0.mp4.frame000010.png"]
+    run_script("feature_extraction.py", "--data_root", "data", "--workers", 1, cwd=tmp_path)
+    split_of = {}
+    for split in SPLITS:
+        for path in (tmp_path / "features").glob(f"*/*/{split}_features.h5"):
+            with open_features(path) as file:
+                split_of |= dict.fromkeys(file["paths"].asstr()[:], split)
+    assert len(split_of) == 26
+    for video in {path.split(".frame")[0] for path in split_of if ".frame" in path}:
+        assert len({split for path, split in split_of.items() if path.startswith(video)}) == 1
+
+
+def test_videos_stay_where_images_are_replaced(tmp_path):
+    (tmp_path / "D").mkdir()
+    film(tmp_path / "D/clip.mp4", 5, faces=False)
+    Image.fromarray(frame_of(3)).save(tmp_path / "D/photo.jpg")
+    done = run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    assert "1 written" in done.stdout and sorted(path.name for path in (tmp_path / "D").iterdir()) == [
+        "clip.mp4",
+        "photo.png",
+    ]
 
 
 @pytest.mark.slow

@@ -1,0 +1,102 @@
+"""A file to what preprocess.py makes of it: an image to its PNG, a video to PNGs of some frames."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from faces.images import ENLARGED, FILLED, frame_name, is_video, load_rgb
+from faces.prepared import filled_of, is_prepared, write_png
+from faces.rejection import Rejected
+from faces.treatment import treat, treatment_of
+
+
+class Outcome(NamedTuple):
+    source: Path
+    status: str  # "written", "unchanged" or "rejected"
+    reason: str = ""  # why it was rejected; or ENLARGED
+    filled: float = 0.0  # the share of the crop that lies beyond the picture
+
+
+def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
+    """Makes one image; `target` lies beside the source (in place) or in the output folder.
+
+    Raises:
+        ValueError: as from treat.
+    """
+    size, in_place = (args.target_width, args.target_height), args.output_dir is None
+    if (
+        not in_place
+        and not args.look_again
+        and target.exists()
+        and target.stat().st_mtime_ns == source.stat().st_mtime_ns
+        and is_prepared(target, size)
+    ):
+        return Outcome(source, "unchanged", filled=filled_of(target) if args.align else 0.0)
+    try:
+        image = load_rgb(source)  # in full, a prepared one too: its end may be missing
+        if image.height < args.min_height or image.width < args.min_width:
+            raise Rejected(
+                f"{image.width}x{image.height} pixels, under the minimum of {args.min_width}x{args.min_height}"
+            )
+        prepared = is_prepared(source, size) and not treatment_of(args)
+        if not prepared:
+            image = treat(image, source, args)
+    except Rejected as error:
+        if not in_place:
+            target.unlink(missing_ok=True)  # made when the file, or the minimum, was another
+        return Outcome(source, "rejected", str(error))
+
+    if in_place:
+        # Content first, then the name: at every moment there is exactly one file, the original or its PNG.
+        if not prepared:
+            write_png(image, source, sync=True)
+        if source != target:
+            os.rename(source, target)
+        return Outcome(source, "unchanged" if prepared and source == target else "written")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_png(image, target, sync=False)
+    stat = source.stat()
+    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by which the next run knows that the source is the same
+    filled = image.info.get(FILLED, 0.0)
+    return Outcome(source, "written", ENLARGED if image.info.get(ENLARGED) else "", filled)
+
+
+def prepare_video(source: Path, folder: Path, args: argparse.Namespace) -> list[Outcome]:
+    """Makes images of some frames of a video, in a folder. It is rejected if none of them can be used.
+
+    Raises:
+        ValueError: as from treat.
+    """
+    there = [path for path in folder.glob("*.png") if path.name.startswith(f"{source.name}.frame")]
+    stamp = source.stat().st_mtime_ns
+    if there and not args.look_again and all(path.stat().st_mtime_ns == stamp for path in there):
+        return [Outcome(source, "unchanged", filled=filled_of(path) if args.align else 0.0) for path in there]
+    for path in there:
+        path.unlink()
+    from faces.videos import sample_frames  # OpenCV, where it is needed
+
+    outcomes, made, reason = [], [], ""
+    try:
+        for number, _, image in sample_frames(source, args.frames):
+            try:
+                image = treat(image, source, args, image.tobytes)
+            except Rejected as error:
+                reason = str(error)
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            target = folder / frame_name(source, number)
+            write_png(image, target, sync=False)
+            made.append(target)
+            enlarged = ENLARGED if image.info.get(ENLARGED) else ""
+            outcomes.append(Outcome(source, "written", enlarged, image.info.get(FILLED, 0.0)))
+    except Rejected as error:
+        reason = str(error)
+    for path in made:  # last of all: frames of a run that was stopped are made anew
+        os.utime(path, ns=(stamp, stamp))
+    return outcomes or [Outcome(source, "rejected", reason)]
+
+
+def prepare_file(source: Path, target: Path, args: argparse.Namespace) -> list[Outcome]:
+    """Makes the image of an image, or those of a video beside the `target`."""
+    return prepare_video(source, target.parent, args) if is_video(source) else [prepare(source, target, args)]
