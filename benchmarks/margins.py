@@ -2,9 +2,9 @@
 
     python benchmarks/margins.py --checkpoint output_model/best_model.pth --real FFHQ/ --fake StyleGAN/
 
-Each picture is cut to its face, from the brows to the chin, and given 0 % to 300 % of the face's side as margin: first
-from the picture itself, beyond it by drawing on its border. Drift is the change of the probability against that of the picture as
-it is: mean, and 95th percentile. For a model of aligned images (preprocess.py --align).
+Each picture is cut to its face, from the brows to the chin, and given 0 % to 300 % of the face's side as margin: from
+the picture itself, and beyond that by drawing its border on. Drift is the change of the probability against that of the
+picture as it is: mean, and 95th percentile. For a model of aligned images (preprocess.py --align).
 """
 
 import argparse
