@@ -211,7 +211,7 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="COLUMN",
-        help="false alarms and missed fakes also by these columns of the manifest, or by dataset",
+        help="false alarms and missed fakes also by these columns of the manifest, or by dataset (default: none)",
     )
     option("--report", type=Path, metavar="DIR", help="write DIR/report.html, one file with tables, curves, mistakes")
     option("--num_workers", type=int, default=2, help="threads that read features (default: 2)")

@@ -8,6 +8,7 @@ The predictor was trained on iBUG 300-W, whose terms exclude commercial use. It 
 import bz2
 import hashlib
 import importlib.util
+import os
 import sys
 import urllib.request
 from collections.abc import Callable
@@ -19,6 +20,10 @@ import numpy as np
 from PIL import Image
 
 from runtime.files import replacing
+
+# No threads of dlib's own: a forked process would wait for ever for those of its parent, and processes are the
+# parallelism here. dlib reads this when its CNN runs first.
+os.environ["DLIB_NUM_THREADS"] = "0"
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 PREDICTOR_FILE = "shape_predictor_68_face_landmarks.dat"
@@ -105,8 +110,6 @@ class FaceFinder:
         ValueError: a file is not what it should be.
     """
 
-    has_run_cnn = False  # in this process: it has dlib's threads now, for which a forked one would wait for ever
-
     def __init__(self, files: FinderFiles):
         import dlib  # only where faces are found
 
@@ -136,7 +139,6 @@ class FaceFinder:
             return None
         import dlib
 
-        FaceFinder.has_run_cnn = True
         size = [round(scale * length) for length in image.size]
         copy = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
         found = max(self.cnn(np.asarray(copy)), key=lambda face: face.rect.area(), default=None)

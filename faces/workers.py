@@ -45,8 +45,8 @@ def start_worker(files: FinderFiles, parent: int) -> None:
 def face_workers(files: FinderFiles, count: int, may_fork: bool = True) -> Iterator[ProcessPoolExecutor]:
     """So many processes, each with a finder.
 
-    Forked workers start at once and share the predictor's memory. Where this process has threads (torchrun's, the
-    CNN's), or forking is not safe (macOS), they start from nothing.
+    Forked workers start at once and share the predictor's memory. Where this process has threads (torchrun's), or
+    forking is not safe (macOS), they start from nothing.
 
     Args:
         may_fork: whether nothing in this process stands against it, as CUDA does.
@@ -57,7 +57,7 @@ def face_workers(files: FinderFiles, count: int, may_fork: bool = True) -> Itera
     load_finder(files)
     # A forked worker would wait forever for OpenCV's threads, which stay behind
     cv2.setNumThreads(1)
-    may_fork = may_fork and sys.platform == "linux" and not under_torchrun() and not FaceFinder.has_run_cnn
+    may_fork = may_fork and sys.platform == "linux" and not under_torchrun()
     method = "fork" if may_fork else "spawn"
     pool = ProcessPoolExecutor(count, get_context(method), start_worker, (files, os.getpid()))
     try:

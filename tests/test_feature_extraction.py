@@ -136,9 +136,11 @@ def test_search_does_not_give_up_at_once(finder):
         Image.fromarray(render(sample_face(np.random.default_rng(seed)), 448)).crop((132, 142, 316, 326))
         for seed in range(20)
     ]
+    without_cnn = FaceFinder(finder_files(cnn=False))
+    assert "cnn" in {find_face(crop.resize((224, 224)), finder, 224)[2] for crop in tight[:8]}
     padded = [
         landmarks
-        for _, landmarks, found_by in (find_face(crop.resize((224, 224)), finder, 224) for crop in tight)
+        for _, landmarks, found_by in (find_face(crop.resize((224, 224)), without_cnn, 224) for crop in tight)
         if found_by == "padded"
     ]
     assert padded  # faces that fill the frame
@@ -681,9 +683,9 @@ def test_the_failure_rate_is_printed_per_data_set_and_class(datasets, features, 
 def test_a_worker_loads_the_predictor_once(datasets, tmp_path, monkeypatch, finder):
     monkeypatch.setattr(workers, "_finder", finder)
     monkeypatch.setattr(workers, "FaceFinder", None)  # loading it again would fail
-    settings = {"img_size": 224, "patch_size": 16}
+    settings = {"img_size": 224, "patch_size": 16, "search_again": False}
     for start in range(0, 121, 40):
-        assert extract_shard(find_sources(datasets)[0][start : start + 40], settings, datasets, tmp_path) == {}
+        assert extract_shard(find_sources(datasets)[0][start : start + 40], settings, datasets, tmp_path) == ({}, [])
 
 
 @pytest.mark.slow

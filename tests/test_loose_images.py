@@ -204,6 +204,7 @@ def test_a_row_for_each_face_or_a_reason_for_each_file(trained, tmp_path):
         str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()
     } | {"nowhere.jpg"}
     assert set(by_path) == everything
+    reasons["animated.gif"] = "no face found"  # a video
     for path, reason in (reasons | {"nowhere.jpg": "no such file"}).items():
         (row,) = by_path[path]
         # of small ones, too, it is said
