@@ -155,7 +155,8 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
             stats = np.array([stock.sources[i].stat for i in members], np.int64).reshape(-1, 2)
             attributes = {**common, "data_set": data_set, "split": split, "source_stats": stats}
             paths = [stock.sources[i].path.encode("utf-8", "surrogateescape") for i in members]
-            table = {"labels": stock.store.labels[stock.rows[members]], "paths": paths}
+            # not those of the extraction: a manifest may say otherwise now
+            table = {"labels": [CLASSES.index(data_set.split("/")[0])] * len(members), "paths": paths}
             table["about"] = [stock.sources[i].about for i in members]
             table |= {name: values[members] for name, values in columns.items()}
             blocks = read_blocks(stock, members, bar)
@@ -344,6 +345,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--workers has to be at least 1, and --img_size a multiple of --patch_size")
     # from twice as many pixels on it is an error, and stays one
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    if args.manifest and args.group_by_folder:
+        raise ValueError("--group_by_folder is for folders; give the manifest a column group")
     if args.data_root is None:
         args.data_root = args.manifest.parent if args.manifest else Path("datasets")
     output, root = args.output_dir.resolve(), args.data_root.resolve()

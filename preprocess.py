@@ -1,6 +1,7 @@
 """Prepares a folder of face images: every usable file becomes an 8-bit RGB PNG of one size, in every class alike.
 
     any depth of jpg, jpeg, png, bmp, webp  ->  PNG, 224 x 224, the tree kept
+    and, with --output_dir, mp4, mov, mkv, webm, avi, gif  ->  clip.mp4.frame000123.png, some frames of each
 
     python preprocess.py --directory datasets/fake/StyleGAN3                          in place, one by one, atomically
     python preprocess.py --directory raw/GAN --output_dir datasets/fake/GAN           leaves raw/GAN untouched
@@ -15,6 +16,7 @@ stopped goes on. PNG for all, because a class that keeps its JPEGs while another
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -59,6 +61,9 @@ def preparing(args: argparse.Namespace) -> Iterator[Callable[[tuple[Path, Path]]
 # ---------------------------------------------------------------------------------------------------------- the folders
 
 
+UNFINISHED = b"unfinished"  # in the note of an output folder whose images are to be looked at again
+
+
 def claim_output(output: Path, directory: Path, args: argparse.Namespace) -> None:
     """Notes in the output folder whose images it holds, and how treated, lest others of the same names be mixed in.
 
@@ -81,8 +86,15 @@ def claim_output(output: Path, directory: Path, args: argparse.Namespace) -> Non
         )
     args.look_again = len(known) >= 2 and known[1] != minimum
     output.mkdir(parents=True, exist_ok=True)
+    write_note = functools.partial(write_source, note, directory, treatment)
+    # Stopped before it has looked at all again, the next run does so once more
+    write_note(UNFINISHED if args.look_again else minimum)
+    args.finish_note = functools.partial(write_note, minimum)
+
+
+def write_source(note: Path, directory: Path, treatment: bytes, settings: bytes) -> None:
     with replacing(note) as partial:
-        partial.write_bytes(b"\0".join((os.fsencode(directory), minimum, treatment)))
+        partial.write_bytes(b"\0".join((os.fsencode(directory), settings, treatment)))
 
 
 def check_options(args: argparse.Namespace, directory: Path) -> None:
@@ -93,6 +105,8 @@ def check_options(args: argparse.Namespace, directory: Path) -> None:
         sys.exit("--target_height, --target_width, --workers and --frames have to be at least 1")
     if args.align and not 0.2 <= args.align <= 2:
         sys.exit(f"--align {args.align:g}: has to be from 0.2 to 2, in parts of FFHQ's square")
+    if not args.align and (args.max_filled < 1 or args.without_cnn or args.predictor):
+        sys.exit("--max_filled, --without_cnn and --predictor go with --align")
     if not 0 <= args.max_filled <= 1:
         sys.exit(f"--max_filled {args.max_filled:g}: has to be from 0 to 1")
     if args.align and args.target_height != args.target_width:
@@ -320,6 +334,8 @@ def main(args: argparse.Namespace) -> None:
                     filled += [outcome.filled] if outcome.filled else []
         results = gather((counts, rejected, filled))
         if rank == 0:
+            if args.output_dir is not None:
+                args.finish_note()
             report(results, others, directory, args)
         gather(None)  # nobody leaves before all is done, lest a restart miss one
 

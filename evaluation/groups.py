@@ -51,7 +51,7 @@ def in_parts(values: np.ndarray) -> np.ndarray:
         return values
     inner = np.unique(np.quantile(numbers, np.linspace(0, 1, PARTS + 1)[1:-1]))
     part = np.searchsorted(inner, numbers, side="right")
-    names = {k: f"{numbers[part == k].min():g} to {numbers[part == k].max():g}" for k in np.unique(part)}
+    names = {k: f"{numbers[part == k].min():.12g} to {numbers[part == k].max():.12g}" for k in np.unique(part)}
     result = values.astype(object)
     result[said] = [names[k] for k in part]
     return result.astype(str)
@@ -90,9 +90,11 @@ def in_order(group: str) -> tuple:
     """Numbers by size, then names, then those of which nothing is said."""
     first = group.split(" to ")[0]
     try:
-        return 0, float(first), group
+        if np.isfinite(number := float(first)):
+            return 0, number, group
     except ValueError:
-        return 1 + (group == NOT_SAID), 0.0, group
+        pass
+    return 1 + (group == NOT_SAID), 0.0, group
 
 
 def warn_of_few(errors: dict[str, dict], column: str) -> list[str]:

@@ -5,7 +5,6 @@ align_face        an image of any size  ->  the square around its face, turned u
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -51,19 +50,20 @@ def alignment_square(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return eyes + 0.1 * eye_to_mouth, right
 
 
-def detect_largest(image: Image.Image, finder: FaceFinder) -> Iterator[tuple[np.ndarray, Any, str]]:
-    """Ways to the largest face, with growing effort: a copy of the image (h, w, 3), a box in it, which of FOUND_BY."""
+def detect_largest(image: Image.Image, finder: FaceFinder) -> tuple[np.ndarray, Any, str] | None:
+    """The largest face, searched with growing effort: a copy (h, w, 3) of the image, a box in it, which of FOUND_BY."""
     picture = np.asarray(search_copy(image, SEARCH_SIDE))
     for upsampling, way in enumerate(("frontal", "upsampled")):
         if (box := finder.detect(picture, upsampling)) is not None:
-            yield picture, box, way
+            return picture, box, way
     if (box := finder.detect_cnn(image, SEARCH_SIDE)) is not None:
-        yield picture, box, "cnn"
+        return picture, box, "cnn"
     small = np.asarray(search_copy(image, SMALL_SIDE))
     border = round(max(small.shape) * PADDING)
     padded = cv2.copyMakeBorder(small, border, border, border, border, cv2.BORDER_REPLICATE)
     if (box := finder.detect(padded, upsampling=1)) is not None:
-        yield padded, box, "padded"
+        return padded, box, "padded"
+    return None
 
 
 def find_landmarks(image: Image.Image, finder: FaceFinder) -> tuple[np.ndarray, str] | None:
@@ -72,7 +72,7 @@ def find_landmarks(image: Image.Image, finder: FaceFinder) -> tuple[np.ndarray, 
 
     The face is searched in a copy whose longer side is SEARCH_SIDE at the most: larger images are not aligned better.
     """
-    found = next(detect_largest(image, finder), None)
+    found = detect_largest(image, finder)
     if found is None:
         return None
     picture, box, way = found

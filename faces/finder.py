@@ -113,13 +113,15 @@ class FaceFinder:
     def __init__(self, files: FinderFiles):
         import dlib  # only where faces are found
 
-        self.detector, self.cnn = dlib.get_frontal_face_detector(), None
+        self.detector = dlib.get_frontal_face_detector()
         try:
             self.predictor = dlib.shape_predictor(str(files.predictor))
         except RuntimeError as error:
             raise ValueError(f"{files.predictor}: not a dlib shape predictor ({error})") from error
-        if files.cnn is not None:
-            self.cnn = dlib.cnn_face_detection_model_v1(str(files.cnn))
+        try:
+            self.cnn = None if files.cnn is None else dlib.cnn_face_detection_model_v1(str(files.cnn))
+        except RuntimeError as error:
+            raise ValueError(f"{files.cnn}: not dlib's CNN face detector ({error}); --without_cnn") from error
 
     def detect(self, picture: np.ndarray, upsampling: int = 0) -> Any | None:
         """The box of the largest face, a dlib.rectangle in pixels of the picture (h, w, 3) uint8 RGB; None where there

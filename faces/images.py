@@ -17,7 +17,7 @@ from faces.rejection import Rejected
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 # A video's frame that preprocess.py stores: clip.mp4.frame000123.png; the first part names the video
-FRAME_PATTERN = r"(.+\.(?:mp4|mov|mkv|webm|avi|gif))\.frame\d{6,}\.png"
+FRAME_PATTERN = r"(.+\.(?i:mp4|mov|mkv|webm|avi|gif))\.frame\d{6,}\.png"
 NO_IMAGE_BY_NAME = f"left alone: its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"  # a reason
 
 # What Pillow raises on files that are not, or not all, there: its own errors are OSError, broken PNG chunks
@@ -59,7 +59,7 @@ FOUND = "Found"
 LANDMARKS = "Landmarks"
 STALE = "stale"  # in image.info alone: the pixels are not those whose landmarks the PNG holds
 ORIGINAL_PATTERN = r"\w+ \d+x\d+"
-FACE_NOTE_PATTERN = r"(\w+) ([01]\.\d{4}) ([0-9a-f]{16}) ((?:-?\d+\.\d\d ?){136})"
+FACE_NOTE_PATTERN = r"(frontal|upsampled|cnn|padded) ([01]\.\d{4}) ([0-9a-f]{16}) ((?:-?\d{1,5}\.\d\d ?){136})"
 TREATMENT_PATTERN = r"(?=aligned|JPEG)(?:aligned ([\d.]+), )?(?:JPEG (\d+)(?:-(\d+))?, )?(\d+)x(\d+)"
 
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value

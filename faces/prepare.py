@@ -1,11 +1,14 @@
 """A file to what preprocess.py makes of it: an image to its PNG, a video to PNGs of some frames."""
 
 import argparse
+import errno
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-from faces.images import ENLARGED, FILLED, frame_name, is_video, load_rgb
+from PIL import Image
+
+from faces.images import ENLARGED, FILLED, frame_name, is_video, load_rgb, video_of
 from faces.prepared import filled_of, is_prepared, write_png
 from faces.rejection import Rejected
 from faces.treatment import treat, treatment_of
@@ -16,6 +19,11 @@ class Outcome(NamedTuple):
     status: str  # "written", "unchanged" or "rejected"
     reason: str = ""  # why it was rejected; or ENLARGED
     filled: float = 0.0  # the share of the crop that lies beyond the picture
+
+
+def check_size(image: Image.Image, args: argparse.Namespace) -> None:
+    if image.height < args.min_height or image.width < args.min_width:
+        raise Rejected(f"{image.width}x{image.height} pixels, under the minimum of {args.min_width}x{args.min_height}")
 
 
 def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
@@ -35,10 +43,7 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
         return Outcome(source, "unchanged", filled=filled_of(target) if args.align else 0.0)
     try:
         image = load_rgb(source)  # in full, a prepared one too: its end may be missing
-        if image.height < args.min_height or image.width < args.min_width:
-            raise Rejected(
-                f"{image.width}x{image.height} pixels, under the minimum of {args.min_width}x{args.min_height}"
-            )
+        check_size(image, args)
         prepared = is_prepared(source, size) and not treatment_of(args)
         if not prepared:
             image = treat(image, source, args)
@@ -68,18 +73,25 @@ def prepare_video(source: Path, folder: Path, args: argparse.Namespace) -> list[
     Raises:
         ValueError: as from treat.
     """
-    there = [path for path in folder.glob("*.png") if path.name.startswith(f"{source.name}.frame")]
-    stamp = source.stat().st_mtime_ns
-    if there and not args.look_again and all(path.stat().st_mtime_ns == stamp for path in there):
+    import cv2  # where it is needed
+
+    from faces.videos import sample_frames
+
+    there = [path for path in folder.glob("*.png") if video_of(path) == folder / source.name]
+    try:
+        stamp, size = source.stat().st_mtime_ns, (args.target_width, args.target_height)
+    except OSError as error:
+        return [Outcome(source, "rejected", f"cannot be read as a video ({error.strerror})")]
+    as_they_were = all(path.stat().st_mtime_ns == stamp and is_prepared(path, size) for path in there)
+    if there and not args.look_again and as_they_were:
         return [Outcome(source, "unchanged", filled=filled_of(path) if args.align else 0.0) for path in there]
     for path in there:
         path.unlink()
-    from faces.videos import sample_frames  # OpenCV, where it is needed
-
     outcomes, made, reason = [], [], ""
     try:
         for number, _, image in sample_frames(source, args.frames):
             try:
+                check_size(image, args)
                 image = treat(image, source, args, image.tobytes)
             except Rejected as error:
                 reason = str(error)
@@ -90,8 +102,12 @@ def prepare_video(source: Path, folder: Path, args: argparse.Namespace) -> list[
             made.append(target)
             enlarged = ENLARGED if image.info.get(ENLARGED) else ""
             outcomes.append(Outcome(source, "written", enlarged, image.info.get(FILLED, 0.0)))
-    except Rejected as error:
+    except (Rejected, MemoryError, cv2.error) as error:
         reason = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EACCES):
+            raise
+        reason = error.strerror
     for path in made:  # last of all: frames of a run that was stopped are made anew
         os.utime(path, ns=(stamp, stamp))
     return outcomes or [Outcome(source, "rejected", reason)]

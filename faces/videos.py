@@ -1,6 +1,7 @@
 """Videos to pictures: some frames, evenly spread; and which faces of them are one, followed from frame to frame."""
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ OVERLAP = 0.3  # of their boxes, intersection over union, at which they are
 
 class Frame(NamedTuple):
     number: int  # from 0 on
-    seconds: float
+    seconds: float  # at the mean rate of frames
     image: Image.Image  # RGB
 
 
@@ -61,7 +62,21 @@ def sample_frames(path: Path, count: int) -> Iterator[Frame]:
 
 
 def open_video(path: Path) -> cv2.VideoCapture:
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    """
+    Raises:
+        Rejected: it is no video, or cannot be given to FFmpeg.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise Rejected("is not a file")  # a pipe, say, on which a read would wait for ever
+    try:
+        name = os.path.abspath(path)  # "a:b.mp4" alone would be a protocol to FFmpeg
+        name.encode()
+    except UnicodeEncodeError:
+        raise Rejected("its name is no text; rename it") from None  # OpenCV would crash
+    with open(path, "rb") as file:
+        if file.read(8) == b"ffconcat":  # a list of other files
+            raise Rejected(NO_STREAM)
+    capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
     if not capture.isOpened():
         raise Rejected(NO_STREAM)
     return capture

@@ -9,6 +9,7 @@ split and group are optional, and may be empty in a row. Further columns are kep
 
 import csv
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -60,9 +61,14 @@ def read_row(row: dict, data_root: Path, place: str) -> Source:
     """place: of the row, for messages."""
     if None in row or None in row.values():
         raise ValueError(f"{place}: has more or fewer columns than the first line")
+    try:
+        "".join(row.values()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{place}: is not in UTF-8; save the list with this encoding") from None
     path, label, dataset = (row[name].strip() for name in NEEDED)
     if not path:
         raise ValueError(f"{place}: without a path")
+    path = os.path.normpath(path)  # one spelling of each
     if label not in LABELS:
         raise ValueError(f"{place}: the label is {label!r}, it has to be real or fake, 0 or 1")
     if not dataset or dataset[0] == "." or "/" in dataset or "\\" in dataset or dataset.endswith(REJECTED_SUFFIX):

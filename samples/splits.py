@@ -23,13 +23,13 @@ class SplitError(ValueError):
         self.by_split = by_split
 
 
-def bundle(contents: Sequence[bytes], groups: Sequence[str | None]) -> list[list[int]]:
+def bundle(contents: Sequence[bytes], groups: Sequence[str | tuple | None]) -> list[list[int]]:
     """The samples that must not be apart: of the same content, or of the same group, or both with a third one."""
     from scipy.cluster.hierarchy import DisjointSet  # half a second, hence only here
 
     bundles, first_with = DisjointSet(range(len(contents))), {}
-    for i, keys in enumerate(zip(contents, groups)):
-        for key in keys:
+    for i, (content, of_image) in enumerate(zip(contents, groups)):
+        for key in (content, *(of_image if isinstance(of_image, tuple) else (of_image,))):
             if key is not None:
                 bundles.merge(i, first_with.setdefault(key, i))
     return [sorted(members) for members in bundles.subsets()]
@@ -38,7 +38,7 @@ def bundle(contents: Sequence[bytes], groups: Sequence[str | None]) -> list[list
 def deal_splits(
     data_sets: Sequence[str],
     contents: Sequence[bytes],
-    groups: Sequence[str | None],
+    groups: Sequence[str | tuple | None],
     seed: int,
     test_only: Sequence[str] = (),
     given: Sequence[str] = (),
@@ -52,7 +52,7 @@ def deal_splits(
     Args:
         data_sets: each sample's data set.
         contents: each sample's hash.
-        groups: each sample's group, None for those on their own.
+        groups: each sample's group, or groups, None for those on their own.
         test_only: data sets that go to test whole, with all that must not be apart from them.
         given: each sample's split, "" where it is dealt; none of them if empty.
 
@@ -89,14 +89,14 @@ def deal_splits(
     return splits
 
 
-def groups_of(sources: Sequence[Source], by_folder: bool) -> list[str | None]:
-    """Of each image the group that its manifest names, or the folder below its data set whose images stay together,
-    real/FFHQ/person of real/FFHQ/person/video/1.png, or the video that it is a frame of; None for one on its own.
+def groups_of(sources: Sequence[Source], by_folder: bool) -> list[tuple[str | None, ...]]:
+    """Of each image that with which it shares a split, None for none: the group that its manifest names; the folder
+    below its data set whose images stay together, real/FFHQ/person of real/FFHQ/person/video/1.png; its video.
     """
     parts = [source.path.split("/") for source in sources]
     folders = ["/".join(path[:3]) if by_folder and len(path) > 3 else None for path in parts]
     videos = [frame and frame[1] for frame in (re.fullmatch(FRAME_PATTERN, source.path) for source in sources)]
-    return [source.group or folder or video for source, folder, video in zip(sources, folders, videos)]
+    return [(source.group, folder, video) for source, folder, video in zip(sources, folders, videos)]
 
 
 def deal(sources: Sequence[Source], contents: Sequence[bytes], args: argparse.Namespace) -> np.ndarray:

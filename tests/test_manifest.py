@@ -92,6 +92,17 @@ def test_splits_groups_and_further_columns(datasets, features, rows, tmp_path):
     assert "faces.csv: " in line and "they must not be apart" in line and all(row["path"] in line for row in rows[:2])
 
 
+@pytest.mark.slow
+def test_labels_are_those_that_the_list_has_now(datasets, features, rows, tmp_path):
+    shutil.copytree(features, tmp_path / "features")
+    for row in rows:
+        row["label"] = {"real": "fake", "fake": "real"}[row["label"]]
+    extract(write(tmp_path / "faces.csv", rows), datasets, tmp_path / "features")
+    for kind, name in (("fake", "Consistent"), ("real", "OffAxisMouth")):
+        with open_features(tmp_path / f"features/{kind}/{name}/train_features.h5") as file:
+            assert set(file["labels"][:]) == {int(kind == "fake")}
+
+
 def test_rows_that_cannot_be_meant_are_named(datasets, rows, tmp_path):
     good = rows[:3]
     for change, message in (
@@ -117,6 +128,15 @@ def test_rows_that_cannot_be_meant_are_named(datasets, rows, tmp_path):
     ):
         (tmp_path / "faces.csv").write_text(text)
         assert message in error_line(extract(tmp_path / "faces.csv", datasets, tmp_path / "out", expect=1))
+    (tmp_path / "faces.csv").write_bytes("path,label,dataset\na.png,0,Zürich\n".encode("latin-1"))
+    line = error_line(extract(tmp_path / "faces.csv", datasets, tmp_path / "out", expect=1))
+    assert "line 2: is not in UTF-8" in line
+    write(tmp_path / "faces.csv", [good[0], good[0] | {"path": f"./{good[0]['path']}"}])
+    line = error_line(extract(tmp_path / "faces.csv", datasets, tmp_path / "out", expect=1))
+    assert "line 3: " in line and "is there already" in line
+    options = ("--group_by_folder",)
+    line = error_line(extract(tmp_path / "faces.csv", datasets, tmp_path / "out", *options, expect=1))
+    assert "give the manifest a column group" in line
     line = error_line(extract(tmp_path / "no.csv", datasets, tmp_path / "out", expect=1))
     assert "no.csv" in line and "No such file" in line
     assert not list((tmp_path / "out").rglob("*.h5"))

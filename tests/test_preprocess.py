@@ -557,6 +557,11 @@ def test_landmarks_travel_with_the_png(tmp_path):
     run_script("preprocess.py", *"--directory D --output_dir O --align --recompress 80".split(), cwd=tmp_path)
     info = load_rgb(tmp_path / "O/a.png").info
     assert info[FOUND] == "frontal" and info[FILLED] == 0 and info[LANDMARKS].shape == (68, 2)
+    run_script(
+        *"preprocess.py --directory O --output_dir half --target_width 112 --target_height 112".split(), cwd=tmp_path
+    )
+    half = load_rgb(tmp_path / "half/a.png").info[LANDMARKS]
+    np.testing.assert_allclose(half, (info[LANDMARKS] + 0.5) / 2 - 0.5, atol=0.01, err_msg="in another size")
     _, searched, _ = find_face(Image.open(tmp_path / "O/a.png").convert("RGB"), finder(), 224)
     assert np.abs(info[LANDMARKS] - searched).mean() < 4
     with Image.open(tmp_path / "O/a.png") as image:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import wave
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from PIL import Image
 
 from drawing.face import sample_face
 from drawing.render import render
+from faces.images import video_of
 from faces.rejection import Rejected
 from faces.videos import NO_FRAME, NO_STREAM, follow, sample_frames
 from samples.feature_files import SPLITS, open_features
+from samples.sources import Source
+from samples.splits import groups_of
 
 SIZE = (640, 360)
 CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".avi": "MJPG", ".mkv": "MJPG"}
@@ -97,6 +101,26 @@ def test_what_is_no_video_is_named(tmp_path):
         with pytest.raises(Rejected) as error:
             list(sample_frames(tmp_path / name, 4))
         assert str(error.value) in (NO_STREAM, NO_FRAME), name
+
+
+def test_files_that_would_hang_or_crash_are_named(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    odd = tmp_path / os.fsdecode(b"\xff.mp4")
+    odd.write_bytes(b"?")
+    for path, reason in ((tmp_path / "pipe.mp4", "not a file"), (tmp_path / "list.mp4", NO_STREAM), (odd, "no text")):
+        with pytest.raises(Rejected, match=reason):
+            list(sample_frames(path, 4))
+    film(tmp_path / "take:1.avi", 4, faces=False)
+    monkeypatch.chdir(tmp_path)
+    assert len(list(sample_frames(Path("take:1.avi"), 4))) == 4
+
+
+def test_frames_of_a_video_in_capitals_share_a_group():
+    paths = [f"real/A/IMG_1.MOV.frame{i:06}.png" for i in range(2)] + ["real/A/IMG_1.png"]
+    groups = groups_of([Source("real/A", path, (0, 0)) for path in paths], by_folder=False)
+    assert groups == [(None, None, "real/A/IMG_1.MOV")] * 2 + [(None, None, None)]
+    assert video_of(Path("out/IMG_1.MOV.frame000001.png")) == Path("out/IMG_1.MOV")
 
 
 def test_faces_are_followed():
