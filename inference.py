@@ -49,15 +49,14 @@ EXIT_UNSCORED = 3
 def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespace) -> None:
     """The whole evaluation. All processes score, the first one writes and prints."""
     test_set = load_test_set(model, checkpoint, args)
-    for column in args.by:
-        groups_of(test_set, column)  # raises before hours are spent
+    groups = {column: groups_of(test_set, column) for column in args.by}  # raises before hours are spent
     check_outputs(args)
     scores = score(model, test_set, args)
     results = summarize(test_set, scores, checkpoint, args.bootstrap if rank == 0 else 0, args.seed)
     robustness = test_robustness(model, checkpoint, test_set, results, args) if args.robustness else None
     if rank > 0:
         return
-    by = {column: errors_by(test_set, scores, column, checkpoint["val_threshold"]) for column in args.by}
+    by = {column: errors_by(test_set, scores, groups[column], checkpoint["val_threshold"]) for column in args.by}
     warnings = warn_of_treatment(test_set, checkpoint["framing"]["treatment"]) + warn_of_traces(test_set, args.protocol)
     warnings += [line for column, errors in by.items() for line in warn_of_few(errors, column)]
     results["Run"] = describe_run(checkpoint, test_set, warnings, args)

@@ -1,7 +1,6 @@
 """Errors by group: false alarms and missed fakes by skin tone, age, or whatever a manifest says of its images."""
 
 import json
-from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import binomtest
@@ -24,8 +23,8 @@ def groups_of(test_set: TestSet, column: str) -> np.ndarray:
         ValueError: no sample has this column; the message names those that there are.
     """
     if column == DATA_SET:
-        names = [np.repeat(name, end - start) for name, start, end in zip(*bounds_of(test_set))]
-        return np.concatenate(names)
+        sizes = np.array(test_set.dataset.ends) - np.array(test_set.dataset.starts)
+        return np.repeat(list(test_set.files), sizes)
     about = [json.loads(text) if text else {} for text in test_set.dataset.column("about")]
     if not any(column in row for row in about):
         known = sorted({name for row in about for name in row} | {DATA_SET})
@@ -34,10 +33,6 @@ def groups_of(test_set: TestSet, column: str) -> np.ndarray:
             " feature_extraction.py --manifest"
         )
     return in_parts(np.array([str(row.get(column) or NOT_SAID) for row in about]))
-
-
-def bounds_of(test_set: TestSet) -> tuple[list[str], Sequence[int], Sequence[int]]:
-    return list(test_set.files), test_set.dataset.starts, test_set.dataset.ends
 
 
 def in_parts(values: np.ndarray) -> np.ndarray:
@@ -65,13 +60,14 @@ def rate(hits: np.ndarray) -> dict[str, float] | None:
     return {"rate": float(hits.mean()), "low": float(low), "high": float(high)}
 
 
-def errors_by(test_set: TestSet, scores: np.ndarray, column: str, threshold: float) -> dict[str, dict]:
+def errors_by(test_set: TestSet, scores: np.ndarray, groups: np.ndarray, threshold: float) -> dict[str, dict]:
     """{group: {"real", "fake": images; "false_alarms", "missed": rate at the threshold, or None; "auc", or None}}.
 
     Args:
         scores: (N,) of all samples, NaN of those that are not compared.
+        groups: (N,) of groups_of.
     """
-    groups, labels, compared = groups_of(test_set, column), test_set.dataset.labels, ~np.isnan(scores)
+    labels, compared = test_set.dataset.labels, ~np.isnan(scores)
     found = {}
     for group in sorted(set(groups[compared]), key=in_order):
         of_group, truth = scores[compared & (groups == group)], labels[compared & (groups == group)]

@@ -50,19 +50,23 @@ def alignment_square(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return eyes + 0.1 * eye_to_mouth, right
 
 
-def detect_largest(image: Image.Image, finder: FaceFinder) -> tuple[np.ndarray, Any, str] | None:
-    """The largest face, searched with growing effort: a copy (h, w, 3) of the image, a box in it, which of FOUND_BY."""
+def detect_largest(image: Image.Image, finder: FaceFinder) -> tuple[np.ndarray, Any, str, int] | None:
+    """The largest face, searched with growing effort.
+
+    Returns:
+        a copy (h, w, 3) of the image, the box in it, which of FOUND_BY, and the width of the border around the copy.
+    """
     picture = np.asarray(search_copy(image, SEARCH_SIDE))
     for upsampling, way in enumerate(("frontal", "upsampled")):
         if (box := finder.detect(picture, upsampling)) is not None:
-            return picture, box, way
+            return picture, box, way, 0
     if (box := finder.detect_cnn(image, SEARCH_SIDE)) is not None:
-        return picture, box, "cnn"
+        return picture, box, "cnn", 0
     small = np.asarray(search_copy(image, SMALL_SIDE))
     border = round(max(small.shape) * PADDING)
     padded = cv2.copyMakeBorder(small, border, border, border, border, cv2.BORDER_REPLICATE)
     if (box := finder.detect(padded, upsampling=1)) is not None:
-        return padded, box, "padded"
+        return padded, box, "padded", border
     return None
 
 
@@ -75,11 +79,8 @@ def find_landmarks(image: Image.Image, finder: FaceFinder) -> tuple[np.ndarray, 
     found = detect_largest(image, finder)
     if found is None:
         return None
-    picture, box, way = found
-    points, size = finder.predict(picture, box) + 0.5, np.array(picture.shape[1::-1])
-    if way == "padded":
-        border = round((size.max() / (1 + 2 * PADDING)) * PADDING)
-        points, size = points - border, size - 2 * border
+    picture, box, way, border = found
+    points, size = finder.predict(picture, box) + 0.5 - border, np.array(picture.shape[1::-1]) - 2 * border
     return refine(image, points * image.size / size, finder), way
 
 

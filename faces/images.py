@@ -123,6 +123,14 @@ def turn_upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def scaled_landmarks(landmarks: np.ndarray, size: tuple[int, int], to: tuple[int, int]) -> np.ndarray:
+    """Landmarks (68, 2) of an image of one (width, height), in pixels of its copy in another; float32."""
+    if size == to:
+        return landmarks
+    scale = np.array(to, np.float32) / np.array(size, np.float32)
+    return (landmarks + np.float32(0.5)) * scale - np.float32(0.5)  # between centres of pixels
+
+
 def face_note(image: Image.Image) -> str:
     """What the PNG of an aligned crop says of its face: "frontal 0.0312 <checksum of the pixels> 61.02 103.48 ..."."""
     points = " ".join(f"{value:.2f}" for value in np.ravel(image.info[LANDMARKS]).tolist())

@@ -22,7 +22,17 @@ from PIL import Image
 
 from faces.alignment import cut_aligned, find_landmarks, refine
 from faces.finder import FaceFinder, as_stored, detect_face, find_face, predict_landmarks, search_copy
-from faces.images import FILLED, FOUND, LANDMARKS, NO_IMAGE_BY_NAME, TREATMENT, is_video, list_files, load_rgb
+from faces.images import (
+    FILLED,
+    FOUND,
+    LANDMARKS,
+    NO_IMAGE_BY_NAME,
+    TREATMENT,
+    is_video,
+    list_files,
+    load_rgb,
+    scaled_landmarks,
+)
 from faces.regions import draw_region_masks, face_frame, face_size
 from faces.rejection import NO_FACE, Rejected
 from faces.treatment import check_original, parse_treatment, recompress, treat
@@ -205,11 +215,8 @@ def landmarks_box(landmarks: np.ndarray, size: tuple[int, int]) -> tuple[int, in
 
 def as_known(crop: Image.Image, box: tuple | None, framing: Framing, how: str) -> Face:
     """An aligned crop whose landmarks are known, as feature_extraction.py takes it."""
-    stored, scale = as_stored(crop, framing.side), np.float32(framing.side) / np.array(crop.size, np.float32)
-    landmarks = crop.info[LANDMARKS]
-    if (scale != 1).any():
-        landmarks = (landmarks + np.float32(0.5)) * scale - np.float32(0.5)
-    face = as_face(box, stored, landmarks, crop.info[FOUND], framing, how)
+    landmarks = scaled_landmarks(crop.info[LANDMARKS], crop.size, (framing.side, framing.side))
+    face = as_face(box, as_stored(crop, framing.side), landmarks, crop.info[FOUND], framing, how)
     return face._replace(filled=crop.info[FILLED])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from faces.images import FILLED, LANDMARKS, ORIGINAL, TREATMENT, TREATMENT_PATTERN
+from faces.images import FILLED, LANDMARKS, ORIGINAL, TREATMENT, TREATMENT_PATTERN, scaled_landmarks
 from faces.rejection import BEYOND, NO_FACE, Rejected
 
 # From the brows to the chin; FFHQ's own size reaches over the border of nearly all close-ups
@@ -83,8 +83,7 @@ def treat(
             raise Rejected(f"{BEYOND}: {image.info[FILLED]:.1%}, --max_filled {args.max_filled:g}")
     else:
         if LANDMARKS in info:  # of an aligned image in another size
-            scale = np.array(size) / image.size
-            info = info | {LANDMARKS: np.round((info[LANDMARKS] + 0.5) * scale - 0.5, 2).astype(np.float32)}
+            info = info | {LANDMARKS: np.round(scaled_landmarks(info[LANDMARKS], image.size, size), 2)}
         image = image.resize(size, Image.Resampling.LANCZOS)  # Pillow widens the filter when it shrinks: antialiased
     if treatment:  # comments and colour profiles go: they could name the class
         info = {ORIGINAL: info[ORIGINAL], TREATMENT: treatment} | (image.info if args.align else {})

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from faces.finder import FOUND_BY, Detection, FinderFiles, as_stored, detect_face, predict_landmarks
-from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, load_rgb
+from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, load_rgb, scaled_landmarks
 from faces.regions import REGIONS, draw_region_masks
 from faces.rejection import Rejected
 from faces.workers import face_workers, load_finder, this_finder
@@ -48,10 +48,7 @@ def look_at(image: Image.Image, img_size: int, search_again: bool) -> tuple[np.n
     """The image as it is stored, and its face: where preprocess.py found it, else searched."""
     if search_again or LANDMARKS not in image.info:
         return detect_face(image, this_finder(), img_size)
-    scale = np.float32(img_size) / np.array(image.size, np.float32)
-    landmarks = image.info[LANDMARKS]
-    if (scale != 1).any():
-        landmarks = (landmarks + np.float32(0.5)) * scale - np.float32(0.5)
+    landmarks = scaled_landmarks(image.info[LANDMARKS], image.size, (img_size, img_size))
     return as_stored(image, img_size), Known(landmarks, image.info[FOUND])
 
 

