@@ -177,11 +177,17 @@ class FaceDataset:
         """One of the small per-sample datasets (labels, paths, originals, treatments, found_by, filled, about,
         sha256) over all files, in the order of samples.
         """
-        columns = []
+        return self.columns(name)[name]
+
+    def columns(self, *names: str) -> dict[str, np.ndarray]:
+        """Several of them; each file is opened once."""
+        parts = {name: [] for name in names}
         for path in self.files:
             with open_features(path) as file:
-                columns.append(file[name].asstr("utf-8", "surrogateescape")[:] if name in TEXTS else file[name][:])
-        return np.concatenate(columns)
+                for name in names:
+                    rows = file[name].asstr("utf-8", "surrogateescape") if name in TEXTS else file[name]
+                    parts[name].append(rows[:])
+        return {name: np.concatenate(rows) for name, rows in parts.items()}
 
     def read(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """A batch: the arrays of a sample, each with an axis B in front. draws (B,): which draw of the transform each

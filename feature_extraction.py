@@ -78,6 +78,7 @@ class Stock:
     sources: list[Source]
     contents: list[bytes]  # SHA-256 of each
     found: np.ndarray  # (N,) whether a face was
+    columns: dict[str, np.ndarray]  # those that go to feature files as they are, (N, ...) each
     mean_landmarks: np.ndarray | None = None  # (68, 2), for those without a face
     mean_masks: np.ndarray | None = None  # (8, G, G)
 
@@ -107,10 +108,11 @@ def take_stock(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) ->
             f"{args.data_root}: none of the images can be used; the reasons are in {args.output_dir / SKIPPED}"
         )
     store = FaceDataset(files, mapped=False)
-    contents = [row.tobytes() for row in store.column("sha256")[rows]]
-    found = store.column("found_by")[rows] != FOUND_BY.index("mean")
+    columns = {name: column[rows] for name, column in store.columns(*IN_TABLE).items()}
+    contents = [row.tobytes() for row in columns["sha256"]]
+    found = columns["found_by"] != FOUND_BY.index("mean")
     finished = sum(path.parent.name != SHARDS for path in files)
-    return Stock(files, finished, store, rows, sources, contents, found)
+    return Stock(files, finished, store, rows, sources, contents, found, columns)
 
 
 def fill_in_means(stock: Stock, in_train: np.ndarray, args: argparse.Namespace) -> None:
@@ -144,7 +146,6 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
         "seed": args.seed,
         "mean_landmarks": stock.mean_landmarks,
     }
-    columns = {name: stock.store.column(name)[stock.rows] for name in IN_TABLE}
     in_data_set, grid_size = np.array(data_sets), args.img_size // args.patch_size
     with tqdm(total=len(stock.sources), desc="writing", unit="image") as bar:
         for path, data_set, split in feature_files(plan, args.output_dir / STAGE):
@@ -158,7 +159,7 @@ def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> N
             # not those of the extraction: a manifest may say otherwise now
             table = {"labels": [CLASSES.index(data_set.split("/")[0])] * len(members), "paths": paths}
             table["about"] = [stock.sources[i].about for i in members]
-            table |= {name: values[members] for name, values in columns.items()}
+            table |= {name: values[members] for name, values in stock.columns.items()}
             blocks = read_blocks(stock, members, bar)
             write_features(path, args.img_size, grid_size, attributes, table, blocks, args.compress)
 

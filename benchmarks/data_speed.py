@@ -6,6 +6,7 @@
 stage        ours                      beside it, as many bare processes as workers
 preprocess   preprocess.py             Pillow: decode, resize, encode as PNG
 extraction   feature_extraction.py     decode; dlib's detector, at the size at which it finds the face; its predictor
+aligned      feature_extraction.py     decode: of aligned images the landmarks are known
 loading      scoring.load_batches      h5py: file["images"][i] and so on of random samples, out of a file that is open
 
 Scripts are timed as a user runs them, on a part of the images and on all: images/s is the difference of images over the
@@ -69,6 +70,11 @@ def bare_extraction(job: list, target: str) -> None:
             finder.predictor(picture, faces[0])
 
 
+def bare_decoding(job: list, target: str) -> None:
+    for path in job:
+        np.asarray(Image.open(path).convert("RGB"))
+
+
 def bare_loading(job: list, target: str) -> None:
     """Prints samples/s of one process that reads chunk after chunk. `target` is a feature file, `job` the seed of the
     order.
@@ -122,7 +128,7 @@ def samples_per_second(batches: Iterator) -> float:
 
 BARE = {
     function.__name__: function
-    for function in (bare_preprocess, bare_extraction, bare_loading, torch_loading, our_loading)
+    for function in (bare_preprocess, bare_extraction, bare_decoding, bare_loading, torch_loading, our_loading)
 }
 
 
@@ -269,6 +275,22 @@ def measure_extraction(
     return ours, floor, features
 
 
+def measure_aligned(
+    aligned: Path, sizes: list[int], workers: int, rounds: int, scratch: Path
+) -> tuple[Measured, Measured]:
+    ours, floor, paths = Measured(sizes), Measured(sizes), list_images(aligned)
+    roots = [link(paths[:size], scratch / f"data_{size}/real/Faces").parent.parent for size in sizes]
+    for _, (which, size) in tqdm(
+        list(itertools.product(range(rounds), enumerate(sizes))), desc=f"aligned, {workers} workers", leave=False
+    ):
+        shutil.rmtree(scratch / "features", ignore_errors=True)
+        jobs = [[str(path) for path in paths[:size][i::workers]] for i in range(workers)]
+        floor.add(which, run_together(bare("bare_decoding", jobs, aligned, scratch)))
+        options = ("--data_root", roots[which], "--output_dir", scratch / "features", "--workers", workers)
+        ours.add(which, run_together(script("feature_extraction.py", *options)))
+    return ours, floor
+
+
 def measure_loading(file: Path, rounds: int, scratch: Path) -> dict[str, float]:
     """Samples/s of h5py in 1 and 2 processes, our loader with 0 to 2 threads and transforms, torch's DataLoader."""
     runs = {
@@ -341,6 +363,13 @@ def main(args: argparse.Namespace) -> None:
                 work / "prepared", sizes, workers, args.rounds, work / f"extraction_{workers}"
             )
             show("extraction", workers, *measured)
+        options = ("--directory", work / "originals", "--output_dir", work / "aligned", "--align")
+        run_together(script("preprocess.py", *options))
+        aligned = list_images(work / "aligned")  # those that have a face
+        for workers in args.workers:
+            of_aligned = [int(len(aligned) * PART), len(aligned)]
+            scratch = work / f"aligned_{workers}"
+            show("aligned", workers, *measure_aligned(work / "aligned", of_aligned, workers, args.rounds, scratch))
         for name in "abcdefgh":
             (work / name).mkdir()
         rates = measure_loading(features / "real/Faces/train_features.h5", args.rounds, work)

@@ -183,9 +183,10 @@ def open_features(path: Path) -> h5py.File:
             if version is not None
             else "not a feature file of this program"
         )
-    elif missing := [name for name in PER_SAMPLE if name not in file]:
+    elif missing := sorted(set(PER_SAMPLE) - set(file)):
         problem = f"has no {', '.join(missing)}"
-    elif len({len(file[name]) for name in PER_SAMPLE}) != 1:
+    # Below h5py's objects, which take half a millisecond for all: a stopped run leaves thousands of files
+    elif len({h5py.h5d.open(file.id, name.encode()).shape[0] for name in PER_SAMPLE}) != 1:
         problem = "its datasets have different lengths"
     elif list(file.attrs["regions"]) != list(REGIONS):
         problem = "its regions are in another order than this program's"

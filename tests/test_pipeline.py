@@ -32,8 +32,8 @@ def raw(tmp_path):
 
 @pytest.mark.slow
 def test_the_five_commands(raw):
-    def run(*command: object):
-        return run_script(*command, cwd=raw, processes=0)
+    def run(*command: object, processes: int | None = 0):
+        return run_script(*command, cwd=raw, processes=processes)
 
     for folder in sorted(path.relative_to(raw / "datasets") for path in (raw / "datasets").glob("*/*")):
         run("preprocess.py", "--directory", f"datasets/{folder}")
@@ -52,10 +52,11 @@ def test_the_five_commands(raw):
         path: path.read_bytes() for path in (raw / "features").rglob("*.h5")
     }
     for folder in sorted((raw / "datasets").glob("*/*")):
-        run("preprocess.py", "--directory", folder)
-    assert "up to date" in run("feature_extraction.py", "--data_root", "datasets", "--output_dir", "features").stdout
+        run("preprocess.py", "--directory", folder, processes=None)
+    again = run("feature_extraction.py", "--data_root", "datasets", "--output_dir", "features", processes=None)
+    assert "up to date" in again.stdout
     assert {path: path.read_bytes() for path in before} == before
-    run("inference.py")
+    run("inference.py", processes=None)
     assert json.loads((raw / "prediction_results.json").read_text()) == results
 
 

@@ -19,7 +19,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, picture, run_script
+from conftest import (
+    NO_IMAGES_BY_NAME,
+    ROOT,
+    error_line,
+    hostile_files,
+    picture,
+    run_one_after_another,
+    run_script,
+)
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
@@ -245,26 +253,28 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("in_place", [True, False])
-def test_two_processes_of_torchrun_give_what_one_gives(tmp_path, in_place):
-    for folder in ("D", "E"):
+def test_two_processes_of_torchrun_give_what_one_gives(tmp_path):
+    """In place, and into another folder."""
+    for folder in ("D", "E", "F", "G"):
         hostile_files(tmp_path / folder)
-    output = [() if in_place else ("--output_dir", name) for name in ("O", "P")]
-    alone = run_script("preprocess.py", "--directory", "D", *output[0], cwd=tmp_path).stdout
-    together = run_script("preprocess.py", "--directory", "E", *output[1], cwd=tmp_path, processes=2).stdout
-    assert [line.replace("/E", "/D").replace("/P", "/O") for line in together.splitlines()] == alone.splitlines()
-    names = ("D", "E") if in_place else ("O", "P")
-    for suffix in ("", "_rejected"):
-        one, two = (contents(tmp_path / f"{name}{suffix}") for name in names)
-        one.pop(".source", None), two.pop(".source", None)
-        assert one == two
+    runs = [["--directory", "E"], ["--directory", "G", "--output_dir", "P"]]
+    together = run_one_after_another("preprocess.py", runs, tmp_path)
+    alone = run_script("preprocess.py", "--directory", "D", cwd=tmp_path).stdout
+    alone += run_script("preprocess.py", "--directory", "F", "--output_dir", "O", cwd=tmp_path).stdout
+    renamed = [line.replace("/E", "/D").replace("/G", "/F").replace("/P", "/O") for line in together.splitlines()]
+    assert renamed == alone.splitlines()
+    for names in (("D", "E"), ("O", "P")):
+        for suffix in ("", "_rejected"):
+            one, two = (contents(tmp_path / f"{name}{suffix}") for name in names)
+            one.pop(".source", None), two.pop(".source", None)
+            assert one == two
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_worker_that_is_killed(tmp_path):
     (tmp_path / "D").mkdir()
-    for i in range(80):
-        picture(1600, 1200, i).save(tmp_path / f"D/{i}.jpg", quality=95)
+    for i in range(40):
+        picture(1200, 900, i).save(tmp_path / f"D/{i}.jpg", quality=95)
     shutil.copytree(tmp_path / "D", tmp_path / "E")
     run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 import torchvision
-from conftest import GENERATORS, ROOT, SMALL, error_line, launcher, refusal, run_script
+from conftest import GENERATORS, ROOT, SMALL, error_line, launcher, refusal, run_one_after_another, run_script
 from PIL import Image
 
 import train
@@ -327,22 +327,26 @@ def spoil(features: Path, folder: Path, name: str, row: int) -> str:
         return file["paths"].asstr()[row]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [0, 2])
-def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(features, tmp_path, processes):
-    path = spoil(features, tmp_path / "spoilt", "fake/OffAxisMouth", 5)
-    arguments = (
-        *"--features spoilt --patch_size 16 --embed_dim 24 --depth 2".split(),
-        *"--batch_size 8 --accum_steps 2 --num_workers 1".split(),
-    )
-    done = run_script("train.py", *arguments, cwd=tmp_path, processes=processes or None, expect=1)
-    line = next(line for line in done.stderr.replace("\r", "\n").splitlines() if "the loss is not finite" in line)
+NOT_FINITE = (*"--features spoilt --patch_size 16 --embed_dim 24 --depth 2".split(),)
+NOT_FINITE += (*"--batch_size 8 --accum_steps 2 --num_workers 1".split(),)
+
+
+def assert_named_and_kept(said: str, path: str, folder: Path) -> None:
+    """What a run says of the sample at this path, and what it leaves in its folder."""
+    line = next(line for line in said.replace("\r", "\n").splitlines() if "the loss is not finite" in line)
     assert (
         f"not finite with {path}; the last good checkpoint is kept in output_model/last.pth, " in line
         and "epoch 1, after" in line
     )
-    kept = torch.load(tmp_path / "output_model/last.pth", weights_only=True)["model"]
+    kept = torch.load(folder / "last.pth", weights_only=True)["model"]
     assert all(values.isfinite().all() for values in kept.values())
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(features, tmp_path):
+    path = spoil(features, tmp_path / "spoilt", "fake/OffAxisMouth", 5)
+    done = run_script("train.py", *NOT_FINITE, cwd=tmp_path, expect=1)
+    assert_named_and_kept(done.stderr, path, tmp_path / "output_model")
 
 
 def test_weights_that_run_away_stop_the_run(features, tmp_path, monkeypatch):
@@ -372,15 +376,6 @@ TO_THE_END = (*"--patch_size 56 --embed_dim 24 --depth 2 --dropout 0 --accum_ste
 TO_THE_END += (*"--lr 1e-4 --lr_patience 1 --stop_patience 3 --epochs 20".split(),)
 ABLATED = (*SMALL, "--epochs", 1, "--without", "region_guidance", "head_interaction")
 
-SEVERAL_RUNS = f"""import functools, json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
-
-train.join_processes = functools.cache(train.join_processes)
-for arguments in json.loads(sys.argv[1]):
-    train.main(train.get_args_parser().parse_args(arguments))
-"""
-
 
 @pytest.fixture(scope="session")
 def in_one(features, made_once) -> Path:
@@ -404,10 +399,7 @@ def in_two(features, made_once, in_one) -> Path:
             "of_one_before": (*LONG, "--epochs", 5, "--resume"),
         }
         runs = [["--features", features, "--output_dir", folder / name, *given] for name, given in runs.items()]
-        (folder / "several.py").write_text(SEVERAL_RUNS)
-        command = [*launcher(2), folder / "several.py", json.dumps([list(map(str, run)) for run in runs])]
-        with open(folder / "said", "w") as said:
-            subprocess.run(list(map(str, command)), cwd=folder, check=True, timeout=300, stdout=said, stderr=said)
+        (folder / "said").write_text(run_one_after_another("train.py", runs, folder))
 
     return made_once("in_two", train_all)
 
@@ -418,77 +410,55 @@ def straight(in_one, in_two) -> dict[int, Path]:
     return {0: in_one / "straight", 2: in_two / "straight"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [0, 2])
-def test_stopped_in_any_way_and_resumed_is_the_run_that_was_not_stopped(features, straight, tmp_path, processes):
-    """Killed at a step of its own, asked to end at another, killed again; then left alone."""
-    folder, rng = tmp_path / "out", np.random.default_rng(processes)
-    command = [
-        *launcher(processes),
-        str(ROOT / "train.py"),
-        "--features",
-        features,
-        *LONG,
-        "--output_dir",
-        folder,
-        "--resume",
-    ]
-    for stop in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)[: 2 if processes else 3]:
-        with open(tmp_path / "printed", "w") as printed:
-            process = subprocess.Popen(
-                list(map(str, command)),
-                stdout=printed,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        wait_for_saves(process, folder, int(rng.integers(1, 4)))
-        process.send_signal(stop)
+def started(tmp_path: Path, processes: int, features: Path, *torchrun: str) -> subprocess.Popen:
+    """The long run in tmp_path/out, going on where it stood; what it says is in tmp_path/printed."""
+    options = ("--features", features, *LONG, "--output_dir", tmp_path / "out", "--resume")
+    command = [*launcher(processes, *torchrun), ROOT / "train.py", *options]
+    with open(tmp_path / "printed", "w") as printed:
+        return subprocess.Popen(list(map(str, command)), stdout=printed, stderr=subprocess.STDOUT)
+
+
+def stop_in_any_way(tmp_path: Path, processes: int, features: Path, signals: tuple[int, ...]) -> None:
+    """Each signal at a step of its own, the run going on before the next one."""
+    rng = np.random.default_rng(processes)
+    for number in signals:
+        process = started(tmp_path, processes, features)
+        wait_for_saves(process, tmp_path / "out", int(rng.integers(1, 4)))
+        process.send_signal(number)
         process.wait()
-        with lock(
-            folder
-        ):  # the processes of a torchrun that was killed end soon after it; they would print, and save once more
+        # the processes of a torchrun that was killed end soon after it; they would print, and save once more
+        with lock(tmp_path / "out"):
             pass
-        if stop == signal.SIGTERM:
+        if number == signal.SIGTERM:
             # torchrun's own is 1
             assert "stopped by SIGTERM in epoch" in (tmp_path / "printed").read_text() and process.returncode == (
                 1 if processes else 0
             )
-    position = torch.load(folder / "last.pth", weights_only=True)
+    position = torch.load(tmp_path / "out/last.pth", weights_only=True)
     assert 0 < position["samples"] <= 4 * 72 + 8
-    run_script(
-        "train.py",
-        "--features",
-        features,
-        *LONG,
-        "--output_dir",
-        folder,
-        "--resume",
-        cwd=tmp_path,
-        processes=processes or None,
-    )
-    assert_same_run(folder, straight[processes])
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_by_itself_after_a_worker_was_killed_twice(features, straight, tmp_path):
-    command = [
-        *launcher(2, "--max_restarts=3"),
-        str(ROOT / "train.py"),
-        "--features",
-        features,
-        *LONG,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    with open(tmp_path / "printed", "w") as printed:
-        process = subprocess.Popen(list(map(str, command)), stdout=printed, stderr=subprocess.STDOUT)
+def test_stopped_in_any_way_and_resumed_is_the_run_that_was_not_stopped(features, straight, tmp_path):
+    """Killed at a step of its own, asked to end at another, killed again; then left alone."""
+    stop_in_any_way(tmp_path, 0, features, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL))
+    run_script("train.py", "--features", features, *LONG, "--output_dir", "out", "--resume", cwd=tmp_path)
+    assert_same_run(tmp_path / "out", straight[0])
+
+
+@pytest.mark.slow
+def test_torchrun_stopped_in_any_way_goes_on_to_the_same_end(features, straight, tmp_path):
+    """Killed, asked to end; then torchrun goes on by itself after one of its workers was killed, and after the other
+    was."""
+    stop_in_any_way(tmp_path, 2, features, (signal.SIGKILL, signal.SIGTERM))
+    process = started(tmp_path, 2, features, "--max_restarts=3")
     for rank in (1, 0):
-        wait_for_saves(process, tmp_path / "out", 4)
+        wait_for_saves(process, tmp_path / "out", 2)
         for worker in psutil.Process(process.pid).children():
             if worker.environ().get("RANK") == str(rank):
                 worker.kill()
     assert process.wait(200) == 0, (tmp_path / "printed").read_text()
-    assert (tmp_path / "printed").read_text().count("goes on from") == 2
+    assert (tmp_path / "printed").read_text().count("goes on from") == 3
     assert_same_run(tmp_path / "out", straight[2])
 
 
@@ -628,8 +598,10 @@ def test_validation_over_two_processes_is_exact(one_and_two, features):
 
 @pytest.mark.slow
 def test_one_process_that_fails_ends_all_and_its_cause_comes_first(features, tmp_path):
+    """In one torchrun: a loss that is not finite, which all processes hear of; then one whose disk is on fire."""
+    path = spoil(features, tmp_path / "spoilt", "fake/OffAxisMouth", 5)
     (tmp_path / "failing.py").write_text(
-        f"""import os, sys
+        f"""import functools, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
 
@@ -638,27 +610,29 @@ def broken(*arguments, **options):
     raise OSError("features/real/FFHQ/train_features.h5: the disk is on fire")
 
 
+train.join_processes = functools.cache(train.join_processes)
+sys.argv[1:] = {list(map(str, NOT_FINITE))!r}
+try:
+    train.guarded_main()
+except SystemExit as stop:
+    assert train.gather(isinstance(stop.code, str)) == [True, True]
+    print(stop.code, file=sys.stderr)
+sys.argv[1:] = {["--features", str(features), *map(str, SMALL)]!r}
 if os.environ["RANK"] == "1":
     train.load_batches = broken
 train.guarded_main()
 """
     )
     started = time.monotonic()
-    done = subprocess.run(
-        [*launcher(2), "failing.py", "--features", features, *map(str, SMALL)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_script(tmp_path / "failing.py", cwd=tmp_path, processes=2, expect=1)
+    assert_named_and_kept(done.stderr, path, tmp_path / "output_model/earlier_1")
     said = [
         line
         for line in done.stderr.replace("\r", "\n").splitlines()
         if "disk is on fire" in line or "another process" in line or "Traceback" in line
     ]
     # The bar of rank 0 may stand before it on the line
-    assert done.returncode == 1 and said[0].endswith("features/real/FFHQ/train_features.h5: the disk is on fire")
+    assert said[0].endswith("features/real/FFHQ/train_features.h5: the disk is on fire")
     assert time.monotonic() - started < 90
 
 
