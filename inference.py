@@ -244,7 +244,8 @@ def check_options(args: argparse.Namespace) -> None:
             "--batch_size, --workers and --frames have to be at least 1, --num_workers and --seed at least 0,"
             " --bootstrap 0 or at least 100"
         )
-    loose = ("frames", "format", "whole_image", "explain", "workers")
+    finder = ("without_cnn", "predictor")
+    loose = ("frames", "format", "whole_image", "explain", "workers", *(() if args.redetect else finder))
     others = (
         "features",
         "datasets",

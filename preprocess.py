@@ -30,7 +30,16 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from faces.images import ENLARGED, IMAGE_EXTENSIONS, NO_IMAGE_BY_NAME, is_video, list_files, list_images, video_of
+from faces.images import (
+    ENLARGED,
+    IMAGE_EXTENSIONS,
+    NO_IMAGE_BY_NAME,
+    VIDEO,
+    is_video,
+    list_files,
+    list_images,
+    video_of,
+)
 from faces.prepare import Outcome, prepare_file
 from faces.prepared import plan_outputs
 from faces.rejection import BEYOND, NO_FACE, REJECTED_SUFFIX, read_reasons, write_reasons
@@ -64,10 +73,11 @@ def preparing(args: argparse.Namespace) -> Iterator[Callable[[tuple[Path, Path]]
 UNFINISHED = b"unfinished"  # in the note of an output folder whose images are to be looked at again
 
 
-def claim_output(output: Path, directory: Path, args: argparse.Namespace) -> None:
+def claim_output(output: Path, directory: Path, args: argparse.Namespace) -> Callable[[], None]:
     """Notes in the output folder whose images it holds, and how treated, lest others of the same names be mixed in.
 
-    Sets args.look_again where these were made with another minimum size, share that may be filled, or finder.
+    Sets args.look_again where these were made with another minimum size, share that may be filled, or finder. Returns
+    what notes that all have been looked at.
     """
     note, treatment = output / ".source", treatment_of(args).encode()
     minimum = f"{args.min_width}x{args.min_height}"
@@ -89,7 +99,7 @@ def claim_output(output: Path, directory: Path, args: argparse.Namespace) -> Non
     write_note = functools.partial(write_source, note, directory, treatment)
     # Stopped before it has looked at all again, the next run does so once more
     write_note(UNFINISHED if args.look_again else minimum)
-    args.finish_note = functools.partial(write_note, minimum)
+    return functools.partial(write_note, minimum)
 
 
 def write_source(note: Path, directory: Path, treatment: bytes, settings: bytes) -> None:
@@ -129,27 +139,29 @@ def check_options(args: argparse.Namespace, directory: Path) -> None:
 
 def plan_work(
     args: argparse.Namespace, directory: Path, locks: contextlib.ExitStack
-) -> tuple[list[tuple[Path, Path]], list[Path]]:
-    """Each image with the name of what is made of it, and the files that are no images by their names."""
+) -> tuple[list[tuple[Path, Path]], list[Path], Callable[[], None]]:
+    """Each image with the name of what is made of it, the files that are no images by their names, and what to call
+    when the work is done."""
     check_options(args, directory)
     output = args.output_dir.resolve() if args.output_dir is not None else directory
     images, others = list_files(directory)
     videos = [path for path in others if is_video(path)] if args.output_dir is not None else []
     if not images and not videos:
         sys.exit(f"{args.directory}: no images in it ({', '.join(IMAGE_EXTENSIONS)})")
-    if args.output_dir is not None:
-        claim_output(output, directory, args)
+    finish = claim_output(output, directory, args) if args.output_dir is not None else lambda: None
     locks.enter_context(lock(output))
     work = [(image, output / name) for image, name in plan_outputs(directory, images).items()]
     work += [(video, output / video.relative_to(directory)) for video in videos]
     targets, others = {target for _, target in work}, [path for path in others if path not in videos]
+    if clash := [image for image in images if videos and video_of(output / image.relative_to(directory)) in targets]:
+        sys.exit(f"{clash[0]}: has the name that a frame of {video_of(clash[0]).name} beside it gets; rename it")
     orphans = [path for path in list_images(output) if path not in targets and video_of(path) not in targets]
     if args.output_dir is not None and orphans:
         print(
             f"WARNING: {len(orphans)} images in {output} are of files that are no longer in {directory}; remove them:"
             f" {orphans[0]} ..."
         )
-    return work, others
+    return work, others, finish
 
 
 def set_aside(
@@ -171,7 +183,7 @@ def set_aside(
         return
     folder.mkdir(parents=True, exist_ok=True)
     reasons = read_reasons(listing) if move else {}  # what earlier runs moved is no longer in the directory
-    reasons |= {str(path.relative_to(directory)): NO_IMAGE_BY_NAME for path in others}
+    reasons |= {str(path.relative_to(directory)): VIDEO if is_video(path) else NO_IMAGE_BY_NAME for path in others}
     reasons |= {str(outcome.source.relative_to(directory)): outcome.reason for outcome in rejected}
     write_reasons(listing, reasons)  # before the files go: stopped in between, no file is without its reason
     for outcome in rejected if move else []:
@@ -216,6 +228,8 @@ def report(
             )
         if beyond := sum(outcome.reason.startswith(BEYOND) for outcome in rejected):
             print(f"  {beyond} were dropped for more, --max_filled {args.max_filled:g} ({beyond / total:.1%})")
+    if counts["left out"]:
+        print(f"  {counts['left out']} frames of videos, of which others are used, cannot be: most have no face")
     if counts[ENLARGED]:
         print(
             f"WARNING: {counts[ENLARGED]} of the {counts['written']} written were enlarged, their crops have fewer"
@@ -319,7 +333,7 @@ def main(args: argparse.Namespace) -> None:
     rank, world, _ = join_processes()
     args.look_again = False
     with contextlib.ExitStack() as locks:
-        work, others = plan_work(args, directory, locks) if rank == 0 else (None, None)
+        work, others, finish = plan_work(args, directory, locks) if rank == 0 else (None, None, None)
         mine, args.look_again = scatter(
             [(work[r::world], args.look_again) for r in range(world)] if rank == 0 else None
         )
@@ -329,13 +343,14 @@ def main(args: argparse.Namespace) -> None:
         for of_file in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
             rejected += [outcome for outcome in of_file if outcome.status == "rejected"]
             for outcome in of_file:
-                if outcome.status != "rejected":
+                if outcome.status == "left out":
+                    counts.update(["left out"])
+                elif outcome.status != "rejected":
                     counts.update([outcome.status, *([ENLARGED] if outcome.reason else [])])
                     filled += [outcome.filled] if outcome.filled else []
         results = gather((counts, rejected, filled))
         if rank == 0:
-            if args.output_dir is not None:
-                args.finish_note()
+            finish()
             report(results, others, directory, args)
         gather(None)  # nobody leaves before all is done, lest a restart miss one
 

@@ -71,7 +71,7 @@ def bare_extraction(job: list, target: str) -> None:
 
 
 def bare_decoding(job: list, target: str) -> None:
-    for path in job:
+    for path, _ in job:
         np.asarray(Image.open(path).convert("RGB"))
 
 
@@ -249,7 +249,7 @@ def measure_preprocess(
 
 
 def measure_extraction(
-    prepared: Path, sizes: list[int], workers: int, rounds: int, scratch: Path
+    prepared: Path, sizes: list[int], workers: int, rounds: int, scratch: Path, floor_is: str = "bare_extraction"
 ) -> tuple[Measured, Measured, Path]:
     """Also returns the features folder of all images."""
     ours, floor, paths = Measured(sizes), Measured(sizes), list_images(prepared)
@@ -270,25 +270,9 @@ def measure_extraction(
     ):
         shutil.rmtree(features)
         jobs = [[(str(path), upsampling[path.name]) for path in paths[:size][i::workers]] for i in range(workers)]
-        floor.add(which, run_together(bare("bare_extraction", jobs, prepared, scratch)))
+        floor.add(which, run_together(bare(floor_is, jobs, prepared, scratch)))
         ours.add(which, run_together(command[which]))
     return ours, floor, features
-
-
-def measure_aligned(
-    aligned: Path, sizes: list[int], workers: int, rounds: int, scratch: Path
-) -> tuple[Measured, Measured]:
-    ours, floor, paths = Measured(sizes), Measured(sizes), list_images(aligned)
-    roots = [link(paths[:size], scratch / f"data_{size}/real/Faces").parent.parent for size in sizes]
-    for _, (which, size) in tqdm(
-        list(itertools.product(range(rounds), enumerate(sizes))), desc=f"aligned, {workers} workers", leave=False
-    ):
-        shutil.rmtree(scratch / "features", ignore_errors=True)
-        jobs = [[str(path) for path in paths[:size][i::workers]] for i in range(workers)]
-        floor.add(which, run_together(bare("bare_decoding", jobs, aligned, scratch)))
-        options = ("--data_root", roots[which], "--output_dir", scratch / "features", "--workers", workers)
-        ours.add(which, run_together(script("feature_extraction.py", *options)))
-    return ours, floor
 
 
 def measure_loading(file: Path, rounds: int, scratch: Path) -> dict[str, float]:
@@ -368,8 +352,10 @@ def main(args: argparse.Namespace) -> None:
         aligned = list_images(work / "aligned")  # those that have a face
         for workers in args.workers:
             of_aligned = [int(len(aligned) * PART), len(aligned)]
-            scratch = work / f"aligned_{workers}"
-            show("aligned", workers, *measure_aligned(work / "aligned", of_aligned, workers, args.rounds, scratch))
+            *measured, _ = measure_extraction(
+                work / "aligned", of_aligned, workers, args.rounds, work / f"aligned_{workers}", "bare_decoding"
+            )
+            show("aligned", workers, *measured)
         for name in "abcdefgh":
             (work / name).mkdir()
         rates = measure_loading(features / "real/Faces/train_features.h5", args.rounds, work)

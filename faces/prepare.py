@@ -16,7 +16,7 @@ from faces.treatment import treat, treatment_of
 
 class Outcome(NamedTuple):
     source: Path
-    status: str  # "written", "unchanged" or "rejected"
+    status: str  # "written", "unchanged" or "rejected"; "left out", a frame of a video
     reason: str = ""  # why it was rejected; or ENLARGED
     filled: float = 0.0  # the share of the crop that lies beyond the picture
 
@@ -87,7 +87,7 @@ def prepare_video(source: Path, folder: Path, args: argparse.Namespace) -> list[
         return [Outcome(source, "unchanged", filled=filled_of(path) if args.align else 0.0) for path in there]
     for path in there:
         path.unlink()
-    outcomes, made, reason = [], [], ""
+    outcomes, left_out, made, reason = [], [], [], ""
     try:
         for number, _, image in sample_frames(source, args.frames):
             try:
@@ -95,6 +95,7 @@ def prepare_video(source: Path, folder: Path, args: argparse.Namespace) -> list[
                 image = treat(image, source, args, image.tobytes)
             except Rejected as error:
                 reason = str(error)
+                left_out.append(Outcome(source, "left out", reason))
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             target = folder / frame_name(source, number)
@@ -110,7 +111,7 @@ def prepare_video(source: Path, folder: Path, args: argparse.Namespace) -> list[
         reason = error.strerror
     for path in made:  # last of all: frames of a run that was stopped are made anew
         os.utime(path, ns=(stamp, stamp))
-    return outcomes or [Outcome(source, "rejected", reason)]
+    return outcomes + left_out if outcomes else [Outcome(source, "rejected", reason)]
 
 
 def prepare_file(source: Path, target: Path, args: argparse.Namespace) -> list[Outcome]:

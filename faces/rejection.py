@@ -2,9 +2,12 @@
 
     cannot be read as an image …                 faces/images.py     load_rgb: damaged, cut off, no image at all
     is not a file, more pixels than memory       faces/images.py     load_rgb
-    left alone: its name ends in none of …       faces/images.py     NO_IMAGE_BY_NAME
-    under the minimum of 12x12                   preprocess.py       --min_width, --min_height
-    no face found                                faces/treatment.py  treat, with --align
+    left alone: its name ends in none of …       faces/images.py     NO_IMAGE_BY_NAME; VIDEO: a video, in place
+    cannot be read as a video: …                 faces/videos.py     NO_STREAM, NO_FRAME
+    its name is no text                          faces/videos.py     open_video
+    under the minimum of 12x12                   faces/prepare.py    --min_width, --min_height
+    no face found                                faces/treatment.py  treat, with --align; faces/loose.py, --images
+    is …, and the training images are not        faces/loose.py      faces_in_picture, --images
     … of the crop lies beyond the border …       faces/treatment.py  treat, with --align and --max_filled
     was changed or away while it was to be read  feature_extraction.py
 

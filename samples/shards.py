@@ -13,11 +13,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import psutil
-from PIL import Image
 from tqdm import tqdm
 
 from faces.finder import FOUND_BY, Detection, FinderFiles, as_stored, detect_face, predict_landmarks
-from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, load_rgb, scaled_landmarks
+from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, load_noted, load_rgb, scaled_landmarks
 from faces.regions import REGIONS, draw_region_masks
 from faces.rejection import Rejected
 from faces.workers import face_workers, load_finder, this_finder
@@ -44,34 +43,52 @@ class Known(NamedTuple):
     found_by: str
 
 
-def look_at(image: Image.Image, img_size: int, search_again: bool) -> tuple[np.ndarray, Known | Detection | None]:
-    """The image as it is stored, and its face: where preprocess.py found it, else searched."""
+class Look(NamedTuple):
+    """An image as it is stored, and its face: where preprocess.py found it, else searched."""
+
+    stored: np.ndarray  # (img_size, img_size, 3) uint8 RGB
+    face: Known | Detection | None
+    info: dict[str, object]  # of faces/images.py
+    sha256: bytes  # of what is stored
+
+
+def look_at(path: Path, img_size: int, search_again: bool) -> Look:
+    """
+    Raises:
+        Rejected: no image.
+    """
+    size = (img_size, img_size)
+    if not search_again and (noted := load_noted(path)) and noted.pixels.shape[:2] == size:
+        return Look(noted.pixels, Known(noted.info[LANDMARKS], noted.info[FOUND]), noted.info, noted.sha256)
+    image = load_rgb(path)
     if search_again or LANDMARKS not in image.info:
-        return detect_face(image, this_finder(), img_size)
-    landmarks = scaled_landmarks(image.info[LANDMARKS], image.size, (img_size, img_size))
-    return as_stored(image, img_size), Known(landmarks, image.info[FOUND])
+        stored, face = detect_face(image, this_finder(), img_size)
+    else:
+        known = Known(scaled_landmarks(image.info[LANDMARKS], image.size, size), image.info[FOUND])
+        stored, face = as_stored(image, img_size), known
+    return Look(stored, face, image.info, hashlib.sha256(stored).digest())
 
 
 def extract_shard(sources: list[Source], settings: dict, data_root: Path, output_dir: Path) -> Looked:
     """Writes one shard, a feature file whose samples without a face have NaN for landmarks."""
     img_size, grid_size = settings["img_size"], settings["img_size"] // settings["patch_size"]
     images = np.empty((len(sources), img_size, img_size, 3), np.uint8)
-    used, infos, faces, looked = [], [], [], Looked({}, [])
+    used, looks, looked = [], [], Looked({}, [])
     for source in sources:
         try:
-            image = load_rgb(data_root / source.path)
-            images[len(used)], face = look_at(image, img_size, settings["search_again"])
+            look = look_at(data_root / source.path, img_size, settings["search_again"])
         except Rejected as reason:
             there = state(data_root / source.path) == source.stat
             looked.skipped[source.path] = str(reason) if there else CHANGED
             continue
+        images[len(used)] = look.stored
         used.append(source)
-        infos.append(image.info)
-        faces.append(face)
-        if STALE in image.info:
+        looks.append(look._replace(stored=None))  # it is in images
+        if STALE in look.info:
             looked.stale.append(source.path)
     if not used:
         return looked
+    faces = [look.face for look in looks]
     # All predictions in a row: the predictor's 100 MB are slow to come back into the cache after each detection.
     landmarks = [
         np.full((68, 2), np.nan)
@@ -90,12 +107,12 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
     table = {
         "labels": [CLASSES.index(source.data_set.split("/")[0]) for source in used],
         "paths": [source.path.encode("utf-8", "surrogateescape") for source in used],
-        "originals": [info[ORIGINAL] for info in infos],
-        "treatments": [info[TREATMENT] for info in infos],
-        "filled": [info.get(FILLED, 0.0) for info in infos],
+        "originals": [look.info[ORIGINAL] for look in looks],
+        "treatments": [look.info[TREATMENT] for look in looks],
+        "filled": [look.info.get(FILLED, 0.0) for look in looks],
         "about": [""] * len(used),  # may change without a new extraction: written with the feature files
         "found_by": [FOUND_BY.index("mean" if face is None else face.found_by) for face in faces],
-        "sha256": [np.frombuffer(hashlib.sha256(image).digest(), np.uint8) for image in images],
+        "sha256": [np.frombuffer(look.sha256, np.uint8) for look in looks],
     }
     name = hashlib.sha256(json.dumps([settings, sources]).encode()).hexdigest()
     attributes = {"settings": json.dumps(settings), "source_stats": np.array([source.stat for source in used])}

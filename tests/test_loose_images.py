@@ -289,6 +289,7 @@ def test_refusals(trained, tmp_path):
     for arguments, message in (
         (("--images", "a.png", "--robustness"), "--robustness: not for loose images"),
         (("--explain", "why"), "--explain: only for loose images"),
+        (("--without_cnn",), "--without_cnn: only for loose images"),
         (("--images", ""), "one of the paths is empty"),
         (("--images", "a.png", "--protocol", "all_jpeg96"), "--protocol: not for"),
         (("--redetect",), "goes with --robustness"),

@@ -3,6 +3,7 @@
 import csv
 import errno
 import functools
+import hashlib
 import io
 import itertools
 import os
@@ -34,7 +35,7 @@ from PIL.PngImagePlugin import PngInfo
 from drawing.render import draw_face
 from faces.alignment import CORNERS, align_face, alignment_square, cut_aligned, find_landmarks
 from faces.finder import FaceFinder, find_face, finder_files
-from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, list_images, load_rgb
+from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, list_images, load_noted, load_rgb
 from faces.prepared import plan_names
 from faces.rejection import BEYOND, NO_FACE, Rejected
 from faces.treatment import parse_treatment, treatment_of
@@ -567,6 +568,14 @@ def test_landmarks_travel_with_the_png(tmp_path):
     run_script("preprocess.py", *"--directory D --output_dir O --align --recompress 80".split(), cwd=tmp_path)
     info = load_rgb(tmp_path / "O/a.png").info
     assert info[FOUND] == "frontal" and info[FILLED] == 0 and info[LANDMARKS].shape == (68, 2)
+    noted, pixels = load_noted(tmp_path / "O/a.png"), np.asarray(load_rgb(tmp_path / "O/a.png"))
+    np.testing.assert_array_equal(noted.pixels, pixels)
+    assert noted.sha256 == hashlib.sha256(pixels).digest() and noted.info.keys() == info.keys()
+    assert all(np.array_equal(noted.info[key], info[key]) for key in info)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "O/a.png").read_bytes()[:-3000])
+    assert (
+        load_noted(tmp_path / "cut.png") is load_noted(tmp_path / "D/a.png") is load_noted(tmp_path / "no.png") is None
+    )
     run_script(
         *"preprocess.py --directory O --output_dir half --target_width 112 --target_height 112".split(), cwd=tmp_path
     )
@@ -582,6 +591,7 @@ def test_landmarks_travel_with_the_png(tmp_path):
     changed.save(tmp_path / "O/a.png", pnginfo=note)
     info = load_rgb(tmp_path / "O/a.png").info
     assert info[STALE] and LANDMARKS not in info, "they are of other pixels"
+    assert load_noted(tmp_path / "O/a.png") is None
 
 
 def test_the_cnn_finds_what_the_frontal_detector_does_not(tmp_path):

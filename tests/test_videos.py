@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import error_line, run_script
 from PIL import Image
 
 from drawing.face import sample_face
@@ -168,10 +168,24 @@ def test_videos_stay_where_images_are_replaced(tmp_path):
     film(tmp_path / "D/clip.mp4", 5, faces=False)
     Image.fromarray(frame_of(3)).save(tmp_path / "D/photo.jpg")
     done = run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    assert "a video, of whose frames --output_dir makes images" in (tmp_path / "D_rejected/rejected.csv").read_text()
     assert "1 written" in done.stdout and sorted(path.name for path in (tmp_path / "D").iterdir()) == [
         "clip.mp4",
         "photo.png",
     ]
+
+
+@pytest.mark.slow
+def test_frames_without_a_face_are_counted_and_names_of_frames_are_taken(tmp_path):
+    (tmp_path / "D").mkdir()
+    frames = [frame_of(i, faces=i < 3) for i in range(6)]
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(tmp_path / "D/clip.gif", save_all=True, append_images=others, duration=100)
+    options = ("--directory", "D", "--output_dir", "O", "--frames", 6, "--align")
+    assert "3 frames of videos" in run_script("preprocess.py", *options, cwd=tmp_path).stdout
+    Image.fromarray(frames[0]).save(tmp_path / "D/clip.gif.frame000000.png")
+    refused = run_script("preprocess.py", *options, cwd=tmp_path, expect=1)
+    assert "clip.gif.frame000000.png: has the name that a frame of clip.gif" in error_line(refused)
 
 
 @pytest.mark.slow
