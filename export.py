@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from attention import force_path
 from evaluation.scoring import fake_probability
 from faces.regions import REGIONS
-from model import NUM_REGIONS, LAMMViT, normalize
+from model import NUM_REGIONS, LAMMViT
 from runtime.checkpoint import load_checkpoint
 from runtime.files import check_space
 
@@ -65,7 +65,7 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor, region_masks: Tensor) -> Tensor:
         """images (B, 3, h, w) uint8 RGB, region_masks (B, 8, G, G) float32 -> (B,) float32."""
-        return self.model(normalize(images), region_masks)["logits"].softmax(dim=-1)[:, 1]
+        return self.model(self.model.normalize(images), region_masks)["logits"].softmax(dim=-1)[:, 1]
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ NUM_REGIONS = 8
 NUM_HEADS = 12  # one head per region + four learned mixtures of regions
 LAYER_EMBED_DIM = 64
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
+ACTIVATIONS = ("gelu", "quick_gelu")  # of the MLPs; the second is x σ(1.702 x), CLIP's
+POOLS = ("class", "patches", "regions")  # what the head may read
 FIXED_LAMBDA, FIXED_THETA = 1.0, 0.0  # of every gate in a model without LAMM; there, w = 1
 
 
@@ -50,7 +52,15 @@ class LAMMViTConfig:
     region_guidance: bool = True  # without: plain attention, no masks, no λ and θ
     lamm: bool = True  # without: the same fixed λ, θ and w in all heads, layers and images
     head_interaction: bool = True
-    norm_eps: float = 1e-5  # of the blocks' LayerNorms and the final one
+    norm_eps: float = 1e-5  # of all LayerNorms but LAMM's
+    # What pre-trained trunks need; the rest is the paper's
+    pre_norm: bool = False  # a LayerNorm before the first block, as CLIP has it
+    activation: str = "gelu"  # one of ACTIVATIONS
+    image_mean: tuple[float, ...] = IMAGE_MEAN  # (3,) RGB, of pixels in [0, 1]
+    image_std: tuple[float, ...] = IMAGE_STD
+    # What departs from the paper: off by default (docs/differences.md)
+    scale_weights: bool = False  # each head's output times H · w, which is 1 where all heads count alike, instead of w
+    pool: tuple[str, ...] = ("class",)  # the class token, the mean of the patches, their mean in each region
 
     def __post_init__(self):
         if self.num_heads != NUM_HEADS:
@@ -73,18 +83,29 @@ class LAMMViTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but has to be in [0, 1)")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation}, but has to be one of {', '.join(ACTIVATIONS)}")
+        if not self.pool or len(set(self.pool)) < len(self.pool) or not set(self.pool) <= set(POOLS):
+            raise ValueError(f"pool is {self.pool}, but has to be some of {', '.join(POOLS)}, each once")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ValueError("image_mean and image_std have to be three numbers each, the second above 0")
 
     @property
     def grid_size(self) -> int:
         """G, the number of patches along one side of the image."""
         return self.img_size // self.patch_size
 
+    @property
+    def head_inputs(self) -> int:
+        """Width of what the head reads."""
+        return self.embed_dim * sum(NUM_REGIONS if part == "regions" else 1 for part in self.pool)
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, h, w) uint8 RGB -> float32, zero mean and unit variance over ImageNet. On the device that the images are
-    on.
-    """
-    return v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), IMAGE_MEAN, IMAGE_STD)
+
+class QuickGELU(nn.Module):
+    """x σ(1.702 x), the activation of OpenAI's CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.702 * x).sigmoid()
 
 
 class MaskProcessor(nn.Module):
@@ -175,11 +196,12 @@ class LAMM(nn.Module):
 class RegionGuidedAttention(nn.Module):
     """RG-MHA: multi-head attention in which each head looks through the mask of its region."""
 
-    def __init__(self, embed_dim: int, dropout: float):
+    def __init__(self, embed_dim: int, dropout: float, scale_weights: bool = False):
         super().__init__()
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.dropout = dropout
+        self.weight_scale = NUM_HEADS if scale_weights else 1
 
     def forward(
         self, x: Tensor, masks: Tensor | None, weights: Tensor | None, lam: Tensor | None, theta: Tensor | None
@@ -196,7 +218,7 @@ class RegionGuidedAttention(nn.Module):
         else:  # dropout(softmax(S ⊙ Γ)) V with S = Q Kᵀ / √Dh and the gate Γ_ij = σ(λ (M_i M_j − θ))
             heads = region_gated_attention(q, k, v, masks, lam, theta, dropout_p)  # (B, H, N, Dh)
         if weights is not None:
-            heads = heads * weights.to(heads.dtype)[..., None, None]  # w_h · (A V)
+            heads = heads * (self.weight_scale * weights).to(heads.dtype)[..., None, None]  # w_h · (A V)
         return self.proj(heads.transpose(1, 2).reshape(B, N, D))  # (B, H, N, Dh) -> (B, N, H, Dh) -> (B, N, D)
 
 
@@ -235,11 +257,15 @@ class Block(nn.Module):
         super().__init__()
         D, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
         self.norm1 = nn.LayerNorm(D, eps=config.norm_eps)
-        self.attn = RegionGuidedAttention(D, config.dropout)
+        self.attn = RegionGuidedAttention(D, config.dropout, config.scale_weights)
         self.head_interaction = HeadInteraction(D) if config.head_interaction else nn.Identity()
         self.norm2 = nn.LayerNorm(D, eps=config.norm_eps)
         self.mlp = nn.Sequential(
-            nn.Linear(D, hidden), nn.GELU(), Dropout(config.dropout), nn.Linear(hidden, D), Dropout(config.dropout)
+            nn.Linear(D, hidden),
+            nn.GELU() if config.activation == "gelu" else QuickGELU(),
+            Dropout(config.dropout),
+            nn.Linear(hidden, D),
+            Dropout(config.dropout),
         )
 
     def forward(
@@ -260,11 +286,12 @@ class LAMMViT(nn.Module):
         self.patch_embed = nn.Conv2d(3, D, kernel_size=config.patch_size, stride=config.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches + 1, D))
+        self.norm_pre = nn.LayerNorm(D, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.mask_processor = MaskProcessor(num_patches) if config.region_guidance else None
         self.lamm = LAMM(D, config.depth, config.region_guidance) if config.lamm else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D, eps=config.norm_eps)
-        self.head = nn.Linear(D, config.num_classes)
+        self.head = nn.Linear(config.head_inputs, config.num_classes)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -274,6 +301,27 @@ class LAMMViT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.02)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) uint8 RGB -> float32, by the mean and deviation that the model was made with. On the device that
+        the images are on.
+        """
+        pixels = v2.functional.to_dtype(images, torch.float32, scale=True)
+        return v2.functional.normalize(pixels, list(self.config.image_mean), list(self.config.image_std))
+
+    def read_out(self, x: Tensor, region_masks: Tensor) -> Tensor:
+        """x (B, N, D) after the last block -> what the head reads (B, head_inputs)."""
+        if self.config.pool == ("class",):
+            return self.norm(x[:, 0])
+        x = self.norm(x)
+        patches, masks = x[:, 1:], region_masks.flatten(2).to(x.dtype)  # (B, P, D), (B, R, P)
+        parts = {
+            "class": lambda: x[:, 0],
+            "patches": lambda: patches.mean(dim=1),
+            # of a region outside of the image, nothing: 0
+            "regions": lambda: (masks @ patches / masks.sum(dim=-1, keepdim=True).clamp(min=1e-6)).flatten(1),
+        }
+        return torch.cat([parts[part]() for part in self.config.pool], dim=-1)
 
     def forward(self, images: Tensor, region_masks: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """Args:
@@ -298,6 +346,7 @@ class LAMMViT(nn.Module):
 
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, D, G, G) -> (B, D, P) -> (B, P, D)
         x = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.pos_embed  # (B, N, D)
+        x = self.norm_pre(x)
         masks = self.mask_processor(region_masks) if self.mask_processor else None  # (B, H, N)
 
         history = []
@@ -314,7 +363,7 @@ class LAMMViT(nn.Module):
                 weights, lam, theta = self.lamm(x, layer, weights)
                 history.append(weights)
             x = block(x, masks, weights, lam, theta)
-        return {"logits": self.head(self.norm(x[:, 0])), "mask_weights": history[-3:]}  # class token (B, D) -> (B, 2)
+        return {"logits": self.head(self.read_out(x, region_masks)), "mask_weights": history[-3:]}
 
 
 class LAMMLoss(nn.Module):

@@ -33,7 +33,7 @@ from torch import Tensor
 from attention.textbook import textbook_attention
 from evaluation.figures import HEADS, STYLE
 from faces.regions import CONVEX_HULLS, CORNER_RADIUS, OUTLINES, REGIONS
-from model import NUM_HEADS, LAMMViT, RegionGuidedAttention, normalize
+from model import NUM_HEADS, LAMMViT, RegionGuidedAttention
 
 # Okabe and Ito's eight colours, which the colour-blind tell apart, in the order of REGIONS; neighbours in the face
 # differ most.
@@ -128,7 +128,7 @@ def rollout(maps: Iterable[Tensor], weights: Tensor | None) -> Tensor:
 def explain(model: LAMMViT, images: Tensor, region_masks: Tensor) -> list[Explanation]:
     """images (B, 3, h, w) uint8 RGB and region_masks (B, 8, G, G), on any device -> one Explanation for each image."""
     device = next(model.parameters()).device
-    maps, weights = attention_maps(model, normalize(images.to(device)), region_masks.to(device))
+    maps, weights = attention_maps(model, model.normalize(images.to(device)), region_masks.to(device))
     heat = rollout(maps, weights).float().cpu().numpy()
     # (L, B, H) -> (B, L, H)
     per_image = [None] * len(heat) if weights is None else weights.transpose(0, 1).float().cpu().numpy()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from dataset import FaceDataset
-from model import LAMMViT, normalize
+from model import LAMMViT
 from runtime.processes import map_ahead
 
 
@@ -36,7 +36,7 @@ def fake_probability(model: LAMMViT, images: torch.Tensor, region_masks: torch.T
     In double precision from the logits on: in single precision all confident scores would be 1 and tie.
     """
     device = next(model.parameters()).device
-    outputs = model(normalize(images.to(device, non_blocking=True)), region_masks.to(device, non_blocking=True))
+    outputs = model(model.normalize(images.to(device, non_blocking=True)), region_masks.to(device, non_blocking=True))
     return outputs["logits"].double().softmax(dim=-1)[:, 1].cpu().numpy()
 
 

@@ -23,7 +23,7 @@ from evaluation.explain import (
     rollout,
 )
 from faces.regions import REGIONS, draw_region_masks
-from model import LAMMViT, LAMMViTConfig, normalize
+from model import LAMMViT, LAMMViTConfig
 
 ABLATIONS = (
     {},
@@ -181,7 +181,7 @@ def test_explanations_come_for_each_image_by_itself():
         np.testing.assert_allclose(one.lamm_weights, alone.lamm_weights, atol=1e-5)
     assert np.abs(together[0].heat - together[1].heat).max() > 1e-5
     with torch.no_grad():
-        last = model(normalize(images), masks)["mask_weights"][-1]
+        last = model(model.normalize(images), masks)["mask_weights"][-1]
     np.testing.assert_allclose([one.lamm_weights[-1] for one in together], last, atol=1e-6)
     assert explain.explain(make_model(lamm=False), images, masks)[2].lamm_weights is None
 

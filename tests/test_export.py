@@ -20,7 +20,7 @@ import export
 from dataset import FaceDataset
 from evaluation.scoring import fake_probability, predict_scores
 from faces.regions import REGIONS
-from model import LAMMViT, LAMMViTConfig, normalize
+from model import LAMMViT, LAMMViTConfig
 from runtime.checkpoint import load_checkpoint
 from samples.feature_files import find_feature_files
 
@@ -95,7 +95,7 @@ def test_every_ablation(tmp_path, left_out):
     with torch.no_grad():
         for parameter in model.parameters():  # so that every part shows in the scores
             parameter.copy_(torch.randn_like(parameter))
-        model.head.bias -= model(normalize(images), region_masks)["logits"].mean(dim=0)
+        model.head.bias -= model(model.normalize(images), region_masks)["logits"].mean(dim=0)
         expected, blind = (
             fake_probability(model, images, region_masks),
             fake_probability(model, images, 0 * region_masks),

@@ -27,7 +27,7 @@ from evaluation.robustness import ROBUSTNESS, finder_again
 from evaluation.scoring import load_batches, predict_scores
 from evaluation.tables import results_as_latex, results_as_markdown
 from faces.finder import finder_files
-from model import normalize
+from model import LAMMViT, LAMMViTConfig
 from runtime.checkpoint import CheckpointError, load_checkpoint
 from samples.feature_files import find_feature_files
 from samples.transforms import TestTransform
@@ -72,11 +72,14 @@ def test_the_draw_does_not_depend_on_names_or_order(test_set):
 # --------------------------------------------------------------------------------------------------------------- scores
 
 
-def test_normalize_is_imagenets():
+def test_normalize_is_imagenets_unless_the_trunk_has_its_own():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2)
-    low, high = normalize(images)
+    small = {"img_size": 16, "embed_dim": 12, "depth": 1}
+    low, high = LAMMViT(LAMMViTConfig(**small)).normalize(images)
     torch.testing.assert_close(low[:, 0, 0], -torch.tensor([0.485, 0.456, 0.406]) / torch.tensor([0.229, 0.224, 0.225]))
     torch.testing.assert_close((high - low)[:, 0, 0], 1 / torch.tensor([0.229, 0.224, 0.225]))
+    other = LAMMViT(LAMMViTConfig(**small, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)))
+    assert other.normalize(images).unique().tolist() == [-1, 1]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])

@@ -26,7 +26,7 @@ from evaluation.pictures import COLUMNS, framing_of
 from evaluation.scoring import predict_scores
 from faces.finder import FaceFinder, finder_files
 from faces.loose import find_faces, list_pictures
-from faces.regions import face_size
+from faces.regions import face_frame, face_size
 from runtime.checkpoint import load_checkpoint
 from samples.feature_files import find_feature_files
 
@@ -108,6 +108,17 @@ def test_a_picture_framed_otherwise_is_not_squeezed(finder, framing, width, heig
     assert np.linalg.norm(face_size(face.landmarks)) == pytest.approx(
         np.linalg.norm(face_size(framing.mean_landmarks)), rel=0.12
     )
+
+
+def test_a_little_more_border_than_in_training_is_cut_away(finder, framing):
+    mean, framings = face_frame(framing.mean_landmarks / framing.side)[0], Counter()
+    for seed in range(8):
+        picture = Image.new("RGB", (480, 480), (128, 128, 128))
+        picture.paste(drawn(seed, 400), (40, 40))
+        face = find_faces(picture, finder, framing)[0]
+        framings[face.framing] += 1
+        assert face_frame(face.landmarks / framing.side)[0] >= 0.92 * mean
+    assert framings["cut"] >= 5
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dataset import FaceDataset
-from model import NUM_REGIONS, LAMMLoss, normalize
+from model import NUM_REGIONS, LAMMLoss
 from runtime.processes import agree, gather
 from training.run import LAST, PREVIOUS, Run
 
@@ -48,7 +48,7 @@ def backward(run: Run, batch: dict[str, torch.Tensor], is_last: bool) -> tuple[t
     # Gradients are averaged over processes once a step.
     with contextlib.nullcontext() if is_last or run.world == 1 else run.trained.no_sync():
         with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
-            outputs = run.trained(normalize(images), masks)
+            outputs = run.trained(run.model.normalize(images), masks)
         if run.world > 1 and outputs["mask_weights"]:  # diversity is among the samples of all processes
             outputs["mask_weights"] = GatherRows.apply(torch.stack(outputs["mask_weights"]).float()).unbind()
         losses = LAMMLoss(run.args.diversity_weight)(outputs, labels)
