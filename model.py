@@ -371,9 +371,9 @@ class LAMMLoss(nn.Module):
     differently.
     """
 
-    def __init__(self, diversity_weight: float = 0.2):
+    def __init__(self, diversity_weight: float = 0.2, label_smoothing: float = 0.0):
         super().__init__()
-        self.diversity_weight = diversity_weight
+        self.diversity_weight, self.label_smoothing = diversity_weight, label_smoothing
 
     @staticmethod
     def diversity(weights: Tensor) -> Tensor:
@@ -393,7 +393,7 @@ class LAMMLoss(nn.Module):
 
         As in the authors' code, "diversity" is what diversity adds to the total: it has its weight on.
         """
-        ce = F.cross_entropy(outputs["logits"].float(), labels)
+        ce = F.cross_entropy(outputs["logits"].float(), labels, label_smoothing=self.label_smoothing)
         per_layer = [self.diversity(w.float()) for w in outputs["mask_weights"]]
         weighted = self.diversity_weight * (torch.stack(per_layer).mean() if per_layer else torch.zeros_like(ce))
         return {"total": ce + weighted, "ce": ce, "diversity": weighted}

@@ -46,7 +46,7 @@ from training.run import BEST, LAST, PREVIOUS, Run, Stopped
 from training.schedule import cosine_lr
 from training.setup import build_run, print_plan
 from training.state import begin, check_disk, describe, save_state, write_log
-from training.step import listed, one_step, rehearse
+from training.step import averaged, listed, one_step, rehearse
 
 # What gloo and nccl say of a process that has ended
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -96,7 +96,7 @@ def train_one_epoch(run: Run) -> tuple[dict[str, float], dict[str, float]]:
         for step in range(steps):
             if args.schedule == "cosine":
                 for group in run.optimizer.param_groups:
-                    group["lr"] = cosine_lr(run)
+                    group["lr"] = cosine_lr(run) * group.get("scale", 1)
             is_due = rank == 0 and time.monotonic() - saved >= 60 * args.save_minutes
             seconds, is_stopped, is_due = one_step(run, loader, bar, is_due)
             waited += seconds
@@ -173,7 +173,8 @@ def train(run: Run) -> None:
         save_state(run)  # validation may take longer than Slurm waits
         if agree(bool(run.stop))[0]:
             raise Stopped
-        metrics, scores, weights = validate(run)
+        with averaged(run):
+            metrics, scores, weights = validate(run)
         line = {
             "epoch": run.epoch,
             "samples": run.samples,
@@ -191,7 +192,8 @@ def train(run: Run) -> None:
         if run.rank == 0:
             write_log(run)
             if is_best:
-                save(describe(run) | line | {"lamm_weights": weights}, run.path(BEST))
+                with averaged(run):
+                    save(describe(run) | line | {"lamm_weights": weights}, run.path(BEST))
             report_epoch(run, line, timing, is_best)
             if board:
                 write_board(board, line | timing, run.val_set.labels, scores, weights)

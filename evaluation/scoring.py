@@ -1,6 +1,6 @@
 """A model and samples to probabilities of a fake, alone or with the processes of torchrun."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -40,7 +40,6 @@ def fake_probability(model: LAMMViT, images: torch.Tensor, region_masks: torch.T
     return outputs["logits"].double().softmax(dim=-1)[:, 1].cpu().numpy()
 
 
-@torch.inference_mode()
 def predict_scores(
     model: LAMMViT,
     dataset: FaceDataset,
@@ -51,6 +50,22 @@ def predict_scores(
 ) -> np.ndarray:
     """The probability of a fake for the samples of a dataset with these indices, all if None; (N,) float64 in their
     order.
+    """
+    return predict(model, dataset, fake_probability, batch_size, num_workers, title, indices)
+
+
+@torch.inference_mode()
+def predict(
+    model: LAMMViT,
+    dataset: FaceDataset,
+    compute: Callable[[LAMMViT, torch.Tensor, torch.Tensor], np.ndarray],
+    batch_size: int = 64,
+    num_workers: int = 0,
+    title: str = "",
+    indices: np.ndarray | None = None,
+) -> np.ndarray:
+    """compute(model, images, region_masks), as fake_probability takes them, of the samples with these indices, all if
+    None: (N, ...) in their order.
 
     In a process group, every process returns all scores. Batches, not samples, are divided among the processes: each
     batch is the same as in a single process, so nobody's score depends on the number of processes.
@@ -72,16 +87,12 @@ def predict_scores(
         leave=False,
         disable=True if rank > 0 or not title else None,
     )
-    mine = [
-        (start, fake_probability(model, batch["image"], batch["region_masks"])) for start, batch in zip(starts, bar)
-    ]
+    mine = [(start, compute(model, batch["image"], batch["region_masks"])) for start, batch in zip(starts, bar)]
     model.train(was_training)
 
     everyone = [mine]
     if world > 1:
         everyone = [None] * world
         dist.all_gather_object(everyone, mine)
-    scores = np.empty(size)
-    for start, values in (part for parts in everyone for part in parts):
-        scores[start : start + len(values)] = values
-    return scores
+    parts = sorted((part for parts in everyone for part in parts), key=lambda part: part[0])
+    return np.concatenate([values for _, values in parts]) if parts else np.empty(0)

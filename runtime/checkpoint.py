@@ -9,6 +9,9 @@ import torch
 
 from model import LAMMViT, LAMMViTConfig
 from runtime.files import replacing
+from runtime.pretrained import load_trunk, read_trunk
+from runtime.start import start_method
+from runtime.tuning import choose_trained, is_trained, merge_lora
 
 CHECKPOINT_VERSION = 5
 
@@ -52,14 +55,52 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
             " again"
         )
     try:
-        model = LAMMViT(LAMMViTConfig(**checkpoint["config"])).to(device)
-        model.load_state_dict(checkpoint["model"])
+        model = LAMMViT(LAMMViTConfig(**checkpoint["config"]))
+        if checkpoint.get("trunk"):
+            load_beside_trunk(model, checkpoint, Path(path))
+        else:
+            model.load_state_dict(checkpoint["model"])
+        model.to(device)
+    except CheckpointError:
+        raise
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         lines = " ".join(str(error).split())
         raise CheckpointError(
             f"{path}: its weights are of another architecture than its config {checkpoint['config']}: {lines[:400]}"
         ) from error
     return model.eval(), checkpoint
+
+
+def load_beside_trunk(model: LAMMViT, checkpoint: dict, path: Path) -> None:
+    """Gives a model the frozen weights of a trunk and the trained ones of a checkpoint that holds no others.
+
+    Raises:
+        CheckpointError: the trunk is not there, or is another one.
+    """
+    told, tune = checkpoint["trunk"], checkpoint["arguments"]["tune"]
+    kind, colon, name = told["source"].rpartition(":")
+    beside = path.parent / Path(name).name  # where a file has moved with the checkpoint
+    source = f"{kind}{colon}{beside}" if beside.is_file() else told["source"]
+    try:
+        trunk = read_trunk(source)
+    except ValueError as error:
+        reason = str(error).removeprefix("--init_from ")
+        raise CheckpointError(
+            f"{path}: holds what was trained, not its trunk, which is missing: {reason}; or put the file beside it"
+        ) from error
+    if trunk.digest(model.config.depth) != told["sha256"]:
+        raise CheckpointError(
+            f"{path}: was trained on the trunk {told['source']} with SHA-256 {told['sha256'][:16]}..., and {source} is"
+            " another one"
+        )
+    load_trunk(model, trunk)
+    start_method(model, told["start"])
+    choose_trained(model, tune)
+    missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
+    if unexpected or (lost := [name for name in missing if is_trained(name, tune)]):
+        raise ValueError(f"has {', '.join(unexpected[:3]) or 'no'} {'' if unexpected else lost[0]}")
+    merge_lora(model)
+    model.requires_grad_(True)
 
 
 def save(checkpoint: dict, path: Path, previous: Path | None = None) -> None:

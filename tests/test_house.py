@@ -18,7 +18,10 @@ attention.dropout  attention.kernels  drawing.render  faces.rejection  faces.reg
 attention.blocked  faces.images  faces.finder
 attention  faces.alignment  faces.workers  faces.prepared  faces.videos
 model  faces.treatment  samples.feature_files  samples.transforms
-runtime.checkpoint  runtime.pretrained  faces.loose  faces.prepare  samples.sources  dataset
+runtime.start  runtime.trunk_files
+runtime.pretrained
+runtime.tuning
+runtime.checkpoint  faces.loose  faces.prepare  samples.sources  dataset
 samples.splits  samples.extracted  samples.manifest
 samples.plan
 samples.shards
@@ -28,7 +31,8 @@ evaluation.summary  evaluation.traces  evaluation.mistakes  evaluation.explain
 evaluation.robustness  evaluation.report  evaluation.pictures  evaluation.groups
 training.options  training.data  training.run
 training.schedule  training.record
-training.setup  training.step  training.state
+training.setup  training.step  training.probe
+training.state
 benchmarks.comparison.near_duplicates  benchmarks.comparison.variants
 benchmarks.comparison.images
 benchmarks.comparison.probes  benchmarks.comparison.jobs  benchmarks.comparison.scores

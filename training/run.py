@@ -35,6 +35,7 @@ class Run:
     val_set: FaceDataset
     model: LAMMViT
     trained: nn.Module  # the same model as training calls it: compiled, distributed
+    trunk: dict | None  # source, SHA-256 and start of a pre-trained trunk
     optimizer: torch.optim.Optimizer
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
     scaler: torch.amp.GradScaler
@@ -48,6 +49,7 @@ class Run:
     best_auc: float = -math.inf
     epochs_since_best: int = 0
     val_threshold: float = 0.5  # of the last validation
+    ema: dict[str, torch.Tensor] | None = None  # the averages of the trained weights, with --ema
     log: list[dict[str, float]] = dataclasses.field(default_factory=list)  # a line each finished epoch
     stop: str = ""  # the signal that asked this process to end
 

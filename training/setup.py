@@ -8,14 +8,18 @@ import torch
 from dataset import TrainSampler, image_ids
 from model import LAMMViT, LAMMViTConfig
 from runtime.devices import pick_precision
-from runtime.pretrained import TORCHVISION_NORM_EPS
+from runtime.pretrained import Trunk, load_trunk, read_trunk
+from runtime.start import start_method
+from runtime.tuning import choose_trained
 from training.data import load_data, measure_framing
 from training.options import PARTS
 from training.run import Run
 from training.schedule import MIN_LR, parameter_groups
 
+OTHER_PARTS = ("transformer.", "text_model.", "token_embedding.", "decoder")  # of CLIP's text, of MAE's decoder
 
-def build_model(args: argparse.Namespace, img_size: int) -> LAMMViT:
+
+def build_model(args: argparse.Namespace, img_size: int, trunk: Trunk | None) -> LAMMViT:
     """The model of these options with its initial weights, the same in all processes."""
     config = LAMMViTConfig(
         img_size=img_size,
@@ -25,18 +29,37 @@ def build_model(args: argparse.Namespace, img_size: int) -> LAMMViT:
         mlp_ratio=args.mlp_ratio,
         dropout=args.dropout,
         **{part: part not in args.without for part in PARTS},
-        **({"norm_eps": TORCHVISION_NORM_EPS} if args.init_from else {}),
+        pool=tuple(args.pool),
+        scale_weights=args.scale_weights,
+        **(trunk.config if trunk else {}),
     )
     torch.manual_seed(args.seed)
-    return LAMMViT(config)
+    model = LAMMViT(config)
+    if trunk:
+        load_trunk(model, trunk)
+    start_method(model, args.start)
+    choose_trained(model, args.tune)
+    return model
+
+
+def describe_trunk(args: argparse.Namespace, rank: int) -> tuple[Trunk | None, dict | None]:
+    """The trunk, and what a checkpoint says of it."""
+    if not args.init_from:
+        return None, None
+    trunk = read_trunk(args.init_from, rank)
+    return trunk, {"source": args.init_from, "sha256": trunk.digest(args.depth), "start": args.start}
 
 
 def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
     """A run at its beginning; training/state.py takes it to where an earlier one stopped."""
     train_set, val_set, datasets = load_data(args)
-    model = build_model(args, train_set.img_size).to(device)
+    trunk, of_trunk = describe_trunk(args, rank)
+    if trunk and rank == 0:
+        print_trunk(trunk, args.depth)
+    model = build_model(args, train_set.img_size, trunk).to(device)
     dtype = pick_precision(args.precision, device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
+    groups = parameter_groups(model, args.weight_decay, args.lr, args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
     images = torch.from_numpy(np.concatenate([image_ids(train_set), image_ids(val_set)]))
     return Run(
         args=args,
@@ -50,6 +73,7 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         val_set=val_set,
         model=model,
         trained=model,
+        trunk=of_trunk,
         optimizer=optimizer,
         plateau=torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, mode="max", factor=0.5, patience=args.lr_patience, min_lr=MIN_LR
@@ -57,6 +81,18 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         dtype=dtype,
         sampler=TrainSampler(train_set.labels, args.sampling == "balanced", args.seed),
+    )
+
+
+def print_trunk(trunk: Trunk, depth: int) -> None:
+    """What was taken of a trunk, and what not."""
+    used = trunk.first(depth)
+    config = ", ".join(f"{name} {value}" for name, value in sorted(trunk.config.items()))
+    print(f"trunk  {len(used)} tensors of {trunk.source} by {trunk.naming} names, {depth} of {trunk.depth} blocks")
+    print(f"       {config}")
+    unused = [name for name in trunk.unused if not name.startswith(OTHER_PARTS)]
+    print(
+        f"       not used: {', '.join(unused[:8]) or 'none'}{f' and {len(unused) - 8} more' if len(unused) > 8 else ''}"
     )
 
 
@@ -69,11 +105,14 @@ def print_plan(run: Run) -> None:
         print(f"{split:<7}{(dataset.labels == 0).sum()} real, {(dataset.labels == 1).sum()} fake{notes[split]}")
     print(f"data   {', '.join(run.datasets)}")
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     left_out = f", without {', '.join(args.without)}" if args.without else ""
     print(
         f"model  {parameters / 1e6:.2f} M parameters: {config.img_size} px in patches of {config.patch_size}, width"
         f" {config.embed_dim}, depth {config.depth}, {args.mask_style} masks{left_out}"
     )
+    if args.tune != "all" or args.start != "paper":
+        print(f"start  {args.start}, head {args.head}; {trained / 1e6:.2f} M parameters trained ({args.tune})")
     schedule = (
         f"cosine over {args.epochs} epochs, {args.warmup_epochs:g} of warm-up"
         if args.schedule == "cosine"

@@ -13,8 +13,10 @@ import torch
 from model import LAMMViT
 from runtime.checkpoint import CHECKPOINT_VERSION, CheckpointError, load_checkpoint, save
 from runtime.files import free_path, replacing
-from runtime.pretrained import init_from
 from runtime.processes import gather
+from runtime.tuning import trained_state
+from training.options import get_args_parser
+from training.probe import probe_head
 from training.run import BEST, FILES, LAST, LOG, PREVIOUS, Run
 
 # Options that may change between a run and its resumption. The schedule "cosine" depends on --epochs.
@@ -38,7 +40,8 @@ def describe(run: Run) -> dict:
     return {
         "version": CHECKPOINT_VERSION,
         "config": dataclasses.asdict(run.model.config),
-        "model": run.model.state_dict(),
+        "model": trained_state(run.model, run.args.tune),
+        "trunk": run.trunk if run.args.tune != "all" else None,
         "mask_style": run.args.mask_style,
         "datasets": run.datasets,
         "framing": run.framing,
@@ -69,6 +72,7 @@ def save_state(run: Run) -> None:
             "processes": processes,
             "epochs_since_best": run.epochs_since_best,
             "log": run.log,
+            "ema": run.ema,
             "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
         }
         save(describe(run) | parts, run.path(LAST), run.path(PREVIOUS))
@@ -84,7 +88,7 @@ def load_state(run: Run, path: Path, is_restart: bool) -> None:
         CheckpointError: damaged, foreign, without its best model.
         OtherRun: of a run with other options or features.
     """
-    resumed, checkpoint = load_or_offer_the_one_before(path)
+    _, checkpoint = load_or_offer_the_one_before(path)
     if not STATE <= checkpoint.keys():
         raise CheckpointError(f"{path}: holds a model, not a run; {LAST} and {PREVIOUS} are what --resume goes on from")
     if is_restart and checkpoint["launch"] != os.environ["TORCHELASTIC_RUN_ID"]:
@@ -95,7 +99,8 @@ def load_state(run: Run, path: Path, is_restart: bool) -> None:
         raise CheckpointError(
             f"{run.path(BEST)}: is gone, and it is the best of this run; put it back, or start anew without --resume"
         )
-    run.model.load_state_dict(resumed.state_dict())
+    run.model.load_state_dict(checkpoint["model"], strict=False)  # what is frozen is there
+    run.ema = {name: values.to(run.device) for name, values in checkpoint["ema"].items()} if run.args.ema else None
     for part, name in ((run.optimizer, "optimizer"), (run.plateau, "schedule"), (run.scaler, "scaler")):
         part.load_state_dict(checkpoint[name])
     for name in ("epoch", "samples", "best_auc", "epochs_since_best", "val_threshold", "log"):
@@ -139,7 +144,8 @@ def changes_since(checkpoint: dict, run: Run) -> list[str]:
     if run.args.schedule == "cosine":
         may_change.remove("epochs")
     fixed = [name for name in now["arguments"] if name not in may_change]
-    changed = [f"--{name} {options.get(name)}" for name in fixed if options.get(name) != now["arguments"][name]]
+    options = vars(get_args_parser().parse_args([])) | options  # of before an option was there
+    changed = [f"--{name} {options[name]}" for name in fixed if options[name] != now["arguments"][name]]
     if not changed:
         changed = [f"{what} {checkpoint[what]}" for what in COMPARED if checkpoint[what] != now[what]]
     return changed or (["other features"] if checkpoint["features"] != now["features"] else [])
@@ -165,8 +171,8 @@ def begin(run: Run, restarts: int) -> None:
             print(f"goes on from {path}: epoch {run.epoch}, {run.samples} samples seen")
             write_log(run)
         return
-    if run.args.init_from:
-        init_from(run.model, run.args.init_from, run.rank)
+    if run.args.head == "probe":
+        probe_head(run)
     if run.rank == 0:
         keep_earlier(run.args.output_dir)
     torch.manual_seed((run.args.seed << 16) + run.rank)  # dropout
@@ -198,7 +204,8 @@ def keep_earlier(output_dir: Path) -> None:
 
 def check_disk(run: Run, goes_on: bool) -> None:
     """Raises OSError where the disk has no room for the run's checkpoints."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in run.model.parameters())
+    kept = (values for values in run.model.parameters() if values.requires_grad)
+    weights = sum(values.numel() * values.element_size() for values in kept)
     needed = weights + 3 * 3 * weights  # the best, and the last twice and in writing, with AdamW's two moments
     there = (
         sum(path.stat().st_size for name in (BEST, LAST, PREVIOUS) if (path := run.path(name)).exists())

@@ -51,7 +51,7 @@ def backward(run: Run, batch: dict[str, torch.Tensor], is_last: bool) -> tuple[t
             outputs = run.trained(run.model.normalize(images), masks)
         if run.world > 1 and outputs["mask_weights"]:  # diversity is among the samples of all processes
             outputs["mask_weights"] = GatherRows.apply(torch.stack(outputs["mask_weights"]).float()).unbind()
-        losses = LAMMLoss(run.args.diversity_weight)(outputs, labels)
+        losses = LAMMLoss(run.args.diversity_weight, run.args.label_smoothing)(outputs, labels)
         run.scaler.scale(losses["total"] / run.args.accum_steps).backward()
     of_batch = torch.stack([losses[name].detach() for name in ("total", "ce", "diversity")])
     return of_batch.double(), outputs["logits"].detach()
@@ -106,11 +106,42 @@ def one_step(run: Run, loader: Iterator[dict[str, torch.Tensor]], bar: tqdm, is_
         raise FloatingPointError(describe_failure(run, seen, logits, finite))
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    average_weights(run)
     run.optimizer.zero_grad(set_to_none=True)
     run.samples += run.window
     count = run.args.batch_size * run.args.accum_steps
     run.sums += torch.cat([values.sum(dim=0).cpu() * run.args.batch_size, torch.tensor([count])])
     return waited, is_stopped, is_due
+
+
+@torch.no_grad()
+def average_weights(run: Run) -> None:
+    """Takes the step's weights into the average of --ema. Its decay is lower in the first steps."""
+    if not run.args.ema:
+        return
+    step = run.samples // run.window  # from 0 on
+    decay = min(run.args.ema, (1 + step) / (10 + step))
+    weights = {name: values for name, values in run.model.named_parameters() if values.requires_grad}
+    if run.ema is None:
+        run.ema = {name: values.detach().clone() for name, values in weights.items()}
+    torch._foreach_lerp_([run.ema[name] for name in weights], list(weights.values()), 1 - decay)
+
+
+@contextlib.contextmanager
+def averaged(run: Run) -> Iterator[None]:
+    """Within this context the model has the average of its weights, if there is one."""
+    if run.ema is None:
+        yield
+        return
+    weights = {name: values for name, values in run.model.named_parameters() if values.requires_grad}
+    own = {name: values.detach().clone() for name, values in weights.items()}
+    for name, values in weights.items():
+        values.data.copy_(run.ema[name])
+    try:
+        yield
+    finally:
+        for name, values in weights.items():
+            values.data.copy_(own[name])
 
 
 def describe_failure(run: Run, seen: list[torch.Tensor], logits: list[torch.Tensor], finite: list[bool]) -> str:

