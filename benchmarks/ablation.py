@@ -20,6 +20,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.comparison.scores import masks_of_models
 from benchmarks.comparison.variants import VARIANTS, heads, row, train_and_test
 from evaluation.typeset import as_markdown
 from runtime.checkpoint import load_checkpoint
@@ -93,8 +94,11 @@ def main(args: argparse.Namespace, options: list[str]) -> None:
     note = (
         f"Mean ± std over {args.seeds} seeds, of the mean over {', '.join(seen)}{apart}; `train.py {' '.join(options)}`"
     )
-    (args.output_dir / "ablation.md").write_text(f"{table}\n\n{note}\n")
-    print(f"{table}\n\n{note}")
+    models = {name: [folder for _, of, folder in jobs if of == name] for name in VARIANTS}
+    _, masks = masks_of_models(args.features, models)
+    page = f"{table}\n\n{note}\n\nWith wrong region masks, all generators of the test split:\n\n{masks}\n"
+    (args.output_dir / "ablation.md").write_text(page)
+    print(page)
     print(f"{time.perf_counter() - started:.0f} s; written to {args.output_dir / 'ablation.md'}")
 
 

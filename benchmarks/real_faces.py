@@ -15,7 +15,7 @@ One command from the files to the tables:
     probe      how far a linear model gets on what is not worth learning: file size, format, mean spectrum, a thumbnail
     train      LAMM-ViT and a plain ViT, then LAMM-ViT without each of its parts, with several seeds each, on equalised
                images; the first two once more on raw ones
-    compare    AUC over seeds with bootstrap intervals, what other faces' masks change, and the paired test of LAMM-ViT
+    compare    AUC over seeds with bootstrap intervals, what wrong masks change, and the paired test of LAMM-ViT
                against the plain ViT
 
 Before the training starts it says how long that will take. It can be stopped at any time; the same command goes on, and

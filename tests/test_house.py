@@ -27,7 +27,7 @@ samples.plan
 samples.shards
 evaluation.scoring  evaluation.metrics
 evaluation.tables  evaluation.intervals  evaluation.figures  evaluation.protocol
-evaluation.summary  evaluation.traces  evaluation.mistakes  evaluation.explain
+evaluation.summary  evaluation.traces  evaluation.masks  evaluation.mistakes  evaluation.explain
 evaluation.robustness  evaluation.report  evaluation.pictures  evaluation.groups
 training.options  training.data  training.run
 training.schedule  training.record

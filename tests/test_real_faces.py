@@ -25,6 +25,7 @@ from benchmarks.comparison.jobs import MAIN
 from benchmarks.comparison.near_duplicates import Fingerprint, find_network, find_pairs, leave_out, take_fingerprint
 from benchmarks.comparison.scores import read_scores
 from drawing.render import draw_face
+from evaluation.masks import OWN, WRONG
 from faces.finder import FaceFinder, detect_face, finder_files
 from faces.rejection import BEYOND, NO_FACE
 from samples.feature_files import SPLITS, find_feature_files, open_features
@@ -264,7 +265,8 @@ def test_from_files_to_tables(tmp_path, calls, capsys):
         for name in ("Gan", "Diffusion", "New")
         if name in summary["detectors"]["equalised"]["LAMM-ViT"]
     ]
-    assert masks["LAMM-ViT"]["auc"] == pytest.approx(np.mean(every)) and 0 < masks["LAMM-ViT"]["change"] < 1
+    assert masks["LAMM-ViT"][OWN] == [0, pytest.approx(np.mean(every))] and masks["LAMM-ViT"].keys() == {OWN, *WRONG}
+    assert all(0 < masks["LAMM-ViT"][how][0] < 1 for how in WRONG)
     tables = (output / "results.md").read_text()
     assert tables in printed and f"| LAMM-ViT, equalised | {0:.0f}"[:22] in tables
 

@@ -1,17 +1,16 @@
-"""What the models of a comparison said of the test images, and what they say of them with another face's masks."""
+"""What the models of a comparison said of the test images, and what they say of them with other region masks."""
 
-import argparse
 import csv
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.comparison.images import features_of
 from dataset import FaceDataset
-from evaluation.scoring import fake_probability
+from evaluation.masks import OWN, WRONG, scores_by_masks
+from evaluation.typeset import as_markdown
+from model import LAMMViT
 from runtime.checkpoint import load_checkpoint
 from samples.feature_files import find_feature_files
 
@@ -50,28 +49,41 @@ def read_scores(folders: list[Path]) -> tuple[dict[str, tuple[np.ndarray, np.nda
     return scores, sum(label == 0 for label, _ in times)
 
 
-def swap_masks(args: argparse.Namespace, folder: Path) -> tuple[float, float, float]:
-    """What a model of equalised images makes of faces with the region masks of other faces: the mean change of a score,
-    and the mean AUC over generators with the own masks and with others'."""
-    model, checkpoint = load_checkpoint(folder / "best_model.pth")
-    data = FaceDataset(
-        list(find_feature_files(features_of(args, "equalised"), "test").values()),
-        model.config.grid_size,
-        checkpoint["mask_style"],
-    )
-    samples = data.read(np.arange(len(data)))
-    images, masks = (
-        torch.from_numpy(samples["image"]),
-        torch.from_numpy(samples["region_masks"][np.random.default_rng(0).permutation(len(data))]),
-    )
-    with torch.inference_mode():
-        swapped = np.concatenate([fake_probability(model, *part) for part in zip(images.split(64), masks.split(64))])
-    scores = dict(zip(data.column("paths"), swapped))
-    # (3, N) for each generator: label, score, score with another's masks
-    tables = [
-        np.array([(label, own, scores[path]) for (label, path), own in of.items()]).T
-        for of in read_table(folder).values()
-    ]
-    changes = [np.abs(own - others).mean() for _, own, others in tables]
-    aucs = [[roc_auc_score(labels, values) for values in (own, others)] for labels, own, others in tables]
-    return float(np.mean(changes)), *np.mean(aucs, axis=0).tolist()
+def compare_masks(model: LAMMViT, dataset: FaceDataset, folder: Path) -> dict[str, tuple[float, float]]:
+    """{evaluation.masks' own and wrong masks: the mean change of a score, the mean AUC over generators} of a model, for
+    the images and generators of its folder's CSV file."""
+    paths = dataset.column("paths")
+    scores = {how: dict(zip(paths, values)) for how, values in scores_by_masks(model, dataset).items()}
+    results = {}
+    for how, of_path in scores.items():
+        changes, aucs = [], []
+        for of in read_table(folder).values():
+            labels = [label for label, _ in of]
+            values = np.array([of_path[path] for _, path in of])
+            changes.append(np.abs(values - [scores[OWN][path] for _, path in of]).mean())
+            aucs.append(roc_auc_score(labels, values))
+        results[how] = float(np.mean(changes)), float(np.mean(aucs))
+    return results
+
+
+def masks_of_models(features: Path, models: dict[str, list[Path]]) -> tuple[dict[str, dict], str]:
+    """compare_masks of each model, the mean over its seeds, and a table of them.
+
+    Args:
+        features: whose test split the models were tested on.
+        models: {name: folders of its seeds}; those without masks are passed over.
+    """
+    means, rows = {}, []
+    for name, folders in models.items():
+        results = []
+        for folder in folders:
+            model, checkpoint = load_checkpoint(folder / "best_model.pth")
+            if model.config.region_guidance:
+                files = list(find_feature_files(features, "test").values())
+                dataset = FaceDataset(files, model.config.grid_size, checkpoint["mask_style"])
+                results.append(compare_masks(model, dataset, folder))
+        if results:
+            means[name] = {how: np.mean([one[how] for one in results], axis=0).tolist() for how in results[0]}
+            of_wrong = [f"{auc:.4f} ({change:.4f})" for how, (change, auc) in means[name].items() if how != OWN]
+            rows.append([name, f"{means[name][OWN][1]:.4f}", *of_wrong])
+    return means, as_markdown(["AUC (mean change of a score)", OWN, *WRONG], rows)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.comparison.images import REASONS, TREATMENTS
+from benchmarks.comparison.images import REASONS, TREATMENTS, features_of
 from benchmarks.comparison.jobs import MAIN
 from benchmarks.comparison.probes import LIKE_CHANCE, REAL_SIZES
-from benchmarks.comparison.scores import read_scores, swap_masks
-from benchmarks.comparison.variants import VARIANTS, heads, row
+from benchmarks.comparison.scores import masks_of_models, read_scores
+from benchmarks.comparison.variants import heads, row
 from evaluation.intervals import auc_replicates, compare_aucs, interval, win_matrix
 from evaluation.typeset import as_markdown
 from samples.feature_files import SPLITS
@@ -143,19 +143,13 @@ def all_metrics_table(comparison: Comparison) -> str:
 
 
 def masks_table(comparison: Comparison, summary: dict) -> str:
-    results = comparison.results
-    guided = [name for of, name in results if of == "equalised" and "region_guidance" not in VARIANTS[name]]
-    rows, summary["masks"] = [], {}
-    for name in guided:
-        swapped = [swap_masks(comparison.args, folder) for folder in comparison.folders["equalised", name]]
-        change, auc, other_auc = np.mean(swapped, axis=0).tolist()
-        summary["masks"][name] = {"change": change, "auc": auc, "auc_swapped": other_auc}
-        rows.append([name, f"{change:.4f}", f"{auc:.4f}", f"{other_auc:.4f}"])
+    models = {name: folders for (of, name), folders in comparison.folders.items() if of == "equalised"}
+    summary["masks"], table = masks_of_models(features_of(comparison.args, "equalised"), models)
     return section(
         "Do the masks count?",
-        "Each test image with its own region masks and with those of another face, drawn at random; equalised images, "
-        "mean over generators and seeds.",
-        as_markdown(["", "change of a score, mean", "AUC, own masks", "AUC, another's"], rows),
+        "Each test image with its own region masks and with wrong ones: those of another face, drawn at random, none,"
+        " and its own exchanged or moved down; equalised images, mean over generators and seeds.",
+        table,
     )
 
 
