@@ -10,7 +10,8 @@ import torchvision
 
 from attention import region_gated_attention
 from model import LAMM, LAMMLoss, LAMMViT, LAMMViTConfig, MaskProcessor
-from runtime.pretrained import interpolate_positions, load_torchvision_vit
+from runtime.pretrained import interpolate_positions, load_trunk, translate
+from runtime.trunk_files import Read
 
 GOLDEN = Path(__file__).parent / "data" / "parity_small.npz"
 SMALL = LAMMViTConfig(img_size=64, patch_size=16, embed_dim=48, depth=4, mlp_ratio=2.0)
@@ -352,8 +353,9 @@ def test_without_all_parts_it_is_torchvisions_vit_b_16():
     vit = random_vit(
         image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072, num_classes=2
     )
-    model = LAMMViT(LAMMViTConfig(**NOTHING)).eval()
-    assert load_torchvision_vit(model, vit.state_dict()) == []
+    trunk = translate("vit", Read(vit.state_dict(), {}))
+    model = LAMMViT(LAMMViTConfig(**NOTHING, **trunk.config)).eval()
+    assert load_trunk(model, trunk) == trunk.unused == []
     images, masks, _ = sample(model.config, size=2)
     with torch.no_grad():
         torch.testing.assert_close(model(images, masks)["logits"], vit(images), atol=1e-4, rtol=0)
@@ -370,12 +372,11 @@ def test_what_has_a_counterpart_is_mapped_and_the_rest_told():
         name.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): values for name, values in state.items()
     }
     for weights in (state, old_names):
-        model = LAMMViT(replace(SMALL, depth=2))
+        trunk = translate("vit", Read(weights, {}))
+        model = LAMMViT(replace(SMALL, depth=2, **trunk.config))
         lamm = {name: values.clone() for name, values in model.lamm.state_dict().items()}
-        unused = load_torchvision_vit(model, weights)
-        assert {name.split(".")[2] for name in unused if "layer" in name} == {
-            "encoder_layer_2"
-        } and "heads.head.weight" in unused
+        unused = load_trunk(model, trunk)
+        assert {name.split(".")[1] for name in unused if name.startswith("blocks")} == {"2"} and "head.weight" in unused
         mapped = model.state_dict()
         for ours, theirs in (
             ("patch_embed.weight", "conv_proj.weight"),
@@ -387,14 +388,6 @@ def test_what_has_a_counterpart_is_mapped_and_the_rest_told():
         ):
             assert torch.equal(mapped[ours], state[theirs]), ours
         assert all(torch.equal(values, lamm[name]) for name, values in model.lamm.state_dict().items())
-    with pytest.raises(ValueError, match="choose its width and patch size"):
-        load_torchvision_vit(LAMMViT(replace(SMALL, embed_dim=96, depth=2)), state)
-    with pytest.raises(ValueError, match="not a state dict of a torchvision vit_b_16"):
-        load_torchvision_vit(model, {"fc.weight": torch.zeros(2, 2)})
-    with pytest.raises(ValueError, match="class_token is no tensor but int"):
-        load_torchvision_vit(model, vit.state_dict() | {"class_token": 1})
-    with pytest.raises(ValueError, match="20 positions, which are no square"):
-        interpolate_positions(torch.zeros(1, 20, 24), 7)
 
 
 def test_positions_are_interpolated_to_another_grid():

@@ -237,7 +237,8 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
     (tmp_path / "empty.pth").touch()
     (tmp_path / "text.pth").write_text("no checkpoint")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
-    torch.save(torchvision.models.vit_b_16().state_dict(), tmp_path / "vit.pth")
+    vit = torchvision.models.VisionTransformer(224, 16, 2, 12, 24, 96)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
     for arguments, message in (
         (("--features", "nowhere"), "nowhere: no train features in it"),
         (("--features", "cut"), "cut/real/Consistent/train_features.h5: not a complete HDF5 file"),
@@ -284,14 +285,14 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
             "trained with --mask_style polygon;",
         ),
         (("--features", features, *SMALL, "--init_from", "nowhere.pth"), "--init_from nowhere.pth: "),
-        (("--features", features, *SMALL, "--init_from", "linear.pth"), "not a state dict of a torchvision vit_b_16"),
+        (("--features", features, *SMALL, "--init_from", "linear.pth"), "not a state dict of a Vision Transformer"),
         (("--features", features, *SMALL, "--init_from", "vit.pth"), "choose its width and patch size"),
         (("--features", features, *SMALL, "--init_from", "one_layer.pth"), "has nothing for blocks.1."),
         (
             ("--features", features, *SMALL, "--init_from", "whole.pth"),
-            "whole.pth: not a file of torch.save with tensors alone",
+            "whole.pth: holds more than tensors, and is not opened",
         ),
-        (("--features", features, *SMALL, "--init_from", "empty.pth"), "empty.pth: not a file of torch.save"),
+        (("--features", features, *SMALL, "--init_from", "empty.pth"), "empty.pth: not a whole file of torch.save"),
     ):
         assert message in refusal(train, *arguments)
     assert "nowhere" in error_line(run_script("train.py", "--features", "nowhere", cwd=tmp_path, expect=1))
@@ -682,7 +683,7 @@ def test_starts_from_a_vision_transformer(features, tmp_path, capsys):
         tmp_path / "vit.pth",
     )
     train.main(train_parser().parse_args(list(map(str, arguments))))
-    assert "not used: heads.head.weight, heads.head.bias" in capsys.readouterr().out
+    assert "32 tensors of " in (said := capsys.readouterr().out) and "by torchvision's names, 2 of 2 blocks" in said
     model, _ = load_checkpoint(tmp_path / "out/best_model.pth")
     torch.testing.assert_close(model.blocks[1].attn.qkv.weight, vit.encoder.layers[1].self_attention.in_proj_weight)
     assert model.norm.eps == vit.encoder.ln.eps
