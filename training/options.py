@@ -88,10 +88,10 @@ def add_start(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--start",
-        default="paper",
+        default="guided",
         choices=STARTS,
-        help="of the method's parameters: the authors'; or so that the trunk's function is kept; or so, and with gates"
-        " that favour pairs inside a region (default: paper)",
+        help="of the method's parameters: paper, the authors'; preserved, so that the trunk's function is kept; guided,"
+        " so, and with gates that favour pairs inside a region (default: guided)",
     )
     option(
         "--tune",
@@ -171,7 +171,8 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default="auto",
         choices=("auto", "fp32", "bf16", "fp16"),
-        help="(default: bf16 on a GPU that has it, else fp16; fp32 on the CPU)",
+        help="(default: bf16 on a GPU that has it, else fp16; on a CPU fp32, or bf16 where a trial shows that it is"
+        " faster)",
     )
     option("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps after")
     option("--num_workers", type=int, default=2, help="threads that read features, per process (default: 2)")

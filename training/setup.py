@@ -9,6 +9,7 @@ from dataset import TrainSampler, image_ids
 from model import LAMMViT, LAMMViTConfig
 from runtime.devices import pick_precision
 from runtime.pretrained import Trunk, load_trunk, read_trunk
+from runtime.processes import gather
 from runtime.start import start_method
 from runtime.tuning import choose_trained
 from training.data import load_data, measure_framing
@@ -57,7 +58,7 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     if trunk and rank == 0:
         print_trunk(trunk, args.depth)
     model = build_model(args, train_set.img_size, trunk).to(device)
-    dtype = pick_precision(args.precision, device)
+    dtype = gather(pick_precision(args.precision, device, args.embed_dim))[0]  # one for all
     groups = parameter_groups(model, args.weight_decay, args.lr, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
     images = torch.from_numpy(np.concatenate([image_ids(train_set), image_ids(val_set)]))
@@ -111,7 +112,7 @@ def print_plan(run: Run) -> None:
         f"model  {parameters / 1e6:.2f} M parameters: {config.img_size} px in patches of {config.patch_size}, width"
         f" {config.embed_dim}, depth {config.depth}, {args.mask_style} masks{left_out}"
     )
-    if args.tune != "all" or args.start != "paper":
+    if args.init_from or args.start == "paper":
         print(f"start  {args.start}, head {args.head}; {trained / 1e6:.2f} M parameters trained ({args.tune})")
     schedule = (
         f"cosine over {args.epochs} epochs, {args.warmup_epochs:g} of warm-up"

@@ -93,6 +93,8 @@ def load_state(run: Run, path: Path, is_restart: bool) -> None:
         raise CheckpointError(f"{path}: holds a model, not a run; {LAST} and {PREVIOUS} are what --resume goes on from")
     if is_restart and checkpoint["launch"] != os.environ["TORCHELASTIC_RUN_ID"]:
         raise OtherRun(f"{path}: of an earlier start of torchrun")
+    if run.args.precision == "auto" and run.device.type == "cpu":
+        run.dtype = getattr(torch, checkpoint["dtype"])  # as it was found to be faster then
     if changed := changes_since(checkpoint, run):
         raise OtherRun(f"{path}: trained with {', '.join(changed)}; resume with the same options and features")
     if checkpoint["log"] and not run.path(BEST).exists():
