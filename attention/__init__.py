@@ -11,7 +11,8 @@ scaled_dot_product_attention cannot express it. One operator, three ways to comp
     kernels.py    Triton: one kernel forward and two backward that keep the N x N plane on the chip. The way on CUDA.
 
 The last two keep nothing of the N x N plane for the backward: they compute it again from q, k and the masks. This file
-is the operator and its dispatch; dropout.py has the random numbers of the CPU's path, and a dropout for any tensor.
+is the operator and its dispatch; trial.py tries the kernels on a GPU before they are used there; dropout.py has the
+random numbers of the CPU's path, and a dropout for any tensor. flex.py is PyTorch's FlexAttention, for comparison.
 
 Letters in shape comments are those of model.py, and
 
@@ -28,6 +29,7 @@ from attention import blocked, kernels
 from attention.dropout import random_keys
 from attention.layout import empty_token_major
 from attention.textbook import textbook_attention
+from attention.trial import kernels_serve
 
 _forced_path: str | None = None
 
@@ -60,6 +62,10 @@ def region_gated_attention(
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     _check_arguments(q, k, v, masks, lam, theta, dropout_p)
     path = _forced_path or _default_path(q)
+    if path == "flex":
+        from attention.flex import flex_gated_attention  # torch's compiler, where it is needed
+
+        return flex_gated_attention(q, k, v, masks, lam, theta, dropout_p)
     if path == "textbook" or q.numel() == 0:
         return textbook_attention(q, k, v, masks, lam, theta, dropout_p)
     random = None
@@ -74,15 +80,15 @@ def region_gated_attention(
 
 @contextmanager
 def force_path(path: str | None) -> Iterator[None]:
-    """Within this context region_gated_attention takes `path`: "textbook", "blocked" or "triton"; None chooses by
-    device.
+    """Within this context region_gated_attention takes `path`: "textbook", "blocked", "triton" or "flex"; None chooses
+    by device.
 
     For tests and benchmarks. "triton" runs on a CPU in Triton's interpreter (TRITON_INTERPRET=1 before the first
     import).
     """
     global _forced_path
-    if path not in (None, "textbook", "blocked", "triton"):
-        raise ValueError(f"there is no path {path!r}: take textbook, blocked or triton")
+    if path not in (None, "textbook", "blocked", "triton", "flex"):
+        raise ValueError(f"there is no path {path!r}: take textbook, blocked, triton or flex")
     before, _forced_path = _forced_path, path
     try:
         yield
@@ -91,7 +97,12 @@ def force_path(path: str | None) -> Iterator[None]:
 
 
 def _default_path(q: Tensor) -> str:
-    return "triton" if kernels.takes(q) else "blocked"
+    if not kernels.takes(q):
+        return "blocked"
+    # Nothing can be tried while a graph is made; its first run in eager mode has tried it
+    if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return "triton"
+    return "triton" if kernels_serve(q.device, q.dtype) else "textbook"
 
 
 def _check_arguments(

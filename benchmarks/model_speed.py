@@ -35,6 +35,8 @@ from attention import force_path
 from model import NUM_REGIONS, LAMMLoss, LAMMViT, LAMMViTConfig
 
 PLAIN, OURS, TEXTBOOK = "vit_b_16", "LAMM-ViT", "LAMM-ViT, textbook formula"
+FLEX = "LAMM-ViT, FlexAttention"  # on CUDA: on a CPU it has no backward. Without dropout in attention and MLP
+PATHS = {TEXTBOOK: "textbook", FLEX: "flex"}
 
 
 class Contestant:
@@ -44,9 +46,8 @@ class Contestant:
         torch.manual_seed(0)
         self.name, self.device = name, device
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
-        self.model = (torchvision.models.vit_b_16(num_classes=2) if name == PLAIN else LAMMViT(LAMMViTConfig())).to(
-            device
-        )
+        config = LAMMViTConfig(dropout=0.0) if name == FLEX else LAMMViTConfig()
+        self.model = (torchvision.models.vit_b_16(num_classes=2) if name == PLAIN else LAMMViT(config)).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.05)
         self.criterion = LAMMLoss()
 
@@ -97,7 +98,7 @@ def race(
     for i in tqdm(range(rounds + 2), desc=f"{label} {stage}", leave=False):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             run = partial(getattr(contestants[name], stage), *batch)
-            with force_path("textbook" if name == TEXTBOOK else None):
+            with force_path(PATHS.get(name)):
                 seconds[name].append(timed(run, contestants[name].device))
     return {name: statistics.median(values[2:]) for name, values in seconds.items()}
 
@@ -105,7 +106,7 @@ def race(
 def peak_memory(name: str, device: str, dtype: str, batch_size: int) -> float:
     """The most GB that this process (CPU) or PyTorch on the device (CUDA) held, over three training steps."""
     contestant, batch = Contestant(name, device, dtype), make_batch(batch_size, device)
-    with force_path("textbook" if name == TEXTBOOK else None):
+    with force_path(PATHS.get(name)):
         for _ in range(3):
             contestant.training_step(*batch)
     if device == "cuda":
@@ -140,7 +141,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=torch.get_num_threads(),
         help="CPU threads (default: %(default)s, PyTorch's choice)",
     )
-    parser.add_argument("--memory_of", choices=(PLAIN, OURS, TEXTBOOK), help=argparse.SUPPRESS)
+    parser.add_argument("--memory_of", choices=(PLAIN, OURS, *PATHS), help=argparse.SUPPRESS)
     return parser
 
 
@@ -158,7 +159,8 @@ def main(args: argparse.Namespace) -> None:
     )
     print("| dtype | batch | model | forward | images/s | training step | images/s | peak memory |")
     print("|---|--:|---|--:|--:|--:|--:|--:|")
-    names, runs = (PLAIN, OURS, TEXTBOOK), list(product(args.dtypes, batch_sizes))
+    names = (PLAIN, OURS, TEXTBOOK, *((FLEX,) if args.device == "cuda" else ()))
+    runs = list(product(args.dtypes, batch_sizes))
     # Before this process grows: on Linux the peak of a new process begins with what its parent holds when it starts it
     gigabytes = {
         (name, *run): peak_memory_apart(name, args, *run)
@@ -166,10 +168,9 @@ def main(args: argparse.Namespace) -> None:
     }
     for dtype, batch_size in runs:
         label, ours = f"{dtype} batch {batch_size}", Contestant(OURS, args.device, dtype)  # one model for both formulas
-        contestants, batch = (
-            {PLAIN: Contestant(PLAIN, args.device, dtype), OURS: ours, TEXTBOOK: ours},
-            make_batch(batch_size, args.device),
-        )
+        contestants = {name: Contestant(name, args.device, dtype) for name in names if name in (PLAIN, FLEX)}
+        contestants |= {OURS: ours, TEXTBOOK: ours}
+        batch = make_batch(batch_size, args.device)
         forward = race(contestants, batch, "forward", args.rounds, label)
         step = race(contestants, batch, "training_step", args.rounds, label)
         for name in names:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from itertools import product
 
@@ -15,7 +16,7 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
-from attention import blocked, force_path, kernels, layout, region_gated_attention
+from attention import blocked, force_path, kernels, layout, region_gated_attention, trial
 from attention import dropout as attention_dropout
 from attention.dropout import dropout, keep_mask, random_keys
 from attention.textbook import textbook_attention
@@ -363,6 +364,56 @@ def test_model_compiles_whole():
 
 
 @pytest.mark.slow
+def test_flex_attention_agrees():
+    q, k, v, *gates = arguments(2, 12, 33, 16)
+    expected = output_and_gradients(textbook_attention, [q, k, v, *gates], torch.ones_like(q))
+    with force_path("flex"):
+        computed = region_gated_attention(q, k, v, *gates)
+        with pytest.raises(ValueError, match="drops no attention weights"):
+            region_gated_attention(q, k, v, *gates, 0.1)
+    torch.testing.assert_close(computed, expected[0], atol=1e-5, rtol=0)
+
+
+@triton_needed
+@pytest.mark.skipif(CUDA, reason="in Triton's interpreter")
+def test_kernels_are_tried_before_they_are_used(monkeypatch):
+    """On the first call for a device and dtype; where they fail or are wrong, one warning, and the formula."""
+    monkeypatch.setattr(trial, "SHAPE", (1, 2, 18, 16))
+    trial.kernels_serve.cache_clear()
+    assert trial.disagreement(torch.device("cpu"), torch.float32) == ""
+    q, k, v, *gates = arguments(1, 2, 9, 8)
+    monkeypatch.setattr(kernels, "takes", lambda q: True)
+    forward, backward = kernels.forward, kernels.backward
+
+    def wrong(*args):
+        first, *others = backward(*args)
+        return (first * 1.5, *others)
+
+    def broken(*args):
+        raise RuntimeError("no kernel image for this device\nand more")
+
+    for name, function, message in (
+        ("backward", wrong, "the gradient of q differs from the formula's by"),
+        ("forward", broken, "they fail .RuntimeError: no kernel image for this device.; the formula"),
+    ):
+        trial.kernels_serve.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, name, function)
+            with pytest.warns(RuntimeWarning, match=message):
+                out = region_gated_attention(q, k, v, *gates)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # said once
+                assert torch.equal(region_gated_attention(q, k, v, *gates), out)
+            assert torch.equal(out, textbook_attention(q, k, v, *gates))
+    trial.kernels_serve.cache_clear()
+    calls = []
+    monkeypatch.setattr(kernels, "forward", lambda *args: calls.append(0) or forward(*args))
+    for _ in range(3):
+        region_gated_attention(q, k, v, *gates)
+    assert len(calls) == 1 + 3, "one trial, then the kernels themselves"
+    trial.kernels_serve.cache_clear()
+
+
 def test_model_exports(tmp_path):
     images, masks = small_batch()
     model = LAMMViT(SMALL).eval()

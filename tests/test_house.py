@@ -16,6 +16,7 @@ runtime.processes  runtime.files  runtime.devices  evaluation.typeset
 attention.layout  attention.textbook  drawing.coordinates  drawing.face
 attention.dropout  attention.kernels  drawing.render  faces.rejection  faces.regions
 attention.blocked  faces.images  faces.finder
+attention.trial  attention.flex
 attention  faces.alignment  faces.workers  faces.prepared  faces.videos
 model  faces.treatment  samples.feature_files  samples.transforms
 runtime.start  runtime.trunk_files
