@@ -35,10 +35,11 @@ def probe_head(run: Run) -> None:
     All processes read a part of the images, and compute the same regression.
     """
     plain = FaceDataset(run.train_set.files, run.train_set.grid_size, run.args.mask_style)
-    inside, outside = (
-        predict(run.model, dataset, read_features, run.args.batch_size, run.args.num_workers, title)
-        for dataset, title in ((plain, "probe"), (run.val_set, "probe, validation"))
-    )
+    with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
+        inside, outside = (
+            predict(run.model, dataset, read_features, run.args.batch_size, run.args.num_workers, title)
+            for dataset, title in ((plain, "probe"), (run.val_set, "probe, validation"))
+        )
     scaler = StandardScaler().fit(inside)
     probes = [
         LogisticRegression(C=strength, max_iter=2000, class_weight="balanced").fit(
