@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-from faces.regions import MIRROR_LANDMARKS, MIRROR_REGIONS
+from faces.regions import MIRROR_LANDMARKS, MIRROR_REGIONS, draw_region_masks
 
 
 def horizontal_flip(
@@ -102,6 +102,19 @@ class TestTransform:
         return image, landmarks, region_masks
 
 
+def resized_crop(
+    image: np.ndarray, landmarks: np.ndarray, corner: tuple[int, int], side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The square of this side at a corner (left, top) of (h, h, 3) uint8, brought to its size; the landmarks (68, 2)
+    likewise.
+    """
+    h = image.shape[0]
+    left, top = corner
+    cut = image[top : top + side, left : left + side]
+    landmarks = (landmarks - np.array(corner, np.float32) + np.float32(0.5)) * np.float32(h / side) - np.float32(0.5)
+    return cv2.resize(cut, (h, h), interpolation=cv2.INTER_CUBIC), landmarks
+
+
 class TrainTransform:
     """The paper's corruptions, each with probability 0.1, and a mirror with probability 0.5.
 
@@ -110,11 +123,15 @@ class TrainTransform:
 
     Args:
         color_jitter: strength of color_jitter in every image; 0, the paper's: none.
+        augment: "paper"; or "field", what detectors of generated images are trained with: a crop of 60 to 100 % of the
+            area in every image, resizing, blur and JPEG with probability 0.5 each (Wang et al., CVPR 2020, and those
+            after them), no noise.
+        mask_style: in which the masks of a crop are drawn again.
     """
 
-    def __init__(self, color_jitter: float = 0.0):
+    def __init__(self, color_jitter: float = 0.0, augment: str = "paper", mask_style: str = "polygon"):
         cv2.setNumThreads(1)  # FaceDataset's readers are the parallelism
-        self.color_jitter = color_jitter
+        self.color_jitter, self.augment, self.mask_style = color_jitter, augment, mask_style
 
     def __call__(
         self, image: np.ndarray, landmarks: np.ndarray, region_masks: np.ndarray, rng: np.random.Generator
@@ -125,6 +142,8 @@ class TrainTransform:
             image, landmarks, region_masks = horizontal_flip(image, landmarks, region_masks)
         if self.color_jitter:
             image = color_jitter(image, self.color_jitter, rng)
+        if self.augment == "field":
+            return self.of_the_field(image, landmarks, region_masks.shape[-1], rng)
         if noise:
             image = gaussian_noise(image, rng.uniform(0.05, 0.25), rng)
         if jpeg:
@@ -132,3 +151,19 @@ class TrainTransform:
         if blur:
             image = gaussian_blur(image, rng.uniform(1.0, 5.0))
         return image, landmarks, region_masks
+
+    def of_the_field(
+        self, image: np.ndarray, landmarks: np.ndarray, grid_size: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        h = image.shape[0]
+        side = round(h * rng.uniform(0.6, 1.0) ** 0.5)
+        corner = tuple(rng.integers(0, h - side + 1, 2).tolist())
+        image, landmarks = resized_crop(image, landmarks, corner, side)
+        resize, blur, jpeg = rng.random(3) < 0.5
+        if resize:
+            image = rescale(image, rng.uniform(0.4, 1.0))
+        if blur:
+            image = gaussian_blur(image, rng.uniform(0.1, 3.0))
+        if jpeg:
+            image = jpeg_compression(image, int(rng.integers(30, 101)))
+        return image, landmarks, draw_region_masks(landmarks, image.shape[:2], grid_size, self.mask_style)

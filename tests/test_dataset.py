@@ -569,3 +569,22 @@ def test_what_the_corruptions_do():
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 200
     assert np.abs(jpeg_compression(red, 90).astype(int) - red).max() <= 3, "red stays red: the order of channels"
+
+
+def test_a_crop_takes_its_landmarks_and_masks_along():
+    """What is drawn at a landmark is at the landmark after the crop; the masks are those of the landmarks."""
+    rng = np.random.default_rng(3)
+    landmarks = rng.uniform(60, 160, (68, 2)).astype(np.float32)
+    for seed in range(5):
+        image = np.zeros((224, 224, 3), np.uint8)
+        x, y = landmarks[30]
+        cv2.circle(image, (round(float(x)), round(float(y))), 6, (255, 255, 255), cv2.FILLED)
+        transform = TrainTransform(augment="field")
+        masks = draw_region_masks(landmarks, (224, 224), 14)
+        made, moved, drawn = transform(image, landmarks, masks, np.random.default_rng(seed))
+        assert made.shape == image.shape and made.dtype == np.uint8
+        bright = np.argwhere(made[..., 0] > made[..., 0].max() // 2).mean(axis=0)[::-1]
+        assert np.abs(bright - moved).min(axis=0).max() < 4 and not np.allclose(moved, landmarks)
+        np.testing.assert_array_equal(drawn, draw_region_masks(moved, (224, 224), 14))
+        again = transform(image, landmarks, masks, np.random.default_rng(seed))
+        assert all(np.array_equal(one, two) for one, two in zip((made, moved, drawn), again))

@@ -32,7 +32,7 @@ def load_split(
 
 def load_data(args: argparse.Namespace) -> tuple[FaceDataset, FaceDataset, list[str]]:
     """The training and validation splits, made for each other, and the names of the data sets."""
-    train_set, names = load_split(args, "train", None, TrainTransform(args.color_jitter))
+    train_set, names = load_split(args, "train", None, TrainTransform(args.color_jitter, args.augment, args.mask_style))
     grid_size = LAMMViTConfig(img_size=train_set.img_size, patch_size=args.patch_size).grid_size
     val_set, _ = load_split(args, "val", grid_size, None)
     train_set.grid_size = grid_size

@@ -146,6 +146,13 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="other light in every training image: brightness and contrast times up to exp(±this), as 0.25; for small"
         " data sets (default: 0, the paper's)",
     )
+    option(
+        "--augment",
+        default="paper",
+        choices=("paper", "field"),
+        help="the paper's noise, JPEG and blur in a tenth of the images each; or a crop in all, and resizing, blur and"
+        " JPEG in half of them (default: paper)",
+    )
     option("--label_smoothing", type=float, default=0.0, help="of the cross entropy (default: 0)")
     option(
         "--layer_decay",
