@@ -208,10 +208,10 @@ def test_gates_of_a_start_are_where_it_says(start):
     masks[0, 0, 0] = 1  # one row of patches
     x = torch.randn(1, 17, 24)
     w, lam, theta = model.lamm(x, 0, torch.full((1, 12), 1 / 12))
-    gate = GATES[start]
+    gates = [GATES[start].regions] * 8 + [GATES[start].mixtures] * 4
     torch.testing.assert_close(w, torch.full((1, 12), 1 / 12))
-    torch.testing.assert_close(lam, torch.full((1, 12), gate.lam))
-    torch.testing.assert_close(theta, torch.full((1, 12), gate.theta))
+    torch.testing.assert_close(lam, torch.tensor([[gate.lam for gate in gates]]))
+    torch.testing.assert_close(theta, torch.tensor([[gate.theta for gate in gates]]))
     torch.testing.assert_close(model.mask_processor(masks)[0, 0, 1:], masks[0, 0].flatten())
 
 
