@@ -15,7 +15,7 @@ Both files hold the same function, for any number of images B:
     patch_size
     probability   (B,) float32, of a fake
 
-Models without region guidance take region_masks, too, and do not look at them. The metadata are text, numbers and lists
+Models that use no masks take region_masks, too, and do not look at them. The metadata are text, numbers and lists
 in
 JSON: val_threshold, img_size, patch_size, mask_style, treatment (what preprocess.py did to the training images, and has
 to do to

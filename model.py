@@ -96,6 +96,10 @@ class LAMMViTConfig:
         return self.img_size // self.patch_size
 
     @property
+    def uses_masks(self) -> bool:
+        return self.region_guidance or "regions" in self.pool
+
+    @property
     def head_inputs(self) -> int:
         """Width of what the head reads."""
         return self.embed_dim * sum(NUM_REGIONS if part == "regions" else 1 for part in self.pool)
@@ -315,13 +319,9 @@ class LAMMViT(nn.Module):
             return self.norm(x[:, 0])
         x = self.norm(x)
         patches, masks = x[:, 1:], region_masks.flatten(2).to(x.dtype)  # (B, P, D), (B, R, P)
-        parts = {
-            "class": lambda: x[:, 0],
-            "patches": lambda: patches.mean(dim=1),
-            # of a region outside of the image, nothing: 0
-            "regions": lambda: (masks @ patches / masks.sum(dim=-1, keepdim=True).clamp(min=1e-6)).flatten(1),
-        }
-        return torch.cat([parts[part]() for part in self.config.pool], dim=-1)
+        of_regions = masks @ patches / masks.sum(dim=-1, keepdim=True).clamp(min=1e-6)  # 0 of one outside of the image
+        parts = {"class": x[:, 0], "patches": patches.mean(dim=1), "regions": of_regions.flatten(1)}
+        return torch.cat([parts[part] for part in self.config.pool], dim=-1)
 
     def forward(self, images: Tensor, region_masks: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """Args:

@@ -96,10 +96,16 @@ def force_path(path: str | None) -> Iterator[None]:
         _forced_path = before
 
 
+def try_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Tries the kernels as the first call for a device and dtype does. For who compiles, where nothing can be tried."""
+    if kernels.takes(torch.empty(1, 1, 1, 64, device=device, dtype=dtype)):
+        kernels_serve(torch.empty(0, device=device).device, dtype)
+
+
 def _default_path(q: Tensor) -> str:
     if not kernels.takes(q):
         return "blocked"
-    # Nothing can be tried while a graph is made; its first run in eager mode has tried it
+    # Nothing can be tried while a graph is made; try_kernels does so before
     if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return "triton"
     return "triton" if kernels_serve(q.device, q.dtype) else "textbook"

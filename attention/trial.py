@@ -22,7 +22,9 @@ NAMES = ("the output", "the gradient of q", "of k", "of v", "of the masks", "of 
 def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether they compile, run and agree with the formula, forward and backward. If not, says so, once."""
     try:
-        problem = disagreement(device, dtype)
+        # Whatever the first call is in: a context without gradients would fail the trial, one of autocast change it
+        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+            problem = disagreement(device, dtype)
     except Exception as error:  # whatever Triton, its compiler and the driver raise
         problem = f"they fail ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     if problem:
@@ -54,7 +56,7 @@ def disagreement(device: torch.device, dtype: torch.dtype) -> str:
 def by_formula(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Output and gradients in float32, by autograd."""
     *leaves, grad = (x.float().detach() for x in tensors)
-    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+    with torch.enable_grad():
         leaves = [leaf.requires_grad_() for leaf in leaves]
         out = textbook_attention(*leaves)
         return (out.detach(), *torch.autograd.grad(out, leaves, grad))

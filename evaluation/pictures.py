@@ -250,7 +250,7 @@ def explain_rows(model: LAMMViT, threshold: float, rows: Iterator[Row], folder: 
             title = (
                 f"{row.path.name}: {row.verdict}, P(fake) = {row.probability:.4f}, fake from {threshold:.4f} on{doubt}"
             )
-            landmarks = row.face.landmarks if model.config.region_guidance else None
+            landmarks = row.face.landmarks if model.config.uses_masks else None
             try:
                 draw_explanation(row.face.image, landmarks, explain(model, images, masks)[0], title, path)
                 row = row._replace(explanation=str(path))

@@ -10,8 +10,9 @@ import torch
 from model import LAMMViT, LAMMViTConfig
 from runtime.files import replacing
 from runtime.pretrained import load_trunk, read_trunk
-from runtime.start import start_method
-from runtime.tuning import choose_trained, is_trained, merge_lora
+from runtime.start import Gate, Gates, start_method
+from runtime.trunk_files import INSTALL
+from runtime.tuning import choose_trained, is_held, merge_lora
 
 CHECKPOINT_VERSION = 5
 
@@ -79,25 +80,29 @@ def load_beside_trunk(model: LAMMViT, checkpoint: dict, path: Path) -> None:
     """
     told, tune = checkpoint["trunk"], checkpoint["arguments"]["tune"]
     kind, colon, name = told["source"].rpartition(":")
+    sources, reasons = [told["source"]], []
     beside = path.parent / Path(name).name  # where a file has moved with the checkpoint
-    source = f"{kind}{colon}{beside}" if beside.is_file() else told["source"]
-    try:
-        trunk = read_trunk(source)
-    except ValueError as error:
-        reason = str(error).removeprefix("--init_from ")
+    if beside.is_file() and Path(name).parent != Path("."):
+        sources.append(f"{kind}{colon}{beside}")
+    for source in sources:
+        try:
+            trunk = read_trunk(source)
+        except ValueError as error:
+            reasons.append(str(error).removeprefix("--init_from "))
+            continue
+        if trunk.digest(model.config.depth) == told["sha256"]:
+            break
+        reasons.append(f"{source} is another one, its SHA-256 is not {told['sha256'][:16]}...")
+    else:
         raise CheckpointError(
-            f"{path}: holds what was trained, not its trunk, which is missing: {reason}; or put the file beside it"
-        ) from error
-    if trunk.digest(model.config.depth) != told["sha256"]:
-        raise CheckpointError(
-            f"{path}: was trained on the trunk {told['source']} with SHA-256 {told['sha256'][:16]}..., and {source} is"
-            " another one"
+            f"{path}: holds what was trained on a trunk, and that trunk is missing: {'; '.join(reasons)}; put its file"
+            f" there or beside the checkpoint{f', or {INSTALL}' if told['source'] == 'clip' else ''}"
         )
     load_trunk(model, trunk)
-    start_method(model, told["start"])
+    start_method(model, told["start"], Gates(*(Gate(*gate) for gate in told["gates"])) if told["gates"] else None)
     choose_trained(model, tune)
     missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
-    if unexpected or (lost := [name for name in missing if is_trained(name, tune)]):
+    if unexpected or (lost := [name for name in missing if is_held(name, tune)]):
         raise ValueError(f"has {', '.join(unexpected[:3]) or 'no'} {'' if unexpected else lost[0]}")
     merge_lora(model)
     model.requires_grad_(True)

@@ -59,7 +59,8 @@ def bf16_pays(width: int) -> bool:
     CPUs with AMX or AVX512_BF16 do; others take many times as long as in single precision. It is tried once, on the
     first matrix of an MLP and four images, in a few hundredths of a second.
     """
-    if width < LEAST_WIDTH_FOR_BF16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    has_onednn = torch.backends.mkldnn.is_available()
+    if width < LEAST_WIDTH_FOR_BF16 or not has_onednn or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     generator = torch.Generator().manual_seed(0)
     tokens, matrix = (torch.randn(rows, width, generator=generator) for rows in (800, 4 * width))

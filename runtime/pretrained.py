@@ -180,7 +180,7 @@ FOREIGN = {
 class Trunk:
     """The weights of a pre-trained Vision Transformer, in our names."""
 
-    source: str  # as --init_from names it
+    source: str  # by which it is found again, as --init_from takes it
     naming: str
     weights: dict[str, Tensor]  # of all of its blocks; without the masks, LAMM and the head interaction
     config: dict[str, object]  # fields of LAMMViTConfig that go with it
@@ -250,6 +250,8 @@ def translate(source: str, read: Read) -> Trunk:
     weights, parts, unused = {}, {}, []
     for theirs, tensor in state.items():
         ours = our_name(theirs, naming)
+        if ours is None and re.match(block_pattern(naming), theirs):
+            raise ValueError(f"has {theirs}, which LAMM-ViT's blocks have not; take another ViT-B/16")
         if ours is None:
             unused.append(theirs)
             continue
@@ -257,16 +259,18 @@ def translate(source: str, read: Read) -> Trunk:
             raise ValueError(f"{theirs} is no tensor of numbers but {type(tensor).__name__}")
         third = re.fullmatch(r"(.*attn\.qkv)\.(\d)\.(weight|bias)", ours)
         if third:
-            parts.setdefault(f"{third[1]}.{third[3]}", {})[third[2]] = tensor.float()
+            parts.setdefault(f"{third[1]}.{third[3]}", {})[third[2]] = tensor.detach().float()
         else:
-            weights[ours] = tensor.float()
+            weights[ours] = tensor.detach().float()
     for name, thirds in parts.items():
         if thirds.keys() != {"0", "1", "2"}:
             raise ValueError(f"has queries, keys and values not all of {name}")
         weights[name] = torch.cat([thirds[number] for number in "012"])
-    weights["cls_token"] = weights["cls_token"].view(1, 1, -1)
-    weights["pos_embed"] = weights["pos_embed"].view(1, -1, weights["cls_token"].shape[-1])
-    width = weights["cls_token"].shape[-1]
+    width = weights["cls_token"].numel()
+    weights["cls_token"] = weights["cls_token"].reshape(1, 1, -1)
+    if weights["pos_embed"].shape[-1] != width:
+        raise ValueError(f"its positions are {weights['pos_embed'].shape[-1]} wide, and its class token {width}")
+    weights["pos_embed"] = weights["pos_embed"].reshape(1, -1, width)
     if width % HEAD_WIDTH == 0 and width // HEAD_WIDTH != NUM_HEADS:
         raise ValueError(f"is {width} wide, hence has {width // HEAD_WIDTH} heads; LAMM-ViT has {NUM_HEADS}: a ViT-B")
     config = dict(naming.config)
@@ -275,7 +279,8 @@ def translate(source: str, read: Read) -> Trunk:
     config["pre_norm"] = "norm_pre.weight" in weights
     if config["pre_norm"] and "patch_embed.bias" not in weights:
         weights["patch_embed.bias"] = torch.zeros(width)  # CLIP has none
-    return Trunk(source, naming.what, weights, {**default_config(), **config, **read.config}, unused)
+    served = f"{kind}:{read.served}" if (kind := source.partition(":")[0]) in KINDS else read.served
+    return Trunk(served, naming.what, weights, {**default_config(), **config, **read.config}, unused)
 
 
 def default_config() -> dict[str, object]:
@@ -284,7 +289,7 @@ def default_config() -> dict[str, object]:
 
 def our_name(theirs: str, naming: Naming) -> str | None:
     """Ours of a parameter of theirs, None where there is no counterpart."""
-    match = re.match(re.escape(naming.block).replace(r"\{\}", r"(\d+)"), theirs)
+    match = re.match(block_pattern(naming), theirs)
     table, rest, begin = naming.outside, theirs, ""
     if match:
         table, rest, begin = naming.inside, theirs[match.end() :], f"blocks.{match[1]}."
@@ -294,6 +299,10 @@ def our_name(theirs: str, naming: Naming) -> str | None:
         if name[-1] in "._" and rest in (f"{name}weight", f"{name}bias"):
             return begin + ours + rest[len(name) :]
     return None
+
+
+def block_pattern(naming: Naming) -> str:
+    return re.escape(naming.block).replace(r"\{\}", r"(\d+)")
 
 
 def unwrap(state: object) -> dict:
@@ -329,7 +338,10 @@ def load_trunk(model: LAMMViT, trunk: Trunk) -> list[str]:
         if name.startswith("head.") and (name not in parameters or parameters[name].shape != tensor.shape):
             continue
         if name == "pos_embed":
-            tensor = interpolate_positions(tensor, model.config.grid_size)
+            try:
+                tensor = interpolate_positions(tensor, model.config.grid_size)
+            except ValueError as error:
+                raise ValueError(f"--init_from {trunk.source}: {error}") from error
         if name not in parameters or parameters[name].shape != tensor.shape:
             there = tuple(parameters[name].shape) if name in parameters else "not there"
             raise ValueError(
@@ -339,7 +351,12 @@ def load_trunk(model: LAMMViT, trunk: Trunk) -> list[str]:
         parameters[name].copy_(tensor)
         used.add(name)
     of_trunk = {name for name in parameters if is_of_trunk(name)}
-    if missing := sorted(of_trunk - used):
+    missing = sorted(of_trunk - used)
+    if missing and block_of(missing[0]) < trunk.depth:
+        raise ValueError(
+            f"--init_from {trunk.source}: has no {missing[0]}, which LAMM-ViT needs; take another ViT-B/16"
+        )
+    if missing:
         raise ValueError(
             f"--init_from {trunk.source}: has nothing for {missing[0]} and {len(missing) - 1} more; choose a --depth of"
             f" no more than its layers, {trunk.depth}"

@@ -39,16 +39,18 @@ STARTS = ("paper", *GATES)
 
 
 @torch.no_grad()
-def start_method(model: LAMMViT, start: str) -> None:
+def start_method(model: LAMMViT, start: str, gates: Gates | None = None) -> None:
     """Gives the method's parameters their initial values; those of the trunk are there already.
 
     Args:
         start: one of STARTS. "paper": the model has the authors' values, drawn when it was made.
+        gates: instead of those of the start: of a checkpoint, whose start may have had others.
     """
     if start == "paper":
         return
     config = model.config
-    of_heads = [GATES[start].regions] * NUM_REGIONS + [GATES[start].mixtures] * (NUM_HEADS - NUM_REGIONS)
+    gates = gates or GATES[start]
+    of_heads = [gates.regions] * NUM_REGIONS + [gates.mixtures] * (NUM_HEADS - NUM_REGIONS)
     lam, theta, gain = (torch.tensor(values) for values in zip(*of_heads))  # (H,) each
     if config.region_guidance:
         for projection in model.mask_processor.mask_projection:  # M is the region mask itself

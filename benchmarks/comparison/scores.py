@@ -78,7 +78,7 @@ def masks_of_models(features: Path, models: dict[str, list[Path]]) -> tuple[dict
         results = []
         for folder in folders:
             model, checkpoint = load_checkpoint(folder / "best_model.pth")
-            if model.config.region_guidance:
+            if model.config.uses_masks:
                 files = list(find_feature_files(features, "test").values())
                 dataset = FaceDataset(files, model.config.grid_size, checkpoint["mask_style"])
                 results.append(compare_masks(model, dataset, folder))
