@@ -55,7 +55,8 @@ def wrong_masks(samples: dict[str, np.ndarray], others: np.ndarray, how: str, da
 
 @torch.inference_mode()
 def scores_by_masks(model: LAMMViT, dataset: FaceDataset, batch_size: int = 64) -> dict[str, np.ndarray]:
-    """{OWN, and each of WRONG: the probability of a fake (N,)} of all samples of a dataset, without a transform."""
+    """{OWN, and each of WRONG: the probability of a fake (N,)} of all samples of a dataset, without a transform; OWN
+    alone of a model that uses no masks."""
     order = np.random.default_rng(0).permutation(len(dataset))
 
     def batches(how: str) -> Iterator[np.ndarray]:
@@ -65,4 +66,4 @@ def scores_by_masks(model: LAMMViT, dataset: FaceDataset, batch_size: int = 64) 
             masks = wrong_masks(samples, others, how, dataset)
             yield fake_probability(model, torch.from_numpy(samples["image"]), torch.from_numpy(masks))
 
-    return {how: np.concatenate(list(batches(how))) for how in (OWN, *WRONG)}
+    return {how: np.concatenate(list(batches(how))) for how in (OWN, *(WRONG if model.config.uses_masks else ()))}

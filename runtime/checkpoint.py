@@ -10,7 +10,7 @@ import torch
 from model import LAMMViT, LAMMViTConfig
 from runtime.files import replacing
 from runtime.pretrained import load_trunk, read_trunk
-from runtime.start import Gate, Gates, start_method
+from runtime.start import Gate, start_method
 from runtime.trunk_files import INSTALL
 from runtime.tuning import choose_trained, is_held, merge_lora
 
@@ -99,7 +99,7 @@ def load_beside_trunk(model: LAMMViT, checkpoint: dict, path: Path) -> None:
             f" there or beside the checkpoint{f', or {INSTALL}' if told['source'] == 'clip' else ''}"
         )
     load_trunk(model, trunk)
-    start_method(model, told["start"], Gates(*(Gate(*gate) for gate in told["gates"])) if told["gates"] else None)
+    start_method(model, told["start"], Gate(*told["gate"]) if told["gate"] else None)
     choose_trained(model, tune)
     missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
     if unexpected or (lost := [name for name in missing if is_held(name, tune)]):

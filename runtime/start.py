@@ -7,12 +7,13 @@ by twelve, the gate σ(λ(MM − θ)) is near 1/2 and halves each score, the mas
 nothing to do with the face, and the head interaction adds a random projection. From scratch the same is a long plateau.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from model import NUM_HEADS, NUM_REGIONS, LAMMViT
+from model import NUM_HEADS, LAMMViT
 
 
 class Gate(NamedTuple):
@@ -23,43 +24,34 @@ class Gate(NamedTuple):
     query_gain: float  # times which query weights and biases are taken: a gate of 1/2 outside of the regions wants 2
 
 
-class Gates(NamedTuple):
-    regions: Gate  # of the heads that look through one region each
-    mixtures: Gate  # of the heads that look through several
-
-
 # The start of each --start but the authors'. Gates σ(λ (M_i M_j − θ)), M the region masks themselves:
 GATES = {
     # 1/2 for every pair, to 3e-8, and the queries take it back: the trunk's tokens, but gates that hardly learn
-    "preserved": Gates(Gate(1e-7, 0.0, 2.0), Gate(1e-7, 0.0, 2.0)),
+    "preserved": Gate(1e-7, 0.0, 2.0),
     # 1/2 outside of a region, 0.88 inside: a pair inside has 1.76 times the score
-    "guided": Gates(Gate(2.0, 0.0, 2.0), Gate(2.0, 0.0, 2.0)),
+    "guided": Gate(2.0, 0.0, 2.0),
 }
 STARTS = ("paper", *GATES)
 
 
 @torch.no_grad()
-def start_method(model: LAMMViT, start: str, gates: Gates | None = None) -> None:
+def start_method(model: LAMMViT, start: str, gate: Gate | None = None) -> None:
     """Gives the method's parameters their initial values; those of the trunk are there already.
 
     Args:
         start: one of STARTS. "paper": the model has the authors' values, drawn when it was made.
-        gates: instead of those of the start: of a checkpoint, whose start may have had others.
+        gate: instead of that of the start.
     """
     if start == "paper":
         return
-    config = model.config
-    gates = gates or GATES[start]
-    of_heads = [gates.regions] * NUM_REGIONS + [gates.mixtures] * (NUM_HEADS - NUM_REGIONS)
-    lam, theta, gain = (torch.tensor(values) for values in zip(*of_heads))  # (H,) each
+    gate, config = gate or GATES[start], model.config
     if config.region_guidance:
         for projection in model.mask_processor.mask_projection:  # M is the region mask itself
             nn.init.eye_(projection.weight)
             nn.init.zeros_(projection.bias)
-        of_rows = gain.repeat_interleave(config.embed_dim // NUM_HEADS)  # of the queries' rows, head after head
         for block in model.blocks:
-            block.attn.qkv.weight[: config.embed_dim] *= of_rows[:, None]
-            block.attn.qkv.bias[: config.embed_dim] *= of_rows
+            block.attn.qkv.weight[: config.embed_dim] *= gate.query_gain
+            block.attn.qkv.bias[: config.embed_dim] *= gate.query_gain
     if config.lamm:
         # α = softmax(0) = 1/12, β = γ = σ(0) = 1/2: w = α/2 + w_before/2 = 1/12 at every layer and for every face
         for last in (model.lamm.region_importance_mlp[-1], model.lamm.memory_gate, model.lamm.new_info_gate):
@@ -72,8 +64,8 @@ def start_method(model: LAMMViT, start: str, gates: Gates | None = None) -> None
             for last in (model.lamm.lambda_generator[-1], model.lamm.theta_generator[-1]):
                 nn.init.zeros_(last.weight)
                 nn.init.zeros_(last.bias)
-            model.lamm.lambda_generator[-1].bias.copy_(lam.double().expm1().log())  # the inverse of softplus
-            model.lamm.base_theta.copy_(theta)
+            nn.init.constant_(model.lamm.lambda_generator[-1].bias, math.log(math.expm1(gate.lam)))  # softplus⁻¹
+            nn.init.constant_(model.lamm.base_theta, gate.theta)
     if config.head_interaction:  # adds nothing yet; its queries, keys and values stay random, so that it can learn
         for block in model.blocks:
             nn.init.zeros_(block.head_interaction.proj.weight)

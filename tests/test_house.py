@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ("preprocess", "feature_extraction", "train", "inference", "export", "demo")
-BENCHMARKS = ("ablation", "data_speed", "faces_found", "images_speed", "margins", "model_speed", "real_faces")
+BENCHMARKS = ("ablation", "data_speed", "faces_found", "images_speed", "margins", "model_speed", "real_faces", "starts")
 
 # From the ground up. A module may import what stands on a line above its own, nothing beside it and nothing above.
 ORDER = """

@@ -208,10 +208,10 @@ def test_gates_of_a_start_are_where_it_says(start):
     masks[0, 0, 0] = 1  # one row of patches
     x = torch.randn(1, 17, 24)
     w, lam, theta = model.lamm(x, 0, torch.full((1, 12), 1 / 12))
-    gates = [GATES[start].regions] * 8 + [GATES[start].mixtures] * 4
+    gate = GATES[start]
     torch.testing.assert_close(w, torch.full((1, 12), 1 / 12))
-    torch.testing.assert_close(lam, torch.tensor([[gate.lam for gate in gates]]))
-    torch.testing.assert_close(theta, torch.tensor([[gate.theta for gate in gates]]))
+    torch.testing.assert_close(lam, torch.full((1, 12), gate.lam))
+    torch.testing.assert_close(theta, torch.full((1, 12), gate.theta))
     torch.testing.assert_close(model.mask_processor(masks)[0, 0, 1:], masks[0, 0].flatten())
 
 
@@ -490,6 +490,7 @@ def test_options_that_need_a_trunk(features):
         (("--tune", "norms"), "need a trunk; name one with --init_from"),
         (("--head", "probe"), "need a trunk"),
         (("--tune", "lora"), "--tune lora: has to be all, norms, head, or lora:R"),
+        (("--start", "paper", "--gates", "20", "0.5", "4"), "--gates goes with --start guided"),
         (("--layer_decay", "0"), "--layer_decay has to be above 0"),
         (("--ema", "1"), "--ema and --label_smoothing from 0 to below 1"),
     ):

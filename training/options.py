@@ -94,6 +94,14 @@ def add_start(parser: argparse.ArgumentParser) -> None:
         " so, and with gates that favour pairs inside a region (default: guided)",
     )
     option(
+        "--gates",
+        nargs=3,
+        type=float,
+        metavar=("LAMBDA", "THETA", "GAIN"),
+        help="other gates for --start guided: λ, θ, and times what the queries are taken; 20 0.5 4 is nearly closed"
+        " outside of a region (default: 2 0 2)",
+    )
+    option(
         "--tune",
         default="all",
         metavar="PART",
@@ -207,6 +215,8 @@ def check_options(args: argparse.Namespace) -> None:
         args.diversity_weight = 0.0
     args.without = sorted(set(args.without))
     lora_rank(args.tune)
+    if args.gates and (args.start != "guided" or min(args.gates[0], args.gates[2]) <= 0):
+        raise ValueError("--gates goes with --start guided; LAMBDA and GAIN have to be above 0")
     if not args.init_from and (args.tune != "all" or args.head == "probe"):
         raise ValueError(f"--tune {args.tune} and --head {args.head}: need a trunk; name one with --init_from")
     if not 0 < args.layer_decay <= 1 or not 0 <= args.ema < 1 or not 0 <= args.label_smoothing < 1:

@@ -11,7 +11,7 @@ from model import LAMMViT, LAMMViTConfig
 from runtime.devices import pick_precision
 from runtime.pretrained import Trunk, load_trunk, read_trunk
 from runtime.processes import gather
-from runtime.start import GATES, start_method
+from runtime.start import GATES, Gate, start_method
 from runtime.tuning import choose_trained
 from training.data import load_data, measure_framing
 from training.options import PARTS
@@ -39,9 +39,14 @@ def build_model(args: argparse.Namespace, img_size: int, trunk: Trunk | None) ->
     model = LAMMViT(config)
     if trunk:
         load_trunk(model, trunk)
-    start_method(model, args.start)
+    start_method(model, args.start, gate_of(args))
     choose_trained(model, args.tune)
     return model
+
+
+def gate_of(args: argparse.Namespace) -> Gate | None:
+    """Of the start; None: the authors'."""
+    return Gate(*args.gates) if args.gates else GATES.get(args.start)
 
 
 def describe_trunk(args: argparse.Namespace, rank: int) -> tuple[Trunk | None, dict | None]:
@@ -49,13 +54,8 @@ def describe_trunk(args: argparse.Namespace, rank: int) -> tuple[Trunk | None, d
     if not args.init_from:
         return None, None
     trunk = read_trunk(args.init_from, rank)
-    gates = [list(gate) for gate in GATES[args.start]] if args.start in GATES else None
-    return trunk, {
-        "source": trunk.source,
-        "sha256": trunk.digest(args.depth),
-        "start": args.start,
-        "gates": gates,
-    }
+    told = {"source": trunk.source, "sha256": trunk.digest(args.depth), "start": args.start}
+    return trunk, told | {"gate": list(gate_of(args) or ())}
 
 
 def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:

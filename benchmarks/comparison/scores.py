@@ -71,19 +71,17 @@ def masks_of_models(features: Path, models: dict[str, list[Path]]) -> tuple[dict
 
     Args:
         features: whose test split the models were tested on.
-        models: {name: folders of its seeds}; those without masks are passed over.
+        models: {name: folders of its seeds}.
     """
     means, rows = {}, []
     for name, folders in models.items():
         results = []
         for folder in folders:
             model, checkpoint = load_checkpoint(folder / "best_model.pth")
-            if model.config.uses_masks:
-                files = list(find_feature_files(features, "test").values())
-                dataset = FaceDataset(files, model.config.grid_size, checkpoint["mask_style"])
-                results.append(compare_masks(model, dataset, folder))
-        if results:
-            means[name] = {how: np.mean([one[how] for one in results], axis=0).tolist() for how in results[0]}
-            of_wrong = [f"{auc:.4f} ({change:.4f})" for how, (change, auc) in means[name].items() if how != OWN]
-            rows.append([name, f"{means[name][OWN][1]:.4f}", *of_wrong])
+            files = list(find_feature_files(features, "test").values())
+            dataset = FaceDataset(files, model.config.grid_size, checkpoint["mask_style"])
+            results.append(compare_masks(model, dataset, folder))
+        means[name] = {how: np.mean([one[how] for one in results], axis=0).tolist() for how in results[0]}
+        of_wrong = [f"{auc:.4f} ({change:.4f})" for how, (change, auc) in means[name].items() if how != OWN]
+        rows.append([name, f"{means[name][OWN][1]:.4f}", *of_wrong, *[""] * (len(WRONG) - len(of_wrong))])
     return means, as_markdown(["AUC (mean change of a score)", OWN, *WRONG], rows)
