@@ -97,6 +97,17 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "BoolStorage": torch.bool,
+}
+
+
 class ScriptModule:
     """What stands for a module of TorchScript, whatever its class: a bag of attributes, without its code."""
 
@@ -111,20 +122,19 @@ class TensorsAlone(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if module.startswith("__torch__"):
             return ScriptModule
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name)
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return torch._utils._rebuild_tensor_v2
+            return lambda values, offset, size, stride, *rest: values.as_strided(size, stride, offset)
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if module == "torch.jit._pickle" and name.startswith("build_"):
             return lambda values: values  # lists and the like
         raise pickle.UnpicklingError(f"{module}.{name}")
 
-    def persistent_load(self, told: tuple) -> object:
-        _, kind, key, _, count = told
-        values = torch.frombuffer(bytearray(self.archive.read(f"{self.folder}/data/{key}")), dtype=kind.dtype)
-        return torch.storage.TypedStorage(wrap_storage=values[:count].untyped_storage(), dtype=kind.dtype)
+    def persistent_load(self, told: tuple) -> Tensor:
+        _, dtype, key, _, count = told
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.folder}/data/{key}")), dtype=dtype)[:count]
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:

@@ -353,7 +353,7 @@ def test_without_all_parts_it_is_torchvisions_vit_b_16():
     vit = random_vit(
         image_size=224, patch_size=16, num_layers=12, num_heads=12, hidden_dim=768, mlp_dim=3072, num_classes=2
     )
-    trunk = translate("vit", Read(vit.state_dict(), {}))
+    trunk = translate("vit", Read(vit.state_dict(), {}, "vit"))
     model = LAMMViT(LAMMViTConfig(**NOTHING, **trunk.config)).eval()
     assert load_trunk(model, trunk) == trunk.unused == []
     images, masks, _ = sample(model.config, size=2)
@@ -372,7 +372,7 @@ def test_what_has_a_counterpart_is_mapped_and_the_rest_told():
         name.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): values for name, values in state.items()
     }
     for weights in (state, old_names):
-        trunk = translate("vit", Read(weights, {}))
+        trunk = translate("vit", Read(weights, {}, "vit"))
         model = LAMMViT(replace(SMALL, depth=2, **trunk.config))
         lamm = {name: values.clone() for name, values in model.lamm.state_dict().items()}
         unused = load_trunk(model, trunk)

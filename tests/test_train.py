@@ -678,7 +678,7 @@ def test_starts_from_a_vision_transformer(features, tmp_path, capsys):
         *SMALL,
         "--output_dir",
         tmp_path / "out",
-        *"--epochs 1 --lr 0".split(),
+        *"--epochs 1 --lr 0 --start paper".split(),
         "--init_from",
         tmp_path / "vit.pth",
     )

@@ -246,7 +246,7 @@ def test_what_cannot_serve_is_one_line(tmp_path, monkeypatch):
             ours(read_trunk(str(tmp_path / f"{name}.pth")))
         assert message in str(error.value) and "\n" not in str(error.value), name
     with open(tmp_path / "evil.pth", "wb") as file:
-        pickle.dump(Evil(), file)
+        pickle.dump(Evil(), file, protocol=2)
     torch.save({"a": Evil()}, tmp_path / "evil_zip.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "wide.pth").read_bytes()[:5000])
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
