@@ -459,7 +459,7 @@ def test_what_has_changed_is_made_anew_and_that_alone(datasets, tmp_path):
     spare.rename(tmp_path / "spare.png")
 
     def run(output: str, *options: object) -> str:
-        arguments = ("--data_root", root, "--output_dir", output, "--workers", 1, *options)
+        arguments = ("--data_root", root, "--output_dir", output, "--workers", 1, "--without_cnn", *options)
         return run_script("feature_extraction.py", *arguments, cwd=tmp_path).stdout
 
     run("features")
@@ -500,7 +500,7 @@ def test_what_has_changed_is_made_anew_and_that_alone(datasets, tmp_path):
         (("--img_size", 112), "made with img_size 224"),
         (("--patch_size", 28), "made with patch_size 16"),
     ):
-        arguments = ("--data_root", root, "--output_dir", tmp_path / "features", "--seed", 3, *options)
+        arguments = ("--data_root", root, "--output_dir", tmp_path / "features", "--seed", 3, "--without_cnn", *options)
         assert message in (said := refusal(feature_extraction, *arguments)) and "name another --output_dir" in said
     assert read(tmp_path / "features").keys() == before.keys()
 
@@ -539,7 +539,7 @@ def test_hostile_files_are_used_or_named(datasets, tmp_path):
     for name in ("tiny.png", "line.png", "narrow.png", "low.png"):
         del unusable[name]  # small, but images
     images = {str(path.relative_to(root / "fake/Hostile")) for path in list_images(root / "fake/Hostile")}
-    run_script("feature_extraction.py", "--data_root", root, "--output_dir", "features", cwd=tmp_path)
+    run_script("feature_extraction.py", "--data_root", root, "--output_dir", "features", "--without_cnn", cwd=tmp_path)
     used = {
         path.removeprefix("fake/Hostile/")
         for split in SPLITS
@@ -550,7 +550,9 @@ def test_hostile_files_are_used_or_named(datasets, tmp_path):
         reasons = {row["path"].removeprefix("fake/Hostile/"): row["reason"] for row in csv.DictReader(file)}
     assert reasons.keys() == unusable.keys() and all(unusable[name] in reason for name, reason in reasons.items())
     assert used == images - unusable.keys() and used | unusable.keys() == images | set(NO_IMAGES_BY_NAME)
-    again = run_script("feature_extraction.py", "--data_root", root, "--output_dir", "features", cwd=tmp_path)
+    again = run_script(
+        "feature_extraction.py", "--data_root", root, "--output_dir", "features", "--without_cnn", cwd=tmp_path
+    )
     assert "up to date" in again.stdout
 
 
@@ -568,10 +570,11 @@ def extract_here(root: Path, output: Path, *options: object) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_run_at_the_same_time_is_refused(datasets, tmp_path):
+def test_a_second_run_at_the_same_time_is_refused(datasets, tmp_path, monkeypatch):
     root, output = small_root(datasets, tmp_path / "datasets"), tmp_path / "features"
     output.mkdir()
-    with lock(output):
+    with lock(output), monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: None)
         assert "another run is at work" in refusal(feature_extraction, "--data_root", root, "--output_dir", output)
     extract_here(root, output)
 

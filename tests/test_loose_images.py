@@ -199,6 +199,7 @@ def test_a_row_for_each_face_or_a_reason_for_each_file(trained, tmp_path):
     group.save(folder / "three.jpg", quality=95)
     done = run_script(
         "inference.py",
+        "--without_cnn",  # which takes most of a second for each picture of nobody
         "--checkpoint",
         trained / "best_model.pth",
         "--images",

@@ -496,7 +496,10 @@ def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     whole.save(tmp_path / "D/whole.png")
     whole.crop((100, 100, 600, 600)).save(tmp_path / "D/close.jpg", quality=95)
     picture(300, 300).save(tmp_path / "D/nobody.png")
-    command = ("preprocess.py", *"--directory D --output_dir O --align 1 --target_height 96 --target_width 96".split())
+    command = (
+        "preprocess.py",
+        *"--without_cnn --directory D --output_dir O --align 1 --target_height 96 --target_width 96".split(),
+    )
     done = run_script(*command, cwd=tmp_path)
     assert "2 written, 0 unchanged, 1 rejected" in done.stdout
     assert "of 3, 1 have no face that was found (33.3%)\n  1 crops reach over the border" in done.stdout

@@ -181,7 +181,7 @@ def test_frames_without_a_face_are_counted_and_names_of_frames_are_taken(tmp_pat
     frames = [frame_of(i, faces=i < 3) for i in range(6)]
     first, *others = [Image.fromarray(frame) for frame in frames]
     first.save(tmp_path / "D/clip.gif", save_all=True, append_images=others, duration=100)
-    options = ("--directory", "D", "--output_dir", "O", "--frames", 6, "--align")
+    options = ("--directory", "D", "--output_dir", "O", "--frames", 6, "--align", "--without_cnn")
     assert "3 frames of videos" in run_script("preprocess.py", *options, cwd=tmp_path).stdout
     Image.fromarray(frames[0]).save(tmp_path / "D/clip.gif.frame000000.png")
     refused = run_script("preprocess.py", *options, cwd=tmp_path, expect=1)
@@ -196,6 +196,7 @@ def test_rows_of_frames_and_of_faces(trained, tmp_path):
     Image.fromarray(render(sample_face(np.random.default_rng(3)), 300)).save(tmp_path / "photo.png")
     (tmp_path / "notes.txt").write_text("no video")
     options = ("--checkpoint", trained / "best_model.pth", "--images", tmp_path, "--frames", 5, "--workers", 1)
+    options += ("--without_cnn",)
     done = run_script("inference.py", *options, cwd=tmp_path, expect=3)
     rows = {
         name: [row for row in rows_of(done.stdout) if row["path"].endswith(name)]
