@@ -364,6 +364,7 @@ def test_model_compiles_whole():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_agrees():
     q, k, v, *gates = arguments(2, 12, 33, 16)
     expected = output_and_gradients(textbook_attention, [q, k, v, *gates], torch.ones_like(q))
