@@ -25,7 +25,7 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 # A small model at 112 px: four by four patches, so that two CPU cores train it in two minutes. Without the diversity
-# loss, which makes the beginning longer. One thread, because layers this small wait for a second one.
+# loss, which costs accuracy here. One thread, because layers this small wait for a second one.
 demo: $(VENV)/installed
 	$(RUN) demo.py --output_dir $(DEMO)/datasets --real 2700 --fake 675 --size 160
 	for folder in $(DEMO)/datasets/*/*; do \
