@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.comparison.scores import masks_of_models
-from benchmarks.comparison.variants import VARIANTS, heads, row, train_and_test
+from benchmarks.comparison.variants import VARIANTS, heads, one_line_of_what_went_wrong, row, train_and_test
 from evaluation.typeset import as_markdown
 from runtime.checkpoint import load_checkpoint
 from samples.feature_files import find_feature_files
@@ -103,9 +103,5 @@ def main(args: argparse.Namespace, options: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_of_what_went_wrong():
         main(*get_args_parser().parse_known_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"{error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")

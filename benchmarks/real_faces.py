@@ -39,6 +39,7 @@ from benchmarks.comparison.images import TREATMENTS, check_splits, data_sets_of,
 from benchmarks.comparison.jobs import RECIPE, announce, plan_jobs, train_all
 from benchmarks.comparison.probes import probe
 from benchmarks.comparison.tables import write_tables
+from benchmarks.comparison.variants import one_line_of_what_went_wrong
 from runtime.processes import default_workers, lock
 from training.options import check_options as check_train_options
 from training.options import get_args_parser as train_parser
@@ -160,9 +161,5 @@ def main(args: argparse.Namespace, options: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_of_what_went_wrong():
         main(*get_args_parser().parse_known_args())
-    except (ValueError, OSError) as error:
-        sys.exit(f"{error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")

@@ -245,16 +245,18 @@ def dequantise(path: Path) -> dict[str, Tensor]:
     def values(name: str) -> Tensor:
         return torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
 
+    def matrix_of(number: int) -> Tensor:
+        quantised, zero, scale = (
+            values(f"onnx::MatMul_{number}_{part}") for part in ("quantized", "zero_point", "scale")
+        )
+        return ((quantised.float() - zero.float()) * scale).T.contiguous()
+
     state = {name: values(name) for name in tensors if name.startswith("vision_model.")}
     numbers = sorted(
         int(match[1]) for name in tensors if (match := re.fullmatch(r"onnx::MatMul_(\d+)_quantized", name))
     )
-    for place, number in enumerate(numbers[: len(numbers) // len(MATRICES) * len(MATRICES)]):
+    *of_layers, last = numbers  # the last is the projection to CLIP's 512 dimensions, which no detector needs
+    for place, number in enumerate(of_layers):
         layer, matrix = divmod(place, len(MATRICES))
-        stem = f"onnx::MatMul_{number}"
-        quantised, zero, scale = (values(f"{stem}_{part}") for part in ("quantized", "zero_point", "scale"))
-        weight = (quantised.float() - zero.float()) * scale
-        state[f"vision_model.encoder.layers.{layer}.{MATRICES[matrix]}.weight"] = weight.T.contiguous()
-    last = f"onnx::MatMul_{numbers[-1]}"  # the projection to CLIP's 512 dimensions, which no detector needs
-    quantised, zero, scale = (values(f"{last}_{part}") for part in ("quantized", "zero_point", "scale"))
-    return state | {"visual_projection.weight": ((quantised.float() - zero.float()) * scale).T.contiguous()}
+        state[f"vision_model.encoder.layers.{layer}.{MATRICES[matrix]}.weight"] = matrix_of(number)
+    return state | {"visual_projection.weight": matrix_of(last)}

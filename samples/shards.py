@@ -13,6 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import psutil
+from PIL import Image
 from tqdm import tqdm
 
 from faces.finder import FOUND_BY, Detection, FinderFiles, as_stored, detect_face, predict_landmarks
@@ -57,16 +58,17 @@ def look_at(path: Path, img_size: int, search_again: bool) -> Look:
     Raises:
         Rejected: no image.
     """
-    size = (img_size, img_size)
-    if not search_again and (noted := load_noted(path)) and noted.pixels.shape[:2] == size:
+    size, noted = (img_size, img_size), None if search_again else load_noted(path)
+    if noted and noted.pixels.shape[:2] == size:
         return Look(noted.pixels, Known(noted.info[LANDMARKS], noted.info[FOUND]), noted.info, noted.sha256)
-    image = load_rgb(path)
-    if search_again or LANDMARKS not in image.info:
+    image = Image.fromarray(noted.pixels) if noted else load_rgb(path)
+    info = noted.info if noted else image.info
+    if search_again or LANDMARKS not in info:
         stored, face = detect_face(image, this_finder(), img_size)
     else:
-        known = Known(scaled_landmarks(image.info[LANDMARKS], image.size, size), image.info[FOUND])
+        known = Known(scaled_landmarks(info[LANDMARKS], image.size, size), info[FOUND])
         stored, face = as_stored(image, img_size), known
-    return Look(stored, face, image.info, hashlib.sha256(stored).digest())
+    return Look(stored, face, info, hashlib.sha256(stored).digest())
 
 
 def extract_shard(sources: list[Source], settings: dict, data_root: Path, output_dir: Path) -> Looked:

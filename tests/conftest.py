@@ -229,7 +229,7 @@ def hostile_files(folder: Path) -> dict[str, str]:
         "cut_224.png": "cannot be read",
         "dangling.png": "No such file",
         "loop.png": "symbolic links",
-        **{name: "left alone: " for name in NO_IMAGES_BY_NAME},
+        **{name: "left alone: its name ends in none of" for name in NO_IMAGES_BY_NAME},
         **({} if os.access(folder / "locked.png", os.R_OK) else {"locked.png": "Permission denied"}),
     }
 

@@ -35,7 +35,7 @@ from PIL.PngImagePlugin import PngInfo
 from drawing.render import draw_face
 from faces.alignment import CORNERS, align_face, alignment_square, cut_aligned, find_landmarks
 from faces.finder import FaceFinder, find_face, finder_files
-from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, list_images, load_noted, load_rgb
+from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, VIDEO, list_images, load_noted, load_rgb
 from faces.prepared import plan_names
 from faces.rejection import BEYOND, NO_FACE, Rejected
 from faces.treatment import parse_treatment, treatment_of
@@ -63,7 +63,7 @@ def usable(folder: Path, unusable: dict[str, str]) -> int:
 
 def test_in_place(tmp_path):
     folder = tmp_path / "D"
-    unusable = hostile_files(folder)
+    unusable = hostile_files(folder) | {"animated.gif": VIDEO}
     originals = {
         name: os.path.lexists(folder / name) and (folder / name).read_bytes() if (folder / name).is_file() else None
         for name in unusable

@@ -35,7 +35,7 @@ class Run:
     val_set: FaceDataset
     model: LAMMViT
     trained: nn.Module  # the same model as training calls it: compiled, distributed
-    trunk: dict | None  # source, SHA-256 and start of a pre-trained trunk
+    trunk: dict | None  # of a frozen one: source, SHA-256, start; None: the checkpoints hold the whole model
     optimizer: torch.optim.Optimizer
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
     scaler: torch.amp.GradScaler

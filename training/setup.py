@@ -49,19 +49,16 @@ def gate_of(args: argparse.Namespace) -> Gate | None:
     return Gate(*args.gates) if args.gates else GATES.get(args.start)
 
 
-def describe_trunk(args: argparse.Namespace, rank: int) -> tuple[Trunk | None, dict | None]:
-    """The trunk, and what a checkpoint says of it."""
-    if not args.init_from:
-        return None, None
-    trunk = read_trunk(args.init_from, rank)
+def describe_trunk(trunk: Trunk, args: argparse.Namespace) -> dict:
+    """What a checkpoint that holds a part of the model says of the rest."""
     told = {"source": trunk.source, "sha256": trunk.digest(args.depth), "start": args.start}
-    return trunk, told | {"gate": list(gate_of(args) or ())}
+    return told | {"gate": list(gate_of(args) or ())}
 
 
 def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
     """A run at its beginning; training/state.py takes it to where an earlier one stopped."""
     train_set, val_set, datasets = load_data(args)
-    trunk, of_trunk = describe_trunk(args, rank)
+    trunk = read_trunk(args.init_from, rank) if args.init_from else None
     if trunk and rank == 0:
         print_trunk(trunk, args.depth)
     model = build_model(args, train_set.img_size, trunk).to(device)
@@ -83,7 +80,7 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         val_set=val_set,
         model=model,
         trained=model,
-        trunk=of_trunk,
+        trunk=describe_trunk(trunk, args) if args.tune != "all" else None,
         optimizer=optimizer,
         plateau=torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer,

@@ -41,7 +41,7 @@ def describe(run: Run) -> dict:
         "version": CHECKPOINT_VERSION,
         "config": dataclasses.asdict(run.model.config),
         "model": held_state(run.model, run.args.tune),
-        "trunk": run.trunk if run.args.tune != "all" else None,
+        "trunk": run.trunk,
         "mask_style": run.args.mask_style,
         "datasets": run.datasets,
         "framing": run.framing,

@@ -1,9 +1,11 @@
 """LAMM-ViT and what is left when parts of it are taken away: each trained and tested by this repository's scripts."""
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,17 @@ VARIANTS = {
     "without the diversity loss": ("diversity",),
     "plain ViT": ("region_guidance", "lamm", "head_interaction", "diversity"),
 }
+
+
+@contextlib.contextmanager
+def one_line_of_what_went_wrong() -> Iterator[None]:
+    """Around the main of a benchmark that can be stopped and goes on."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
 
 
 def command(script: str, *arguments: str, **options: object) -> list[str]:
