@@ -231,31 +231,45 @@ class FaceDataset:
         return {name: values[0] for name, values in self.read([index]).items()}
 
 
+def source_numbers(dataset: FaceDataset) -> np.ndarray:
+    """(N,) which of the dataset's files, hence data sets, each sample is of."""
+    return np.searchsorted(dataset.ends, np.arange(len(dataset)), side="right")
+
+
 def image_ids(dataset: FaceDataset) -> np.ndarray:
     """(N,) int64: of each image eight bytes of the SHA-256 of what is stored of it."""
     return np.ascontiguousarray(dataset.column("sha256")[:, :8]).view(np.int64).ravel()
 
 
+SAMPLINGS = ("balanced", "sources", "natural")
+
+
 class TrainSampler:
     """The endless order in which training sees the samples, in shuffled passes that are drawn from the seed alone.
 
-    If balanced, real and fake take turns, each class in passes of its own: both are seen equally often, whatever their
-    numbers, and all images of a class as often as each other. Else, all samples are shuffled together. Sample t of a
-    run is the same for any batch size and number of processes, and nothing is left over at the end of an epoch.
+    "balanced": real and fake take turns, each class in passes of its own: both are seen equally often, whatever their
+    numbers, and all images of a class as often as each other. "sources": and within a class its data sets take turns,
+    so that the largest of them is not what training sees most. "natural": all samples are shuffled together. Sample t
+    of a run is the same for any batch size and number of processes, and nothing is left over at the end of an epoch.
 
     Args:
         labels: (N,) 0 or 1, both present.
+        sampling: one of SAMPLINGS.
+        sources: (N,) the number of each sample's data set, for "sources".
     """
 
-    def __init__(self, labels: np.ndarray, balanced: bool, seed: int):
-        self.seed = seed
-        # int32: an order of ten million samples takes 40 MB
-        self.groups = [
-            np.flatnonzero(group).astype(np.int32)
-            for group in ((labels == 0, labels == 1) if balanced else (labels >= 0,))
+    def __init__(self, labels: np.ndarray, sampling: str, seed: int, sources: np.ndarray | None = None):
+        self.seed, classes = seed, (labels >= 0,) if sampling == "natural" else (labels == 0, labels == 1)
+        # Sample t is of turn t modulo their number; each turn has the groups that share it, int32: an order of ten
+        # million samples takes 40 MB
+        self.turns = [
+            [np.flatnonzero(of_class & (sources == source)).astype(np.int32) for source in np.unique(sources[of_class])]
+            if sampling == "sources"
+            else [np.flatnonzero(of_class).astype(np.int32)]
+            for of_class in classes
         ]
         # of each group: the pass last used
-        self._orders: list[tuple[int, np.ndarray]] = [(-1, group) for group in self.groups]
+        self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
     def draw(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples first, first + 1, ... of the run -> their indices and the passes that they belong to, both (count,)
@@ -263,12 +277,20 @@ class TrainSampler:
         """
         places = np.arange(first, first + count)
         indices, passes = np.empty(count, np.int64), np.empty(count, np.int64)
-        for number, group in enumerate(self.groups):
-            mine = places % len(self.groups) == number
-            passes[mine], within = np.divmod(places[mine] // len(self.groups), len(group))
-            for one in np.unique(passes[mine]).tolist():
-                if self._orders[number][0] != one:
-                    self._orders[number] = one, np.random.default_rng((self.seed, number, one)).permutation(group)
-                in_pass = passes[mine] == one
-                indices[np.flatnonzero(mine)[in_pass]] = self._orders[number][1][within[in_pass]]
+        turns, rounds = places % len(self.turns), places // len(self.turns)
+        for turn, groups in enumerate(self.turns):
+            for number, group in enumerate(groups):
+                mine = (turns == turn) & (rounds % len(groups) == number)
+                passes[mine], within = np.divmod(rounds[mine] // len(groups), len(group))
+                for one in np.unique(passes[mine]).tolist():
+                    in_pass = passes[mine] == one
+                    indices[np.flatnonzero(mine)[in_pass]] = self._order(turn, number, one)[within[in_pass]]
         return indices, passes
+
+    def _order(self, turn: int, number: int, one: int) -> np.ndarray:
+        """Of a group of a turn, in one of its passes."""
+        key = (turn, number)
+        if self._orders.get(key, (-1,))[0] != one:
+            stream = (self.seed, turn, one) if number == 0 else (self.seed, turn, one, number)
+            self._orders[key] = one, np.random.default_rng(stream).permutation(self.turns[turn][number])
+        return self._orders[key][1]

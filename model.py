@@ -61,6 +61,7 @@ class LAMMViTConfig:
     # What departs from the paper: off by default (docs/differences.md)
     scale_weights: bool = False  # each head's output times H · w, which is 1 where all heads count alike, instead of w
     pool: tuple[str, ...] = ("class",)  # the class token, the mean of the patches, their mean in each region
+    read_blocks: tuple[int, ...] = ()  # after these blocks, counted from 1; none: after the last
 
     def __post_init__(self):
         if self.num_heads != NUM_HEADS:
@@ -87,6 +88,12 @@ class LAMMViTConfig:
             raise ValueError(f"activation is {self.activation}, but has to be one of {', '.join(ACTIVATIONS)}")
         if not self.pool or len(set(self.pool)) < len(self.pool) or not set(self.pool) <= set(POOLS):
             raise ValueError(f"pool is {self.pool}, but has to be some of {', '.join(POOLS)}, each once")
+        if self.read_blocks and (
+            list(self.read_blocks) != sorted(set(self.read_blocks))
+            or self.read_blocks[0] < 1
+            or self.read_blocks[-1] != self.depth
+        ):
+            raise ValueError(f"read_blocks are {self.read_blocks}, but have to rise and end with depth, {self.depth}")
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
             raise ValueError("image_mean and image_std have to be three numbers each, the second above 0")
 
@@ -102,7 +109,8 @@ class LAMMViTConfig:
     @property
     def head_inputs(self) -> int:
         """Width of what the head reads."""
-        return self.embed_dim * sum(NUM_REGIONS if part == "regions" else 1 for part in self.pool)
+        of_a_block = self.embed_dim * sum(NUM_REGIONS if part == "regions" else 1 for part in self.pool)
+        return of_a_block * max(1, len(self.read_blocks))
 
 
 class QuickGELU(nn.Module):
@@ -175,9 +183,7 @@ class LAMM(nn.Module):
             self.base_theta = nn.Parameter(torch.zeros(1, NUM_HEADS))
 
     def forward(self, x: Tensor, layer: int, previous: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x (B, N, D), the block's input, and w of the layer before (B, H) -> w, λ, θ, each (B, H); λ and θ None
-        without gates.
-        """
+        """The block's input x (B, N, D), w of the layer before (B, H) -> w, λ, θ, each (B, H), the last two or None."""
         # max has the fast backward, amax the fast forward
         peak = x.max(dim=1).values if x.requires_grad else x.amax(dim=1)
         pooled = torch.cat([x.mean(dim=1), peak], dim=-1)  # (B, 2D)
@@ -227,9 +233,7 @@ class RegionGuidedAttention(nn.Module):
 
 
 class HeadInteraction(nn.Module):
-    """Self-attention among the heads' mean outputs. Its result is the same for every token, so it is computed once per
-    image.
-    """
+    """Self-attention among the heads' mean outputs: the same for every token, so it is computed once per image."""
 
     def __init__(self, embed_dim: int):
         super().__init__()
@@ -314,7 +318,7 @@ class LAMMViT(nn.Module):
         return v2.functional.normalize(pixels, list(self.config.image_mean), list(self.config.image_std))
 
     def read_out(self, x: Tensor, region_masks: Tensor) -> Tensor:
-        """x (B, N, D) after the last block -> what the head reads (B, head_inputs)."""
+        """x (B, N, D) after a block -> what the head reads of it, (B, head_inputs) / number of read_blocks."""
         if self.config.pool == ("class",):
             return self.norm(x[:, 0])
         x = self.norm(x)
@@ -349,27 +353,24 @@ class LAMMViT(nn.Module):
         x = self.norm_pre(x)
         masks = self.mask_processor(region_masks) if self.mask_processor else None  # (B, H, N)
 
-        history = []
+        history, read = [], []
         if self.lamm:
             weights = x.new_full((x.shape[0], NUM_HEADS), 1 / NUM_HEADS)  # w_0
         else:
-            weights, lam, theta = (
-                None,
-                x.new_full((x.shape[0], NUM_HEADS), FIXED_LAMBDA),
-                x.new_full((x.shape[0], NUM_HEADS), FIXED_THETA),
-            )
+            weights = None
+            lam, theta = (x.new_full((x.shape[0], NUM_HEADS), value) for value in (FIXED_LAMBDA, FIXED_THETA))
         for layer, block in enumerate(self.blocks):
             if self.lamm:
                 weights, lam, theta = self.lamm(x, layer, weights)
                 history.append(weights)
             x = block(x, masks, weights, lam, theta)
-        return {"logits": self.head(self.read_out(x, region_masks)), "mask_weights": history[-3:]}
+            if layer + 1 in (self.config.read_blocks or (self.config.depth,)):
+                read.append(self.read_out(x, region_masks))
+        return {"logits": self.head(torch.cat(read, dim=-1)), "mask_weights": history[-3:]}
 
 
 class LAMMLoss(nn.Module):
-    """Cross entropy + diversity_weight · diversity, the second asking the samples of a batch to weight heads
-    differently.
-    """
+    """Cross entropy + diversity_weight · diversity, which asks the samples of a batch to weight heads differently."""
 
     def __init__(self, diversity_weight: float = 0.2, label_smoothing: float = 0.0):
         super().__init__()
@@ -388,10 +389,8 @@ class LAMMLoss(nn.Module):
         """outputs of LAMMViT and labels (B,) int64 -> scalars {"total", "ce", "diversity"}, total = ce + diversity.
 
         mask_weights may have more rows than there are labels: train.py gathers them from all processes. A model without
-            LAMM
-        has no weights, and no diversity loss.
-
-        As in the authors' code, "diversity" is what diversity adds to the total: it has its weight on.
+        LAMM has no weights, and no diversity loss. As in the authors' code, "diversity" is what diversity adds to the
+        total: it has its weight on.
         """
         ce = F.cross_entropy(outputs["logits"].float(), labels, label_smoothing=self.label_smoothing)
         per_layer = [self.diversity(w.float()) for w in outputs["mask_weights"]]

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from torch.utils.data import DataLoader
 
-from dataset import FaceDataset, TrainSampler
+from dataset import SAMPLINGS, FaceDataset, TrainSampler
 from faces.finder import FOUND_BY
 from faces.regions import MASK_STYLES, MIRROR_LANDMARKS, REGIONS, draw_region_masks
 from samples.feature_files import (
@@ -390,9 +390,9 @@ def test_ten_million_samples_index_in_bounded_memory(tmp_path):
     source = (
         "import psutil, sys, numpy as np; from pathlib import Path; from dataset import FaceDataset,"
         " TrainSampler\nstart = psutil.Process().memory_info().rss\ndataset ="
-        " FaceDataset(sorted(Path(sys.argv[1]).iterdir())); sampler = TrainSampler(dataset.labels, False, 0)\nassert"
-        " len(dataset) == 10_000_000 and dataset.read(*sampler.draw(9_000_000, 32))['image'].shape == (32, 3, 16,"
-        " 16)\nprint((psutil.Process().memory_info().rss - start) / 1e6)"
+        " FaceDataset(sorted(Path(sys.argv[1]).iterdir())); sampler = TrainSampler(dataset.labels, 'natural',"
+        " 0)\nassert len(dataset) == 10_000_000 and dataset.read(*sampler.draw(9_000_000, 32))['image'].shape =="
+        " (32, 3, 16, 16)\nprint((psutil.Process().memory_info().rss - start) / 1e6)"
     )
     done = subprocess.run(
         [sys.executable, "-c", source, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
@@ -433,7 +433,7 @@ def test_files_of_different_sizes_and_no_sample_at_all(tmp_path):
 
 def test_real_and_fake_take_turns_and_all_of_a_class_are_seen_as_often():
     labels = np.array([0] * 7 + [1] * 20)
-    indices, passes = TrainSampler(labels, True, seed=3).draw(0, 400)
+    indices, passes = TrainSampler(labels, "balanced", seed=3).draw(0, 400)
     assert (labels[indices] == np.arange(400) % 2).all()
     for label in (0, 1):
         counts = np.bincount(indices[labels[indices] == label], minlength=27)[labels == label]
@@ -449,24 +449,38 @@ def test_real_and_fake_take_turns_and_all_of_a_class_are_seen_as_often():
 
 def test_natural_order_is_passes_over_all():
     labels = np.array([0] * 7 + [1] * 20)
-    indices, passes = TrainSampler(labels, False, seed=3).draw(0, 270)
+    indices, passes = TrainSampler(labels, "natural", seed=3).draw(0, 270)
     for number in range(10):
         assert sorted(indices[passes == number]) == list(range(27))
 
 
-@pytest.mark.parametrize("balanced", [True, False])
-def test_the_order_does_not_depend_on_how_it_is_asked_for(balanced):
+def test_data_sets_of_a_class_take_turns_whatever_their_size():
+    labels = np.array([0] * 30 + [1] * 29)
+    sources = np.array([0] * 30 + [1] * 4 + [2] * 25)  # one of photographs, a small and a large one of fakes
+    indices, passes = TrainSampler(labels, "sources", 3, sources).draw(0, 400)
+    assert (labels[indices] == np.arange(400) % 2).all()
+    assert np.bincount(sources[indices]).tolist() == [200, 100, 100]
+    for source, size in enumerate((30, 4, 25)):
+        mine = sources[indices] == source
+        for number in range(np.bincount(sources[indices])[source] // size):  # whole passes: each sample once
+            assert sorted(indices[mine & (passes == number)]) == np.flatnonzero(sources == source).tolist()
+    assert len(set(zip(indices.tolist(), passes.tolist()))) == 400, "no sample is drawn twice with the same transforms"
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_order_does_not_depend_on_how_it_is_asked_for(sampling):
     labels = np.random.default_rng(0).integers(0, 2, 50)
-    whole = np.stack(TrainSampler(labels, balanced, 7).draw(0, 240))
+    sources = 2 * labels + np.arange(50) // 25
+    whole = np.stack(TrainSampler(labels, sampling, 7, sources).draw(0, 240))
     for size in (1, 8, 48):
-        sampler = TrainSampler(labels, balanced, 7)
+        sampler = TrainSampler(labels, sampling, 7, sources)
         np.testing.assert_array_equal(
             np.concatenate([sampler.draw(start, size) for start in range(0, 240, size)], axis=1), whole
         )
-    sampler = TrainSampler(labels, balanced, 7)
+    sampler = TrainSampler(labels, sampling, 7, sources)
     for start in (200, 8, 96):  # back and forth
         np.testing.assert_array_equal(sampler.draw(start, 16), whole[:, start : start + 16])
-    assert not np.array_equal(whole, TrainSampler(labels, balanced, 8).draw(0, 240))
+    assert not np.array_equal(whole, TrainSampler(labels, sampling, 8, sources).draw(0, 240))
 
 
 def test_transforms_of_a_pass_are_its_own(tmp_path):

@@ -412,3 +412,26 @@ def test_positions_are_interpolated_to_another_grid():
             atol=0.06,
             rtol=0,
         )
+
+
+def test_the_head_reads_the_blocks_it_is_told():
+    """Each of read_blocks gives what a model of that depth would read."""
+    config = replace(SMALL, pool=("class", "patches", "regions"), read_blocks=(1, 3, 4))
+    torch.manual_seed(0)
+    model = LAMMViT(config).eval()
+    images, masks, _ = sample(config)
+    seen = []
+    model.head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0]))
+    model(images, masks)
+    assert seen[0].shape == (4, config.head_inputs) == (4, 3 * 48 * 10)
+    for place, depth in enumerate(config.read_blocks):
+        shallow = LAMMViT(replace(config, depth=depth, read_blocks=())).eval()
+        state = model.state_dict()
+        own = {name: state[name][:depth] if "layer_emb" in name else state[name] for name in shallow.state_dict()}
+        shallow.load_state_dict({name: own[name] for name in own if not name.startswith("head.")}, strict=False)
+        shallow.head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0]))
+        shallow(images, masks)
+        torch.testing.assert_close(seen[0][:, place * 480 : (place + 1) * 480], seen[-1])
+    for blocks in ((1, 3), (3, 1, 4), (0, 4), (4, 4)):
+        with pytest.raises(ValueError, match="read_blocks are"):
+            LAMMViTConfig(depth=4, read_blocks=blocks)

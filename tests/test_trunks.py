@@ -473,15 +473,19 @@ def test_an_average_that_has_not_begun_goes_on(features, tmp_path, vit):
 
 
 @pytest.mark.slow
-def test_a_head_starts_as_a_logistic_regression(features, tmp_path, vit, capsys):
+@pytest.mark.parametrize(
+    "more", [(), ("--read_blocks", 1, 2, "--probe_views", 2, "--augment", "field", "--sampling", "sources")]
+)
+def test_a_head_starts_as_a_logistic_regression(features, tmp_path, vit, capsys, more):
     options = ("--head", "probe", "--pool", "class", "patches", "regions", "--tune", "head", "--epochs", 1, "--lr", 0)
+    options += more
     train.main(train.get_args_parser().parse_args(fit(features, tmp_path / "out", vit, *options)))
     said = capsys.readouterr().out
     auc = float(said.split("probe  validation AUC ")[1].split()[0])
     log = (tmp_path / "out/log.jsonl").read_text()
     assert f'"val_auc": {auc:.3f}'[:15] in log
     model, _ = load_checkpoint(tmp_path / "out/best_model.pth")
-    assert model.head.weight.shape == (2, 24 * 10)
+    assert model.head.weight.shape == (2, 24 * 10 * (2 if more else 1))
     torch.testing.assert_close(model.head.weight[0], -model.head.weight[1])
 
 
@@ -490,11 +494,13 @@ def test_options_that_need_a_trunk(features):
         (("--tune", "norms"), "need a trunk; name one with --init_from"),
         (("--head", "probe"), "need a trunk"),
         (("--tune", "lora"), "--tune lora: has to be all, norms, head, or lora:R"),
+        (("--probe_views", "2"), "--probe_views goes with --head probe"),
+        (("--read_blocks", "2", "1"), "read_blocks are (2, 1), but have to rise and end with depth, 12"),
         (("--start", "paper", "--gates", "20", "0.5", "4"), "--gates goes with --start guided"),
         (("--layer_decay", "0"), "--layer_decay has to be above 0"),
         (("--ema", "1"), "--ema and --label_smoothing from 0 to below 1"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=re.escape(message)):
             train.main(train.get_args_parser().parse_args(["--features", str(features), *options]))
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from dataset import SAMPLINGS
 from faces.regions import MASK_STYLES
 from model import POOLS
 from runtime.start import STARTS
@@ -70,6 +71,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="what the head reads: class token, mean of the patches, their mean in each region (default: class)",
     )
     option(
+        "--read_blocks",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="BLOCK",
+        help="the blocks after which the head reads, counted from 1; the last of them is --depth (default: the last)",
+    )
+    option(
         "--scale_weights",
         action="store_true",
         help="each head's output times 12 w, which is 1 where all heads count alike, instead of LAMM's w",
@@ -102,6 +111,14 @@ def add_start(parser: argparse.ArgumentParser) -> None:
         " outside of a region (default: 2 0 2)",
     )
     option(
+        "--probe_views",
+        type=int,
+        default=0,
+        metavar="K",
+        help="for --head probe: each training image also K times as training would see it, in other light, size and"
+        " sharpness (default: 0, as it is alone)",
+    )
+    option(
         "--tune",
         default="all",
         metavar="PART",
@@ -126,8 +143,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     option(
         "--sampling",
         default="balanced",
-        choices=("balanced", "natural"),
-        help="as many real as fake images, or as they come (default: balanced)",
+        choices=SAMPLINGS,
+        help="as many real as fake images; also as many of each data set of a class; or as they come (default:"
+        " balanced)",
     )
     option("--lr", type=float, default=1e-4, help="learning rate of AdamW (default: 1e-4)")
     option(
@@ -219,5 +237,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--gates goes with --start guided; LAMBDA and GAIN have to be above 0")
     if not args.init_from and (args.tune != "all" or args.head == "probe"):
         raise ValueError(f"--tune {args.tune} and --head {args.head}: need a trunk; name one with --init_from")
+    if args.probe_views < 0 or (args.probe_views and args.head != "probe"):
+        raise ValueError("--probe_views goes with --head probe, and is 0 or more")
     if not 0 < args.layer_decay <= 1 or not 0 <= args.ema < 1 or not 0 <= args.label_smoothing < 1:
         raise ValueError("--layer_decay has to be above 0 and at most 1, --ema and --label_smoothing from 0 to below 1")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from attention import try_kernels
-from dataset import TrainSampler, image_ids
+from dataset import TrainSampler, image_ids, source_numbers
 from model import LAMMViT, LAMMViTConfig
 from runtime.devices import pick_precision
 from runtime.pretrained import Trunk, load_trunk, read_trunk
@@ -32,6 +32,7 @@ def build_model(args: argparse.Namespace, img_size: int, trunk: Trunk | None) ->
         dropout=args.dropout,
         **{part: part not in args.without for part in PARTS},
         pool=tuple(args.pool),
+        read_blocks=tuple(args.read_blocks),
         scale_weights=args.scale_weights,
         **(trunk.config if trunk else {}),
     )
@@ -67,6 +68,7 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         try_kernels(device, dtype)  # before --compile takes them without a trial
     groups = parameter_groups(model, args.weight_decay, args.lr, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    sources = source_numbers(train_set) if args.sampling == "sources" else None
     images = torch.from_numpy(np.concatenate([image_ids(train_set), image_ids(val_set)]))
     return Run(
         args=args,
@@ -91,7 +93,7 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         dtype=dtype,
-        sampler=TrainSampler(train_set.labels, args.sampling == "balanced", args.seed),
+        sampler=TrainSampler(train_set.labels, args.sampling, args.seed, sources),
     )
 
 
@@ -110,7 +112,7 @@ def print_trunk(trunk: Trunk, depth: int) -> None:
 def print_plan(run: Run) -> None:
     """What is about to be trained on what, before the first step."""
     args, config = run.args, run.model.config
-    is_even = args.sampling == "balanced" and run.window % 2 == 0
+    is_even = args.sampling != "natural" and run.window % 2 == 0
     notes = {"train": f"   {args.sampling}{', as many of both in a step' if is_even else ''}", "val": ""}
     for split, dataset in (("train", run.train_set), ("val", run.val_set)):
         print(f"{split:<7}{(dataset.labels == 0).sum()} real, {(dataset.labels == 1).sum()} fake{notes[split]}")
