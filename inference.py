@@ -231,7 +231,8 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="COLUMN",
-        help="false alarms and missed fakes also by these columns of the manifest, or by dataset (default: none)",
+        help="false alarms and missed fakes, at the validation threshold or --fpr's, also by these columns of the"
+        " manifest, or by dataset (default: none)",
     )
     option("--report", type=Path, metavar="DIR", help="write DIR/report.html, one file with tables, curves, mistakes")
     option("--num_workers", type=int, default=2, help="threads that read features (default: 2)")

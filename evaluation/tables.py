@@ -37,7 +37,7 @@ OPERATING = (
         "tpr_at_fpr1",
         "TPR % at FPR 1 %",
         "TPR % at FPR 1 %",
-        "fakes found where 1 % of these real images are called fake",
+        "share of fakes found where no more than 1 % of these real images are called fake",
     ),
     Column("tpr_at_fpr5", "at 5 %", "TPR % at FPR 5 %", "likewise at 5 %"),
     Column("tpr_at_fpr10", "at 10 %", "TPR % at FPR 10 %", "likewise at 10 %"),
@@ -47,12 +47,8 @@ OPERATING = (
 IN_PERCENT = (*COLUMNS, *OPERATING[:3])  # for a paper
 HEADS = tuple(column.head for column in COLUMNS)
 OPERATING_HEADS = tuple(column.head for column in OPERATING)
-WITH_INTERVAL = (
-    "ap",
-    "auc",
-    "tpr_at_fpr1",
-    "tpr_at_fpr5",
-)  # on the terminal and in Markdown; the JSON file and the report have all intervals
+# On the terminal and in Markdown; the JSON file and the report have all intervals
+WITH_INTERVAL = ("ap", "auc", "tpr_at_fpr1", "tpr_at_fpr5")
 LATEX_ROWS = TableFormat(
     lineabove=Line(r"\midrule", "", "", ""),  # what SEPARATING_LINE is drawn with
     linebelowheader=None,
