@@ -15,12 +15,11 @@ Both files hold the same function, for any number of images B:
     patch_size
     probability   (B,) float32, of a fake
 
-Models that use no masks take region_masks, too, and do not look at them. The metadata are text, numbers and lists
-in
-JSON: val_threshold, img_size, patch_size, mask_style, treatment (what preprocess.py did to the training images, and has
-to do to
-others: "aligned 0.6, JPEG 75-95, 224x224"; "": resized alone), regions, datasets (what the model was trained on),
-checkpoint_sha256.
+Models that use no masks take region_masks, too, and do not look at them. The metadata are text, numbers, lists and
+objects in JSON: val_threshold, thresholds (by rate of false alarms, {"0.01": ..., "0.05": ...}: fake from the first on,
+real below the second), temperature (which is in the weights already), img_size, patch_size, mask_style, treatment (what
+preprocess.py did to the training images, and has to do to others: "aligned 0.6, JPEG 75-95, 224x224"; "": resized
+alone), regions, datasets (what the model was trained on), checkpoint_sha256.
 
     session.get_modelmeta().custom_metadata_map                     in onnxruntime
     metadata = {"val_threshold": ""}                                in PyTorch: all of them, but only if asked for one
@@ -124,6 +123,8 @@ def describe(model: LAMMViT, checkpoint: dict, path: Path) -> dict[str, str]:
     """The metadata: what one has to know to use the file, and where it comes from."""
     facts = {
         "val_threshold": float(checkpoint["val_threshold"]),
+        # what checkpoints of before there were any do not have is left out
+        **{name: checkpoint[name] for name in ("thresholds", "temperature") if name in checkpoint},
         "img_size": model.config.img_size,
         "patch_size": model.config.patch_size,
         "mask_style": checkpoint["mask_style"],

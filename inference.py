@@ -9,6 +9,7 @@
     torchrun --nproc_per_node=4 inference.py                 the same numbers, sooner
     python inference.py --images photo.jpg folder/           loose images: a row for each face, with its probability
     python inference.py --images photo.jpg --explain why     and a picture of what the model looked at
+    python inference.py --images photo.jpg --fpr 0.01        fake or real at 1 % of false alarms, nothing is uncertain
 
 Each generator's fakes stand against as many real images, drawn by seed from the pool of all real data sets. The model
 is rebuilt from the checkpoint alone.
@@ -30,13 +31,15 @@ from pathlib import Path
 import numpy as np
 
 from evaluation import tables
-from evaluation.groups import errors_by, group_table, groups_of, warn_of_few
+from evaluation.groups import at_thresholds, errors_by, group_table, groups_of, threshold_tables, warn_of_few
 from evaluation.mistakes import find_mistakes
+from evaluation.operating import thresholds_of, verdict_of
 from evaluation.pictures import score_images
 from evaluation.protocol import PROTOCOLS, TestSet, load_test_set, score
 from evaluation.robustness import test_robustness
 from evaluation.summary import summarize
 from evaluation.traces import count_originals, warn_of_traces, warn_of_treatment
+from evaluation.typeset import as_markdown, as_text
 from model import LAMMViT
 from runtime.checkpoint import load_checkpoint
 from runtime.devices import backend_for, pick_process_device
@@ -48,6 +51,8 @@ EXIT_UNSCORED = 3
 
 def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespace) -> None:
     """The whole evaluation. All processes score, the first one writes and prints."""
+    thresholds = thresholds_of(checkpoint, args.fpr, args.checkpoint)
+    threshold = checkpoint["val_threshold"] if args.fpr is None else min(thresholds.values())  # of right and wrong
     test_set = load_test_set(model, checkpoint, args)
     groups = {column: groups_of(test_set, column) for column in args.by}  # raises before hours are spent
     check_outputs(args)
@@ -56,20 +61,23 @@ def evaluate(model: LAMMViT, checkpoint: dict, rank: int, args: argparse.Namespa
     robustness = test_robustness(model, checkpoint, test_set, results, args) if args.robustness else None
     if rank > 0:
         return
-    by = {column: errors_by(test_set, scores, groups[column], checkpoint["val_threshold"]) for column in args.by}
+    by = {column: errors_by(test_set, scores, groups[column], threshold) for column in args.by}
+    operating = at_thresholds(test_set, scores, thresholds)
     warnings = warn_of_treatment(test_set, checkpoint["framing"]["treatment"]) + warn_of_traces(test_set, args.protocol)
     warnings += [line for column, errors in by.items() for line in warn_of_few(errors, column)]
-    results["Run"] = describe_run(checkpoint, test_set, warnings, args)
-    write_results(
-        args.output, results, robustness, by
-    )  # before anything is printed: a reader that has gone costs nothing
-    write_scores(args.output.with_suffix(".csv"), test_set, scores, checkpoint["val_threshold"])
+    results["Run"] = describe_run(checkpoint, test_set, warnings, args) | {"threshold": threshold}
+    # before anything is printed: a reader that has gone costs nothing
+    write_results(args.output, results, robustness, by, operating)
+    write_scores(args.output.with_suffix(".csv"), test_set, scores, thresholds)
     if args.report:
         from evaluation.report import write_report  # matplotlib, where it is needed
 
-        mistakes = find_mistakes(test_set, scores, checkpoint["val_threshold"])
-        write_report(args.report / "report.html", results, test_set.labels_and_scores(scores), mistakes, robustness)
+        mistakes = find_mistakes(test_set, scores, threshold)
+        comparisons = test_set.labels_and_scores(scores)
+        write_report(args.report / "report.html", results, comparisons, mistakes, robustness, operating)
     tables.print_results(results)
+    for heads, rows in threshold_tables(operating):
+        print(f"\n{as_text(heads, rows)}")
     if robustness:
         tables.print_robustness(robustness)
     for column, errors in by.items():
@@ -93,16 +101,21 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise ValueError(f"{taken[0]}: is a folder; give --output another name")
 
 
-def write_results(out: Path, results: dict, robustness: list[dict] | None, by: dict[str, dict]) -> None:
+def write_results(
+    out: Path, results: dict, robustness: list[dict] | None, by: dict[str, dict], operating: dict
+) -> None:
     """The JSON file, tables in Markdown and LaTeX beside it, and the curves of robustness.
 
     Args:
         by: {column of --by: errors_by}.
+        operating: of at_thresholds.
     """
-    further = ({"Robustness": robustness} if robustness else {}) | ({"By": by} if by else {})
+    further = {"Operating": operating}
+    further |= ({"Robustness": robustness} if robustness else {}) | ({"By": by} if by else {})
     with replacing(out) as partial:
         partial.write_text(json.dumps(results | further, indent=2) + "\n")
     markdown = tables.results_as_markdown(results, robustness)
+    markdown += "".join(f"\n{as_markdown(*table)}\n" for table in threshold_tables(operating))
     markdown += "".join(f"\n{group_table(errors, column, markdown=True)}\n" for column, errors in by.items())
     texts = {".md": markdown, ".tex": tables.results_as_latex(results)}
     for suffix, text in texts.items():
@@ -113,7 +126,7 @@ def write_results(out: Path, results: dict, robustness: list[dict] | None, by: d
         robustness_curves(robustness, out.with_name(f"{out.stem}_robustness.png"))
 
 
-def write_scores(path: Path, test_set: TestSet, scores: np.ndarray, threshold: float) -> None:
+def write_scores(path: Path, test_set: TestSet, scores: np.ndarray, thresholds: dict[str, float]) -> None:
     """A row for each image of each comparison: a real image is there once for each generator that it stands against."""
     paths, labels = test_set.dataset.column("paths"), test_set.dataset.labels
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -121,8 +134,8 @@ def write_scores(path: Path, test_set: TestSet, scores: np.ndarray, threshold: f
         writer.writerow(("generator", "path", "label", "score", "verdict"))
         for generator, chosen in test_set.comparisons.items():
             for i in chosen:
-                verdict = "fake" if scores[i] >= threshold else "real"
-                writer.writerow((generator, paths[i], labels[i], repr(float(scores[i])), verdict))
+                score = float(scores[i])
+                writer.writerow((generator, paths[i], labels[i], repr(score), verdict_of(score, thresholds)))
 
 
 def describe_run(checkpoint: dict, test_set: TestSet, warnings: list[str], args: argparse.Namespace) -> dict:
@@ -136,6 +149,7 @@ def describe_run(checkpoint: dict, test_set: TestSet, warnings: list[str], args:
         "checkpoint": str(args.checkpoint),
         "checkpoint_sha256": digest,
         "val_threshold": checkpoint["val_threshold"],
+        "temperature": checkpoint.get("temperature"),
         "protocol": args.protocol,
         "split": args.split,
         "arguments": arguments,
@@ -167,6 +181,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         " (default: standard output)",
     )
     option("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    option(
+        "--fpr",
+        type=float,
+        metavar="RATE",
+        help="judge at this rate of false alarms alone, 0.01 or 0.05: fake or real (default: fake from the threshold of"
+        " 0.01 on, real below that of 0.05, uncertain between)",
+    )
     option(
         "--without_cnn",
         action="store_true",
@@ -210,7 +231,8 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="COLUMN",
-        help="false alarms and missed fakes also by these columns of the manifest, or by dataset (default: none)",
+        help="false alarms and missed fakes, at the validation threshold or --fpr's, also by these columns of the"
+        " manifest, or by dataset (default: none)",
     )
     option("--report", type=Path, metavar="DIR", help="write DIR/report.html, one file with tables, curves, mistakes")
     option("--num_workers", type=int, default=2, help="threads that read features (default: 2)")

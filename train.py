@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from evaluation.metrics import binary_metrics, choose_threshold
-from evaluation.scoring import load_batches, predict_scores
+from evaluation.scoring import load_batches, predict, scores_and_log_odds
 from model import NUM_HEADS
 from runtime.checkpoint import save
 from runtime.devices import backend_for, memory_gb, pick_process_device
@@ -45,7 +45,7 @@ from training.record import draw_pictures, open_board, report_epoch, write_board
 from training.run import BEST, LAST, PREVIOUS, Run, Stopped
 from training.schedule import cosine_lr
 from training.setup import build_run, print_plan
-from training.state import begin, check_disk, describe, save_state, write_log
+from training.state import begin, calibrated, check_disk, save_state, write_log
 from training.step import averaged, listed, one_step, rehearse
 
 # What gloo and nccl say of a process that has ended
@@ -129,7 +129,7 @@ def validate(run: Run) -> tuple[dict[str, float], np.ndarray, torch.Tensor | Non
     """The whole validation set, with the same numbers in every process, hence the same decisions.
 
     Returns:
-        metrics; the scores (N,); LAMM's w (L, H), the mean over the images.
+        metrics; the scores and their log odds (N, 2); LAMM's w (L, H), the mean over the images.
     """
     sums = torch.zeros(run.args.depth, NUM_HEADS, dtype=torch.float64, device=run.device)
 
@@ -137,7 +137,10 @@ def validate(run: Run) -> tuple[dict[str, float], np.ndarray, torch.Tensor | Non
         sums[inputs[1]] += outputs[0].sum(dim=0)
 
     handle = run.model.lamm.register_forward_hook(watch) if run.model.lamm else None
-    scores = predict_scores(run.model, run.val_set, run.args.batch_size, run.args.num_workers, title="validation")
+    predicted = predict(
+        run.model, run.val_set, scores_and_log_odds, run.args.batch_size, run.args.num_workers, "validation"
+    )
+    scores = predicted[:, 0]
     if handle:
         handle.remove()
         if run.world > 1:
@@ -160,7 +163,7 @@ def validate(run: Run) -> tuple[dict[str, float], np.ndarray, torch.Tensor | Non
         "val_loss": float(loss),
         "val_threshold": threshold,
     }
-    return line, scores, (sums / len(labels)).float().cpu() if handle else None
+    return line, predicted, (sums / len(labels)).float().cpu() if handle else None
 
 
 def train(run: Run) -> None:
@@ -174,7 +177,7 @@ def train(run: Run) -> None:
         if agree(bool(run.stop))[0]:
             raise Stopped
         with averaged(run):
-            metrics, scores, weights = validate(run)
+            metrics, predicted, weights = validate(run)
         line = {
             "epoch": run.epoch,
             "samples": run.samples,
@@ -193,10 +196,10 @@ def train(run: Run) -> None:
             write_log(run)
             if is_best:
                 with averaged(run):
-                    save(describe(run) | line | {"lamm_weights": weights}, run.path(BEST))
+                    save(calibrated(run, line, predicted[:, 1]) | {"lamm_weights": weights}, run.path(BEST))
             report_epoch(run, line, timing, is_best)
             if board:
-                write_board(board, line | timing, run.val_set.labels, scores, weights)
+                write_board(board, line | timing, run.val_set.labels, predicted[:, 0], weights)
         run.epoch += 1
         save_state(run)
         if agree(bool(run.stop))[0] and run.epoch <= args.epochs:

@@ -1,4 +1,6 @@
-"""Errors by group: false alarms and missed fakes by skin tone, age, or whatever a manifest says of its images."""
+"""Errors by group: false alarms and missed fakes by skin tone, age, or whatever a manifest says of its images; and at
+each threshold of a checkpoint, false alarms by collection of photographs and fakes found by generator.
+"""
 
 import json
 
@@ -6,6 +8,7 @@ import numpy as np
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
+from evaluation.operating import title_of
 from evaluation.protocol import TestSet
 from evaluation.typeset import as_markdown, as_text
 
@@ -116,6 +119,51 @@ def group_table(errors: dict[str, dict], column: str, markdown: bool = False) ->
         for group, row in errors.items()
     ]
     return (as_markdown if markdown else as_text)(heads, rows)
+
+
+# ------------------------------------------------------------------------------------------------- at each threshold
+
+
+def at_thresholds(test_set: TestSet, scores: np.ndarray, thresholds: dict[str, float]) -> dict[str, dict]:
+    """What came of the thresholds of a checkpoint: {"thresholds": as given; "collections": {"real/FFHQ": {"n": images;
+    "false_alarms": {name of the threshold: rate}}}; "generators": {"StyleGAN3": {"n"; "found": likewise}}}.
+
+    Args:
+        scores: (N,) of all samples, NaN of those that are not compared.
+    """
+    labels, data_sets = test_set.dataset.labels, groups_of(test_set, DATA_SET)
+    compared = ~np.isnan(scores)
+
+    def rates(chosen: np.ndarray, what: str) -> dict:
+        above = {name: rate(scores[chosen] >= threshold) for name, threshold in thresholds.items()}
+        return {"n": int(chosen.sum()), what: above}
+
+    real = {name: compared & (data_sets == name) for name in test_set.files if name.startswith("real/")}
+    fake = {
+        name: np.isin(np.arange(len(labels)), chosen) & (labels == 1) for name, chosen in test_set.comparisons.items()
+    }
+    return {
+        "thresholds": thresholds,
+        "collections": {name: rates(chosen, "false_alarms") for name, chosen in real.items() if chosen.any()},
+        "generators": {name: rates(chosen, "found") for name, chosen in fake.items()},
+    }
+
+
+def threshold_tables(operating: dict) -> list[tuple[list[str], list[list[str]]]]:
+    """Heads and rows of two tables from at_thresholds, with Wilson's 95 % intervals in brackets: false alarms by
+    collection, fakes found by generator."""
+    by_threshold = [f"% at {threshold:.4f} ({title_of(name)})" for name, threshold in operating["thresholds"].items()]
+    tables = []
+    for part, prefix, title, kind, what in (
+        ("collections", "", "false alarms by collection", "real", "false_alarms"),
+        ("generators", "fake/", "fakes found by generator", "fake", "found"),
+    ):
+        rows = [
+            [" ".join(f"{prefix}{name}".split()), str(row["n"]), *map(rate_cell, row[what].values())]
+            for name, row in operating[part].items()
+        ]
+        tables.append(([title, kind, *by_threshold], rows))
+    return tables
 
 
 def rate_cell(rate: dict[str, float] | None) -> str:

@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
-from evaluation.metrics import METRIC_RANGE, binary_metrics
+from evaluation.metrics import FALSE_POSITIVE_RATES, METRIC_RANGE, binary_metrics
 
 CHUNK_ELEMENTS = 1_000_000  # multiplicities held at once, in rows of N: some 60 MB with all that is made of them
 
@@ -52,7 +52,7 @@ def draw_real_multiplicities(count: int, size: int, pool: int, seed: int) -> Ite
 def weighted_metrics(
     labels: np.ndarray, scores: np.ndarray, weights: np.ndarray, threshold: float
 ) -> dict[str, np.ndarray]:
-    """binary_metrics of R resamples at once, each array (R,).
+    """Those of METRIC_RANGE in binary_metrics, of R resamples at once, each array (R,).
 
     Args:
         labels: (N,), 1 = fake.
@@ -76,6 +76,12 @@ def weighted_metrics(
             return n_real, np.zeros_like(n_fake)
         return n_real - false_positive[:, above - 1], true_positive[:, above - 1]
 
+    def found(rate: float) -> np.ndarray:
+        """The largest true positive rate (R,) where no more than this share of the reals is called fake."""
+        fits = (false_positive <= rate * n_real[:, None] + 1e-9).sum(axis=1)  # runs; false_positive grows along them
+        return np.where(fits, true_positive[rows, fits - 1], 0) / n_fake
+
+    rows = np.arange(len(weights))
     real, fake = right(0.5)
     real_val, fake_val = right(threshold)
     pairs = n_real * n_fake
@@ -83,7 +89,6 @@ def weighted_metrics(
     # rounding.
     excess = false_positive * n_fake[:, None] + true_positive * n_real[:, None] - pairs[:, None]
     after = np.argmax(excess >= 0, axis=1)
-    rows = np.arange(len(weights))
     excess_after = excess[rows, after]
     step = new_real[rows, after] * n_fake + new_fake[rows, after] * n_real
     share = 1 - excess_after / step
@@ -95,6 +100,7 @@ def weighted_metrics(
         "ap": np.sum(new_fake * precision, axis=1) / n_fake,
         "auc": np.sum(new_real * (true_positive - new_fake / 2), axis=1) / pairs,
         "eer": (false_positive[rows, after] - (1 - share) * new_real[rows, after]) / n_real,
+        **{metric: 100 * found(rate) for metric, rate in FALSE_POSITIVE_RATES.items()},
     }
 
 

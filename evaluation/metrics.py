@@ -1,4 +1,4 @@
-"""Metrics of real-against-fake comparisons: accuracy, AP, AUC, EER, the threshold, calibration.
+"""Metrics of real-against-fake comparisons: accuracy, AP, AUC, EER, TPR at low FPR, the threshold, calibration.
 
     binary_metrics        the figures of one comparison
     choose_threshold      the threshold for accuracy_val_threshold, from validation scores
@@ -20,8 +20,14 @@ METRIC_RANGE = {
     "ap": 1.0,
     "auc": 1.0,
     "eer": 1.0,
+    "tpr_at_fpr1": 100.0,
+    "tpr_at_fpr5": 100.0,
+    "tpr_at_fpr10": 100.0,
 }
-METRICS = tuple(METRIC_RANGE)
+# The others: resamples of images are always less calibrated than these, and one image may cost any log loss.
+METRICS = (*METRIC_RANGE, "ece", "log_loss")
+FALSE_POSITIVE_RATES = {"tpr_at_fpr1": 0.01, "tpr_at_fpr5": 0.05, "tpr_at_fpr10": 0.1}
+SMALLEST_PROBABILITY = 1e-12  # in the log loss
 
 
 def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
@@ -29,7 +35,9 @@ def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> 
 
     accuracy is in percent at 0.5, and so are real_accuracy and fake_accuracy, its two halves; accuracy_val_threshold is
     at the threshold that was chosen on validation. ap, auc and eer are in 0-1. eer, the equal error rate, is where the
-    ROC curve, straight between its points, crosses false positive rate = 1 - true positive rate.
+    ROC curve, straight between its points, crosses false positive rate = 1 - true positive rate. tpr_at_fpr1, 5 and 10,
+    in percent, are the share of fakes that are found where no more than 1, 5, 10 % of these real images are called
+    fake. ece is calibration's, 0-1; log_loss is in nats, the mean over the images.
     """
     predicted = scores >= 0.5
     return {
@@ -40,6 +48,9 @@ def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> 
         "ap": float(average_precision_score(labels, scores)),
         "auc": float(roc_auc_score(labels, scores)),
         "eer": equal_error_rate(labels, scores),
+        **{name: 100 * tpr_at_fpr(labels, scores, rate) for name, rate in FALSE_POSITIVE_RATES.items()},
+        "ece": calibration(labels, scores)[3],
+        "log_loss": log_loss(labels, scores),
         "n_real": int(np.sum(labels == 0)),
         "n_fake": int(np.sum(labels == 1)),
     }
@@ -52,6 +63,21 @@ def equal_error_rate(labels: np.ndarray, scores: np.ndarray) -> float:
     after = int(np.argmax(excess >= 0))
     share = -excess[after - 1] / (excess[after] - excess[after - 1])
     return float(false_positive[after - 1] + share * (false_positive[after] - false_positive[after - 1]))
+
+
+def tpr_at_fpr(labels: np.ndarray, scores: np.ndarray, rate: float) -> float:
+    """The largest true positive rate, 0-1, at a threshold whose false positive rate is no more than `rate`.
+
+    Nothing is interpolated between two thresholds. With fewer than 1 / rate real images that means: above all of them.
+    """
+    false_positive, true_positive, _ = roc_curve(labels, scores, drop_intermediate=False)
+    return float(true_positive[false_positive <= rate + 1e-12].max())
+
+
+def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The mean of -log(probability of the image's class), in nats. labels (N,), scores (N,) in [0, 1]."""
+    right = np.where(labels == 1, scores, 1 - scores)
+    return float(-np.log(right.clip(min=SMALLEST_PROBABILITY)).mean())
 
 
 def choose_threshold(labels: np.ndarray, scores: np.ndarray) -> float:

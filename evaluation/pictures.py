@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from evaluation.operating import FAKE, REAL, UNCERTAIN, describe_rates, describe_thresholds, thresholds_of, verdict_of
 from evaluation.scoring import fake_probability
 from faces.finder import finder_files
 from faces.loose import Face, Framing, faces_in_file, list_pictures
@@ -101,12 +102,13 @@ class Row(NamedTuple):
 
 
 def score_pictures(model: LAMMViT, checkpoint: dict, pictures: list[tuple[Path, str]], args: Any) -> Iterator[Row]:
-    """The rows of all pictures, in their order. Worker processes look for faces, a few pictures ahead of the model.
+    """The rows of all pictures, in their order, without verdicts. Worker processes look for faces, a few pictures ahead
+    of the model.
 
     Raises:
         BrokenProcessPool: a worker was killed, by the system when memory is short.
     """
-    framing, threshold = framing_of(model, checkpoint, args.whole_image), checkpoint["val_threshold"]
+    framing = framing_of(model, checkpoint, args.whole_image)
     workers = min(args.workers, max(1, len(pictures)))
     waiting: list[tuple[Path, Face | None, str]] = []
 
@@ -123,8 +125,7 @@ def score_pictures(model: LAMMViT, checkpoint: dict, pictures: list[tuple[Path, 
                     ).tolist()
                 )
         for path, face, reason in waiting:
-            score = next(scores) if face else math.nan
-            yield Row(path, face, score, ("fake" if score >= threshold else "real") if face else "", reason)
+            yield Row(path, face, next(scores) if face else math.nan, reason=reason)
         waiting.clear()
 
     # The workers never use torch, but what is on a GPU cannot be shared with them
@@ -142,7 +143,13 @@ def score_pictures(model: LAMMViT, checkpoint: dict, pictures: list[tuple[Path, 
         yield from flush()
 
 
-def with_summaries(rows: Iterator[Row], threshold: float) -> Iterator[Row]:
+def with_verdicts(rows: Iterator[Row], thresholds: dict[str, float]) -> Iterator[Row]:
+    """Rows that have a score get their verdict by these thresholds of operating.thresholds_of."""
+    for row in rows:
+        yield row if math.isnan(row.probability) else row._replace(verdict=verdict_of(row.probability, thresholds))
+
+
+def with_summaries(rows: Iterator[Row]) -> Iterator[Row]:
     """After the rows of a video one for each face that was followed in it: the mean over its frames."""
     scores: dict[int, list[float]] = {}
     path = None
@@ -150,8 +157,7 @@ def with_summaries(rows: Iterator[Row], threshold: float) -> Iterator[Row]:
     def summaries() -> Iterator[Row]:
         for number, of_face in sorted(scores.items()):
             mean, spread = float(np.mean(of_face)), float(np.std(of_face))
-            verdict = "fake" if mean >= threshold else "real"
-            yield Row(path, None, mean, verdict, number=number, frames=len(of_face), spread=spread)
+            yield Row(path, None, mean, number=number, frames=len(of_face), spread=spread)
         scores.clear()
 
     for row in rows:
@@ -184,8 +190,9 @@ def score_images(model: LAMMViT, checkpoint: dict, args: Any) -> int:
 
     Raises:
         FileNotFoundError: there is not one file.
-        ValueError: nowhere to write the rows to.
+        ValueError: nowhere to write the rows to; no threshold for --fpr.
     """
+    thresholds = thresholds_of(checkpoint, args.fpr, args.checkpoint)
     pictures = list(list_pictures(args.images))
     if not pictures:
         raise FileNotFoundError(f"{', '.join(args.images)}: no images there")
@@ -201,9 +208,9 @@ def score_images(model: LAMMViT, checkpoint: dict, args: Any) -> int:
     if args.explain:
         args.explain.mkdir(parents=True, exist_ok=True)
     counts, last = Counter(), None
-    rows = with_summaries(score_pictures(model, checkpoint, pictures, args), checkpoint["val_threshold"])
+    rows = with_verdicts(with_summaries(score_pictures(model, checkpoint, pictures, args)), thresholds)
     if args.explain:
-        rows = explain_rows(model, checkpoint["val_threshold"], rows, args.explain)
+        rows = explain_rows(model, thresholds, rows, args.explain)
     try:
         with tqdm(
             total=len(pictures),
@@ -220,16 +227,15 @@ def score_images(model: LAMMViT, checkpoint: dict, args: Any) -> int:
     finally:
         if args.output:
             stream.close()
-    threshold = f"fake from {checkpoint['val_threshold']:.4f} on, the threshold chosen on validation"
     print(
-        f"files: {len(pictures)}, without a score: {counts['']}; faces: {counts['fake']} fake, {counts['real']} real"
-        f" ({threshold})",
+        f"files: {len(pictures)}, without a score: {counts['']}; faces: {counts[FAKE]} fake, {counts[REAL]} real,"
+        f" {counts[UNCERTAIN]} uncertain ({describe_thresholds(thresholds)}: {describe_rates(thresholds)})",
         file=sys.stderr,
     )
     return counts[""]
 
 
-def explain_rows(model: LAMMViT, threshold: float, rows: Iterator[Row], folder: Path) -> Iterator[Row]:
+def explain_rows(model: LAMMViT, thresholds: dict[str, float], rows: Iterator[Row], folder: Path) -> Iterator[Row]:
     """Draws a picture for each face and passes the rows on, with its name. A picture that cannot be written ends
     nothing.
     """
@@ -247,9 +253,8 @@ def explain_rows(model: LAMMViT, threshold: float, rows: Iterator[Row], folder: 
                 torch.from_numpy(row.face.region_masks)[None],
             )
             doubt = ", mean landmarks: dlib found none" if row.face.found_by == "mean" else ""
-            title = (
-                f"{row.path.name}: {row.verdict}, P(fake) = {row.probability:.4f}, fake from {threshold:.4f} on{doubt}"
-            )
+            verdict = f"{row.verdict}, P(fake) = {row.probability:.4f}, {describe_thresholds(thresholds)}"
+            title = f"{row.path.name}: {verdict}{doubt}"
             landmarks = row.face.landmarks if model.config.uses_masks else None
             try:
                 draw_explanation(row.face.image, landmarks, explain(model, images, masks)[0], title, path)

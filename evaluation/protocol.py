@@ -17,7 +17,7 @@ from samples.feature_files import FeatureFileError, find_feature_files
 from samples.transforms import TestTransform
 
 # Keys beside the generators, of the results and of the rows of "Robustness": no data set can be called so
-SUMMARIES = ("Mean", "Std", "Worst", "Run", "Robustness", "By", "corruption", "level")
+SUMMARIES = ("Mean", "Std", "Worst", "Run", "Robustness", "By", "Operating", "corruption", "level")
 PROTOCOLS = ("native", "fakes_jpeg96", "all_jpeg96")
 ALIGNED_QUALITY = 96  # of the JPEG of fakes_jpeg96 and all_jpeg96 (arXiv 2403.17608)
 

@@ -19,9 +19,11 @@ from markupsafe import Markup
 from PIL import Image
 
 from evaluation import figures
+from evaluation.groups import threshold_tables
 from evaluation.metrics import calibration
 from evaluation.mistakes import Mistake
-from evaluation.tables import COLUMNS, interval_of, number
+from evaluation.operating import describe_thresholds, verdict_of
+from evaluation.tables import COLUMNS, OPERATING, interval_of, number
 from runtime.files import replacing
 
 CURVES_A_CHART = len(figures.SERIES)  # then no colour comes twice in a chart
@@ -36,6 +38,7 @@ FIRST_SETTINGS = {
     "split": "Split",
     "protocol": "Protocol",
     "val_threshold": "Validation threshold",
+    "temperature": "Temperature",
     "datasets_trained": "Trained on",
     "versions": "Versions",
 }
@@ -159,7 +162,7 @@ def robustness_of(rows: list[dict] | None) -> dict | None:
 def settings_of(run: dict) -> tuple[dict, dict]:
     """Everything in Run but the warnings, which stand above: what is seen at once, and what is folded."""
     seen = {title: run[key] for key, title in FIRST_SETTINGS.items() if key in run}
-    known = {*FIRST_SETTINGS, *FOLDED_SETTINGS, "warnings"}
+    known = {*FIRST_SETTINGS, *FOLDED_SETTINGS, "warnings", "threshold"}
     seen |= {key: value for key, value in run.items() if key not in known}
     return seen, {title: run[key] for key, title in FOLDED_SETTINGS.items() if run.get(key)}
 
@@ -181,6 +184,7 @@ def write_report(
     comparisons: dict[str, tuple[np.ndarray, np.ndarray]],
     mistakes: list[Mistake],
     robustness: list[dict] | None,
+    operating: dict,
 ) -> None:
     """Writes the HTML file; an earlier one is replaced only by a whole one. The same input gives the same bytes.
 
@@ -191,8 +195,10 @@ def write_report(
         comparisons: {generator: (labels (N,) 1 = fake, scores (N,) probability of a fake)}, as many real as fake.
         mistakes: in the order in which they are shown.
         robustness: rows of inference.py --robustness, or None.
+        operating: of groups.at_thresholds.
     """
     run, generators = results["Run"], {name: results[name] for name in comparisons}
+    thresholds = operating["thresholds"]
     diagram, error = reliability(comparisons)
     seen, folded = settings_of(run)
     environment = Environment(
@@ -205,6 +211,10 @@ def write_report(
     )
     page = environment.get_template("report.html").render(
         columns=COLUMNS,
+        operating_columns=OPERATING,
+        threshold_tables=threshold_tables(operating),
+        verdicts=describe_thresholds(thresholds),
+        verdict_of=lambda score: verdict_of(score, thresholds),
         number=number,
         interval_of=interval_of,
         short=short,
@@ -217,6 +227,7 @@ def write_report(
         std=results["Std"],
         worst=results["Worst"],
         unbroken_titles=[unbroken(column.title) for column in COLUMNS],
+        operating_titles=[unbroken(column.title) for column in OPERATING],
         curves=curves(comparisons),
         histograms=histograms(comparisons, run["val_threshold"]),
         reliability=diagram,

@@ -35,9 +35,15 @@ def fake_probability(model: LAMMViT, images: torch.Tensor, region_masks: torch.T
 
     In double precision from the logits on: in single precision all confident scores would be 1 and tie.
     """
+    return scores_and_log_odds(model, images, region_masks)[:, 0]
+
+
+def scores_and_log_odds(model: LAMMViT, images: torch.Tensor, region_masks: torch.Tensor) -> np.ndarray:
+    """(B, 2) float64: fake_probability, and its log odds, which tell scores apart where that is 1. Arguments alike."""
     device = next(model.parameters()).device
     outputs = model(model.normalize(images.to(device, non_blocking=True)), region_masks.to(device, non_blocking=True))
-    return outputs["logits"].double().softmax(dim=-1)[:, 1].cpu().numpy()
+    logits = outputs["logits"].double()
+    return torch.stack([logits.softmax(dim=-1)[:, 1], logits[:, 1] - logits[:, 0]], dim=-1).cpu().numpy()
 
 
 def predict_scores(

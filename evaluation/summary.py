@@ -36,7 +36,7 @@ def summarize(test_set: TestSet, scores: np.ndarray, checkpoint: dict, bootstrap
     mean = {metric: float(np.mean([row[metric] for row in rows])) for metric in METRICS}
     if bootstrap:
         size = min(min(row["n_real"], row["n_fake"]) for row in rows)
-        of_mean = {metric: np.mean([of[metric] for of in replicates.values()], axis=0) for metric in METRICS}
+        of_mean = {metric: np.mean([of[metric] for of in replicates.values()], axis=0) for metric in METRIC_RANGE}
         mean["intervals"] = {
             metric: interval(mean[metric], of_mean[metric], size, top) for metric, top in METRIC_RANGE.items()
         }

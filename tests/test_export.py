@@ -117,6 +117,13 @@ def test_the_files_say_what_they_are(exported, trained):
     model, checkpoint = load_checkpoint(checkpoint_file)
     metadata = onnxruntime.InferenceSession(exported.folder / "model.onnx").get_modelmeta().custom_metadata_map
     assert float(metadata["val_threshold"]) == checkpoint["val_threshold"]
+    assert json.loads(metadata["thresholds"]) == checkpoint["thresholds"] and set(checkpoint["thresholds"]) == {
+        "0.01",
+        "0.05",
+    }
+    assert float(metadata["temperature"]) == checkpoint["temperature"]
+    of_before = {name: fact for name, fact in checkpoint.items() if name not in ("thresholds", "temperature")}
+    assert metadata.keys() - export.describe(model, of_before, checkpoint_file).keys() == {"thresholds", "temperature"}
     assert (
         (int(metadata["img_size"]), int(metadata["patch_size"]))
         == (224, 56)

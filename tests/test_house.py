@@ -26,10 +26,10 @@ runtime.checkpoint  faces.loose  faces.prepare  samples.sources  dataset
 samples.splits  samples.extracted  samples.manifest
 samples.plan
 samples.shards
-evaluation.scoring  evaluation.metrics
+evaluation.scoring  evaluation.metrics  evaluation.operating
 evaluation.tables  evaluation.intervals  evaluation.figures  evaluation.protocol
-evaluation.summary  evaluation.traces  evaluation.masks  evaluation.mistakes  evaluation.explain
-evaluation.robustness  evaluation.report  evaluation.pictures  evaluation.groups
+evaluation.summary  evaluation.traces  evaluation.masks  evaluation.mistakes  evaluation.explain  evaluation.groups
+evaluation.robustness  evaluation.report  evaluation.pictures
 training.options  training.data  training.run
 training.schedule  training.record
 training.setup  training.step  training.probe

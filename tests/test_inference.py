@@ -17,10 +17,11 @@ import pytest
 import torch
 from conftest import GENERATORS, ROOT, SMALL, error_line, refusal, run_script
 from PIL import Image
-from sklearn.metrics import accuracy_score, average_precision_score, recall_score, roc_auc_score
+from sklearn.metrics import accuracy_score, average_precision_score, log_loss, recall_score, roc_auc_score
 
 import inference
 from dataset import FaceDataset
+from evaluation.groups import rate
 from evaluation.metrics import METRICS
 from evaluation.protocol import draw_comparisons, load_test_set, score
 from evaluation.robustness import ROBUSTNESS, finder_again
@@ -215,7 +216,7 @@ def read_scores(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def test_metrics_are_scikit_learns_on_the_scores_of_the_csv_file(evaluated, trained):
     folder, printed = evaluated
     results = json.loads((folder / "prediction_results.json").read_text())
-    assert set(results) == {*GENERATORS, "Mean", "Std", "Worst", "Run", "Robustness"}
+    assert set(results) == {*GENERATORS, "Mean", "Std", "Worst", "Run", "Operating", "Robustness"}
     threshold = load_checkpoint(trained / "best_model.pth")[1]["val_threshold"]
     scores = read_scores(folder / "prediction_results.csv")
     assert scores.keys() == set(GENERATORS)
@@ -229,7 +230,11 @@ def test_metrics_are_scikit_learns_on_the_scores_of_the_csv_file(evaluated, trai
             "fake_accuracy": 100 * recall_score(labels, values >= 0.5),
             "ap": average_precision_score(labels, values),
             "auc": roc_auc_score(labels, values),
+            "tpr_at_fpr1": 100 * np.mean(values[labels == 1] > values[labels == 0].max()),  # 6 or 7 real images
+            "tpr_at_fpr10": 100 * np.mean(values[labels == 1] > values[labels == 0].max()),
         }
+        assert row["log_loss"] == pytest.approx(log_loss(labels, values)) and 0 <= row["ece"] <= 1
+        assert f"{row['log_loss']:.4f}" in printed and f"{row['ece']:.4f}" in printed
         for metric, value in expected.items():
             assert row[metric] == pytest.approx(value, abs=1e-9)
             low, high = row["intervals"][metric]
@@ -275,7 +280,7 @@ def test_rows_for_a_paper(evaluated):
             and f"| {2 * results[name]['n_real']} |" in row
         )
         row = next(line for line in latex.splitlines() if line.startswith(name))
-        assert row.endswith(r" \\") and row.count("&") == 9 and f"{100 * results[name]['auc']:.1f}" in row
+        assert row.endswith(r" \\") and row.count("&") == 12 and f"{100 * results[name]['auc']:.1f}" in row
     assert "Mean & " in latex and r"$\pm$" in latex and f"Worst: {results['Worst']['generator']}" in latex
 
 
@@ -283,10 +288,13 @@ def test_rows_for_a_paper(evaluated):
 def test_names_that_mean_something_to_markdown_and_latex(evaluated):
     results = json.loads((evaluated[0] / "prediction_results.json").read_text())
     odd = {r"A & B_50%, v|2 ~x^y\z {#1} $": results[GENERATORS[0]]} | {name: results[name] for name in ("Mean", "Std")}
-    assert {line.replace(r"\|", "").count("|") for line in results_as_markdown(odd, None).splitlines()} == {11}
+    tables = results_as_markdown(odd, None).split("\n\n")
+    counts = [{line.replace(r"\|", "").count("|") for line in table.splitlines()} for table in tables]
+    assert counts == [{11}, {8}]
     row = " ".join(results_as_latex(odd).splitlines()[1].split())
     broken = {"new\nline": results[GENERATORS[0]]} | {name: results[name] for name in ("Mean", "Std")}
-    assert all(text.count("new line") == 1 for text in (results_as_markdown(broken, None), results_as_latex(broken)))
+    assert results_as_markdown(broken, None).count("new line") == 2, "one row in each table"
+    assert results_as_latex(broken).count("new line") == 1
     assert row.startswith(r"A \& B\_50\%, v|2 \textasciitilde{}x\^{}y\textbackslash{}z \{\#1\} \$ & seen")
 
 
@@ -438,6 +446,58 @@ def test_generators_kept_from_training_are_marked(features, tmp_path, capsys):
         line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith(GENERATORS)
     }
     assert lines == {"OffAxisMouth": "seen", "IrisMismatch": "unseen"}
+
+
+def test_verdicts_and_what_came_of_the_thresholds(features, trained, tmp_path):
+    """Thresholds in the midst of the scores, so that each verdict is there."""
+    model, checkpoint = load_checkpoint(trained / "best_model.pth")
+    given = ("--features", features, "--bootstrap", 0, "--output", tmp_path / "out.json")
+    of_test = load_test_set(model, checkpoint, options(*given))
+    low, high = np.quantile(predict_scores(model, of_test.dataset)[of_test.needed], (0.4, 0.7))
+    torch.save(checkpoint | {"thresholds": {"0.01": float(high), "0.05": float(low)}}, tmp_path / "new.pth")
+    del checkpoint["thresholds"], checkpoint["temperature"]
+    torch.save(checkpoint, tmp_path / "old.pth")
+
+    def run(name: str, *further: object) -> tuple[dict, list[dict], str]:
+        done = run_script("inference.py", *given, "--checkpoint", tmp_path / name, *further, cwd=tmp_path)
+        with open(tmp_path / "out.csv", newline="") as file:
+            rows = [row | {"score": float(row["score"])} for row in csv.DictReader(file)]
+        return json.loads((tmp_path / "out.json").read_text()), rows, done.stdout
+
+    results, rows, printed = run("new.pth", "--report", tmp_path / "report")
+    assert {row["verdict"] for row in rows} == {"fake", "real", "uncertain"}
+    for row in rows:
+        expected = "fake" if row["score"] >= high else "real" if row["score"] < low else "uncertain"
+        assert row["verdict"] == expected
+    operating, real = results["Operating"], {row["path"]: row["score"] for row in rows if row["label"] == "0"}
+    assert list(operating["collections"]) == ["real/Consistent"]
+    collection = operating["collections"]["real/Consistent"]
+    assert collection["n"] == len(real), "each photograph once, however many generators it stands against"
+    for name, threshold in (("0.01", high), ("0.05", low)):
+        hits = np.array(list(real.values())) >= threshold
+        assert collection["false_alarms"][name] == rate(hits)
+        for generator in GENERATORS:
+            fakes = [row["score"] for row in rows if row["label"] == "1" and row["generator"] == generator]
+            assert operating["generators"][generator]["n"] == len(fakes)
+            assert operating["generators"][generator]["found"][name] == rate(np.array(fakes) >= threshold)
+    share = collection["false_alarms"]["0.05"]
+    cell = f"{100 * share['rate']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+    for text in (printed, (tmp_path / "out.md").read_text(), (tmp_path / "report/report.html").read_text()):
+        assert cell in text and "false alarms by collection" in text and f"% at {low:.4f} (5 %)" in text
+    assert f"fake from {high:.4f} on, real below {low:.4f}" in (tmp_path / "report/report.html").read_text()
+
+    results, rows, _ = run("new.pth", "--fpr", 0.05, "--by", "dataset")
+    assert [row["verdict"] for row in rows] == ["fake" if row["score"] >= low else "real" for row in rows]
+    assert results["By"]["dataset"]["real/Consistent"]["false_alarms"] == share
+    assert list(results["Operating"]["thresholds"]) == ["0.05"] and results["Run"]["arguments"]["fpr"] == 0.05
+
+    results, rows, printed = run("old.pth")
+    verdicts = ["fake" if row["score"] >= checkpoint["val_threshold"] else "real" for row in rows]
+    assert [row["verdict"] for row in rows] == verdicts and results["Run"]["temperature"] is None
+    assert results["Operating"]["thresholds"] == {"validation": checkpoint["val_threshold"]}
+    assert "(validation)" in printed
+    line = refusal(inference, *given, "--checkpoint", tmp_path / "new.pth", "--fpr", 0.1)
+    assert line.endswith("new.pth has thresholds for 0.01 and 0.05; take one of these")
 
 
 def test_refusals(features, trained, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """inference.py --images: a row for each face or a reason for each file, and the score that the features path gives."""
 
+import argparse
 import csv
 import io
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, run_script
 from PIL import Image
 
@@ -21,7 +23,8 @@ import inference
 from dataset import FaceDataset
 from drawing.face import sample_face
 from drawing.render import draw_face, render
-from evaluation import pictures
+from evaluation import explain, pictures
+from evaluation.operating import verdict_of
 from evaluation.pictures import COLUMNS, framing_of
 from evaluation.scoring import predict_scores
 from faces.finder import FaceFinder, finder_files
@@ -178,12 +181,62 @@ def test_scores_are_those_of_the_features(datasets, features, trained, tmp_path)
         assert [row["path"] for row in outputs[-1]] == list(expected)
         for row in outputs[-1]:
             assert float(row["probability"]) == pytest.approx(expected[row["path"]], abs=1e-4)
-            assert (
-                row["verdict"] == ("fake" if float(row["probability"]) >= checkpoint["val_threshold"] else "real")
-                and not row["reason"]
-            )
+            assert row["verdict"] == verdict_of(float(row["probability"]), checkpoint["thresholds"])
+            assert not row["reason"]
     assert [(row["path"], row["left"], row["face"]) for row in outputs[0]] == [
         (row["path"], row["left"], row["face"]) for row in outputs[1]
+    ]
+
+
+def test_verdicts_are_by_the_thresholds_of_the_checkpoint(datasets, trained, tmp_path, monkeypatch):
+    """Of nine faces; first with a checkpoint of before there were such thresholds."""
+    checkpoint = torch.load(trained / "best_model.pth", weights_only=True)
+    del checkpoint["thresholds"], checkpoint["temperature"]
+    torch.save(checkpoint, tmp_path / "old.pth")
+    titles = []
+    monkeypatch.setattr(explain, "draw_explanation", lambda *picture: titles.append(picture[3]))
+    faces = [datasets / f"real/Consistent/00{i}.png" for i in range(9)]
+
+    def judged(name: str, *options: object, expect: int = 0) -> tuple[list[float], list[str], str]:
+        arguments = ("--checkpoint", name, "--without_cnn", "--workers", 1, *options, "--images", *faces)
+        done = run_script("inference.py", *arguments, cwd=tmp_path, expect=expect)
+        rows = rows_of(done.stdout)
+        return [float(row["probability"]) for row in rows], [row["verdict"] for row in rows], done.stderr.splitlines()
+
+    scores, verdicts, told = judged("old.pth")
+    assert len(scores) == 9
+    assert verdicts == ["fake" if score >= checkpoint["val_threshold"] else "real" for score in scores]
+    assert f"{verdicts.count('fake')} fake, {verdicts.count('real')} real, 0 uncertain (fake from" in told[-1]
+    assert told[-1].endswith("on: the threshold chosen on validation)")
+    assert "old.pth has no such thresholds" in judged("old.pth", "--fpr", 0.01, expect=1)[2][-1]
+
+    low, high = (float(np.mean(np.sort(scores)[[i - 1, i]])) for i in (4, 7))
+    torch.save(checkpoint | {"thresholds": {"0.01": high, "0.05": low}}, tmp_path / "new.pth")
+    _, verdicts, told = judged("new.pth", "--explain", "why")
+    assert verdicts == ["fake" if score > high else "real" if score < low else "uncertain" for score in scores]
+    limits = f"fake from {high:.4f} on, real below {low:.4f}"
+    assert f"faces: 2 fake, 4 real, 3 uncertain ({limits}: 1 % and 5 % of false alarms on validation)" in told[-1]
+    assert [title.split(", ")[0] for title in titles] == [f"{path.name}: {v}" for path, v in zip(faces, verdicts)]
+    assert all(title.endswith(limits) for title in titles)
+    _, verdicts, told = judged("new.pth", "--fpr", 0.05)
+    assert verdicts == ["fake" if score > low else "real" for score in scores]
+    assert "5 fake, 4 real, 0 uncertain" in told[-1] and "5 % of false alarms on validation" in told[-1]
+    line = judged("new.pth", "--fpr", 0.02, expect=1)[2][-1]
+    assert line == "--fpr 0.02: new.pth has thresholds for 0.01 and 0.05; take one of these"
+
+
+def test_a_followed_face_is_judged_by_the_mean_of_its_frames():
+    rows = [
+        pictures.Row(Path(name), argparse.Namespace(number=number), score)
+        for name, number, score in (("a.mp4", 0, 0.95), ("a.mp4", 1, 0.1), ("a.mp4", 0, 0.55), ("b.mp4", 0, 0.92))
+    ]
+    rows.insert(3, pictures.Row(Path("no.jpg"), reason="no face found"))
+    judged = pictures.with_verdicts(pictures.with_summaries(iter(rows)), {"0.01": 0.9, "0.05": 0.6})
+    assert [(row.path.name, row.verdict, row.frames) for row in judged] == [
+        *(("a.mp4", "fake", None), ("a.mp4", "real", None), ("a.mp4", "real", None)),
+        *(("a.mp4", "uncertain", 2), ("a.mp4", "real", 1)),  # means of 0.75 and 0.1
+        ("no.jpg", "", None),
+        *(("b.mp4", "fake", None), ("b.mp4", "fake", 1)),
     ]
 
 

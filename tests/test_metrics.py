@@ -20,7 +20,7 @@ from evaluation.intervals import (
     weighted_metrics,
     win_matrix,
 )
-from evaluation.metrics import METRIC_RANGE, binary_metrics, calibration, choose_threshold
+from evaluation.metrics import METRIC_RANGE, METRICS, binary_metrics, calibration, choose_threshold, tpr_at_fpr
 
 # Warnings are errors here: a division by zero is a NaN in a table.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -51,6 +51,11 @@ def test_metrics_by_hand():
     assert metrics["ap"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 5) / 3)
     assert metrics["eer"] == pytest.approx(1 / 3)  # at 0.6: one real above, one fake below
     assert metrics["n_real"] == metrics["n_fake"] == 3
+    assert metrics["tpr_at_fpr1"] == metrics["tpr_at_fpr10"] == pytest.approx(100 / 3)  # 0.9 is above all real ones
+    assert metrics["log_loss"] == pytest.approx(-np.log([0.9, 0.6, 0.2, 0.35, 0.6, 0.9]).mean())
+    # in bins of their own, but for 0.8 and 0.9: each as far from the truth as its score
+    assert metrics["ece"] == pytest.approx((0.1 + 0.4 + 0.8 + 0.65 + 0.4 + 0.1) / 6)
+    assert {*METRICS, "n_real", "n_fake"} == metrics.keys()
 
 
 @pytest.mark.parametrize(
@@ -65,6 +70,22 @@ def test_metrics_by_hand():
 )
 def test_equal_error_rate_by_hand(labels, scores, expected):
     assert binary_metrics(np.array(labels), np.array(scores), 0.5)["eer"] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rate, expected",
+    [(0.0, 0.2), (0.0999, 0.2), (0.1, 0.4), (0.2, 0.4), (0.25, 0.4), (0.3, 0.8), (1.0, 1.0)],
+)
+def test_fakes_found_at_a_rate_of_false_alarms_by_hand(rate, expected):
+    """Ten real images, five fakes. Nothing is interpolated, not where a real image and a fake share a score either: at a
+    rate of 0.25 the fakes found are those of 0.2."""
+    real = [0.05, 0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9]
+    fake = [0.95, 0.8, 0.6, 0.55, 0.01]  # one above 0.9, two above 0.7, four above 0.5 with the real one at 0.6
+    assert tpr_at_fpr(np.repeat([0, 1], [10, 5]), np.array(real + fake), rate) == pytest.approx(expected)
+
+
+def test_log_loss_is_finite_where_a_model_is_certain_and_wrong():
+    assert binary_metrics(np.array([0, 1]), np.array([1.0, 1.0]), 0.5)["log_loss"] == pytest.approx(6 * np.log(10))
 
 
 def test_threshold_separates_in_the_middle():

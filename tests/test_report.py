@@ -1,4 +1,5 @@
 import html
+import itertools
 import json
 import re
 import shutil
@@ -13,10 +14,10 @@ from conftest import picture
 from PIL import Image
 
 from evaluation import figures
-from evaluation.metrics import METRIC_RANGE, binary_metrics, calibration
+from evaluation.metrics import METRIC_RANGE, METRICS, binary_metrics, calibration
 from evaluation.mistakes import Mistake
 from evaluation.report import STYLE_SHEET, write_report
-from evaluation.tables import COLUMNS, number
+from evaluation.tables import COLUMNS, OPERATING, number
 
 HOSTILE = "<script>alert(1)</script>\"'&$x_1$\udcff\u202e\n"
 HOSTILE_SHOWN = "<script>alert(1)</script>\"'&$x_1$\\udcff\\u202e\\n"
@@ -51,14 +52,16 @@ def evaluation(
         comparisons[name] = labels, np.concatenate([rng.beta(0.4, 3, size), rng.beta(1 + i % 4, 0.5, size)])
         results[name] = with_intervals(binary_metrics(*comparisons[name], 0.83) | {"seen": i == 0})
     worst = min(names, key=lambda name: results[name]["auc"])
-    table = {metric: [results[name][metric] for name in names] for metric in METRIC_RANGE}
+    table = {metric: [results[name][metric] for name in names] for metric in METRICS}
     results["Mean"] = with_intervals({metric: float(np.mean(values)) for metric, values in table.items()})
     results["Std"] = {metric: float(np.std(values)) for metric, values in table.items()}
-    results["Worst"] = {"generator": worst} | {metric: results[worst][metric] for metric in METRIC_RANGE}
+    results["Worst"] = {"generator": worst} | {metric: results[worst][metric] for metric in METRICS}
     results["Run"] = {
         "checkpoint": "output_model/best_model.pth",
         "checkpoint_sha256": "3f" * 32,
         "val_threshold": 0.83,
+        "threshold": 0.83,
+        "temperature": 1.7,
         "protocol": "native",
         "split": "test",
         "arguments": {"bootstrap": 1000, "datasets": None},
@@ -80,7 +83,13 @@ def evaluation(
         Mistake(np.asarray(picture(224, 224, i)), f"fake/{names[0]}/{i:03}.png", i % 2, 0.9 - 0.8 * (i % 2))
         for i in range(mistakes)
     ]
-    return results, comparisons, wrong, rows if robust else None
+    shares = {"0.01": {"rate": 0.02, "low": 0.011, "high": 0.057}, "0.05": {"rate": 0.05, "low": 0.03, "high": 0.09}}
+    operating = {
+        "thresholds": {"0.01": 0.9312, "0.05": 0.612},
+        "collections": {"real/FFHQ": {"n": size, "false_alarms": shares}},
+        "generators": {name: {"n": size, "found": shares} for name in names},
+    }
+    return results, comparisons, wrong, rows if robust else None, operating
 
 
 class Page(HTMLParser):
@@ -160,11 +169,16 @@ def written(tmp_path: Path, *arguments: object) -> tuple[str, Page]:
 @pytest.mark.slow
 def test_everything_is_there(tmp_path):
     warnings = ["StarGAN: the format of its files tells it from the real ones (PNG; real: JPEG)"]
-    arguments = results, comparisons, mistakes, robustness = evaluation(["StyleGAN3", "StarGAN"], warnings=warnings)
+    arguments = evaluation(["StyleGAN3", "StarGAN"], warnings=warnings)
+    results, comparisons, mistakes, robustness, _ = arguments
     source, page = written(tmp_path, *arguments)
     for name in ("StyleGAN3", "StarGAN", "Mean", "Worst"):
         for metric, *_ in COLUMNS:
             assert number(metric, results[name][metric]) in page.words, (name, metric)
+    for name, metric in itertools.product(("StyleGAN3", "StarGAN", "Mean"), [column.metric for column in OPERATING]):
+        assert number(metric, results[name][metric]) in page.words, (name, metric)
+    assert {"real/FFHQ", "% at 0.9312 (1 %)", "% at 0.6120 (5 %)", "2.0 [1.1, 5.7]"} <= set(page.words)
+    assert "fake from 0.9312 on, real below 0.6120" in page.words and {"real", "uncertain"} <= set(page.words)
     for name in ("StyleGAN3", "Mean"):
         low, high = results[name]["intervals"]["auc"]
         assert f"[{low:.3f}, {high:.3f}]" in page.words
@@ -216,7 +230,7 @@ def test_without_intervals_robustness_mistakes_and_warnings(tmp_path):
         row.pop("seen", None)
     results["Mean"]["intervals"] = {}
     _, page = written(tmp_path, results, *others)
-    assert page.words.count("None.") == 2 and "[" not in page.text
+    assert page.words.count("None.") == 2 and page.text.count("[") == 4, "those of the thresholds, Wilson's, alone"
     assert (
         "Robustness" not in page.words
         and "Before you trust these numbers" not in page.words
@@ -228,16 +242,17 @@ def test_without_intervals_robustness_mistakes_and_warnings(tmp_path):
 @pytest.mark.parametrize("fakes, reals", [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)])
 @pytest.mark.parametrize("threshold", [np.nextafter(1, 2), 0.0])
 def test_extreme_scores(tmp_path, fakes, reals, threshold):
-    results, comparisons, mistakes, _ = evaluation(["StyleGAN3"], size=2, mistakes=1, val_threshold=threshold)
+    run = {"val_threshold": threshold, "threshold": threshold}
+    results, comparisons, mistakes, _, operating = evaluation(["StyleGAN3"], size=2, mistakes=1, **run)
     scores = np.array([reals, reals, fakes, fakes])
     labels = comparisons["StyleGAN3"][0]
     results["StyleGAN3"] |= binary_metrics(labels, scores, threshold)
-    written(tmp_path, results, {"StyleGAN3": (labels, scores)}, mistakes, None)
+    written(tmp_path, results, {"StyleGAN3": (labels, scores)}, mistakes, None, operating)
 
 
 @pytest.mark.slow
 def test_hostile_names_stay_names(tmp_path):
-    results, comparisons, mistakes, robustness = evaluation(
+    results, comparisons, mistakes, robustness, operating = evaluation(
         ["StyleGAN3", HOSTILE], warnings=[HOSTILE], checkpoint=HOSTILE, new_setting={HOSTILE: [HOSTILE]}
     )
     results["Run"] |= {
@@ -247,7 +262,7 @@ def test_hostile_names_stay_names(tmp_path):
     }
     mistakes.append(Mistake(mistakes[0].image, f'real/"><img src=x onerror=alert(1)>{HOSTILE}', 0, 0.99))
     robustness[1]["corruption"] = HOSTILE
-    source, page = written(tmp_path, results, comparisons, mistakes, robustness)
+    source, page = written(tmp_path, results, comparisons, mistakes, robustness, operating)
     assert page.words.count(HOSTILE_SHOWN) >= 7 and "\u202e" not in source
     assert len(page.having("img")) == len(mistakes)
     assert any(HOSTILE_SHOWN in label for label in page.attributes("aria-label"))

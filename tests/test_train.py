@@ -2,6 +2,7 @@
 bits.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -21,16 +22,19 @@ import torch
 import torchvision
 from conftest import GENERATORS, ROOT, SMALL, error_line, launcher, refusal, run_one_after_another, run_script
 from PIL import Image
+from scipy.special import expit, logit
 
 import train
 from dataset import FaceDataset
-from evaluation.metrics import binary_metrics
+from evaluation.metrics import binary_metrics, log_loss
+from evaluation.operating import choose_thresholds, fit_temperature
 from evaluation.scoring import predict_scores
 from model import LAMMViT, LAMMViTConfig
 from runtime.checkpoint import CheckpointError, load_checkpoint, save
 from runtime.processes import lock
 from samples.feature_files import find_feature_files
 from train import get_args_parser as train_parser
+from training import state
 from training.schedule import MIN_LR, cosine_lr, parameter_groups
 
 
@@ -186,6 +190,51 @@ def test_validation_auc_is_the_one_of_the_saved_weights(features, trained):
     dataset = FaceDataset(list(find_feature_files(features, "val").values()), model.config.grid_size)
     metrics = binary_metrics(dataset.labels, predict_scores(model, dataset), 0.5)
     assert metrics["auc"] == pytest.approx(checkpoint["val_auc"], abs=1e-6)
+
+
+def test_the_best_model_is_calibrated_and_the_run_is_not(features, trained):
+    """best_model.pth is the last epoch's here, so that last.pth has the same weights, but for the head's."""
+    model, best = load_checkpoint(trained / "best_model.pth")
+    as_trained, last = load_checkpoint(trained / "last.pth")
+    line = log_of(trained)[-1]
+    assert best["epoch"] == line["epoch"] and last["val_threshold"] == line["val_threshold"]
+    assert not {"temperature", "thresholds"} & last.keys()
+    for name, weights in as_trained.state_dict().items():
+        scale = best["temperature"] if name.startswith("head.") else 1
+        torch.testing.assert_close(model.state_dict()[name] * scale, weights, rtol=1e-6, atol=0)
+    dataset = FaceDataset(list(find_feature_files(features, "val").values()), model.config.grid_size)
+    before, scores = predict_scores(as_trained, dataset), predict_scores(model, dataset)
+    assert log_loss(dataset.labels, before) == pytest.approx(line["val_loss"], abs=1e-6)
+    assert log_loss(dataset.labels, scores) == pytest.approx(best["val_loss"], abs=1e-6)
+    assert fit_temperature(dataset.labels, logit(before)) == pytest.approx(best["temperature"], rel=1e-3)
+    assert best["temperature"] > 1.5 and best["val_loss"] < line["val_loss"] - 0.05
+    assert choose_thresholds({"Consistent": scores[dataset.labels == 0]}) == pytest.approx(best["thresholds"], abs=1e-6)
+    # the same images are called fake, by other numbers
+    assert (scores >= best["val_threshold"]).tolist() == (before >= line["val_threshold"]).tolist()
+
+
+def test_thresholds_are_of_collections_and_of_calibrated_scores(monkeypatch):
+    """Two collections of photographs and two generators, in files of their own."""
+    rng, sizes = np.random.default_rng(0), (400, 120, 0, 300, 200)
+    labels = np.repeat([0, 0, 0, 1, 1], sizes)
+    log_odds = 6 * rng.normal(2.0 * labels - 1, 1)
+    log_odds[400:520] += 4
+    ends = np.cumsum(sizes)
+    val_set = argparse.Namespace(
+        labels=labels,
+        files=[f"features/{name}/val_features.h5" for name in ("real/A", "real/B", "real/C", "fake/A", "fake/B")],
+        starts=ends - sizes,
+        ends=ends,
+    )
+    weights = {"head.weight": torch.ones(2, 3), "head.bias": torch.ones(2), "norm.weight": torch.ones(3)}
+    monkeypatch.setattr(state, "describe", lambda run: {"model": weights, "val_threshold": 0.5})
+    held = state.calibrated(argparse.Namespace(val_set=val_set), {"val_auc": 0.9, "val_loss": 3.0}, log_odds)
+    scores = expit(log_odds / held["temperature"])
+    assert held["temperature"] == fit_temperature(labels, log_odds) and held["val_auc"] == 0.9
+    assert held["thresholds"] == choose_thresholds({"A": scores[:400], "B": scores[400:520]})
+    assert held["thresholds"] == choose_thresholds({"B": scores[400:520]}), "it is the worse one"
+    torch.testing.assert_close(held["model"]["head.weight"], torch.ones(2, 3) / held["temperature"])
+    assert held["model"]["norm.weight"] is weights["norm.weight"] and (weights["head.bias"] == 1).all()
 
 
 @pytest.mark.slow
@@ -593,6 +642,7 @@ def test_validation_over_two_processes_is_exact(one_and_two, features):
     dataset = FaceDataset(list(find_feature_files(features, "val").values()), model.config.grid_size)
     scores = predict_scores(model, dataset, batch_size=16)
     assert binary_metrics(dataset.labels, scores, 0.5)["auc"] == pytest.approx(checkpoint["val_auc"], abs=1e-6)
+    assert log_loss(dataset.labels, scores) == pytest.approx(checkpoint["val_loss"], abs=1e-6)
     one = torch.load(one_and_two[2] / "best_model.pth", weights_only=True)
     torch.testing.assert_close(one["lamm_weights"], checkpoint["lamm_weights"], atol=1e-5, rtol=0)
 

@@ -7,6 +7,7 @@ import torch
 
 from attention import try_kernels
 from dataset import TrainSampler, image_ids, source_numbers
+from evaluation.operating import RATES, allowed_alarms
 from model import LAMMViT, LAMMViTConfig
 from runtime.devices import pick_precision
 from runtime.pretrained import Trunk, load_trunk, read_trunk
@@ -113,7 +114,11 @@ def print_plan(run: Run) -> None:
     """What is about to be trained on what, before the first step."""
     args, config = run.args, run.model.config
     is_even = args.sampling != "natural" and run.window % 2 == 0
-    notes = {"train": f"   {args.sampling}{', as many of both in a step' if is_even else ''}", "val": ""}
+    few = [f"{100 * rate:g} %" for rate in RATES if allowed_alarms(int((run.val_set.labels == 0).sum()), rate) < 0]
+    notes = {
+        "train": f"   {args.sampling}{', as many of both in a step' if is_even else ''}",
+        "val": f"   too few real for a threshold at {' and '.join(few)} of false alarms" if few else "",
+    }
     for split, dataset in (("train", run.train_set), ("val", run.val_set)):
         print(f"{split:<7}{(dataset.labels == 0).sum()} real, {(dataset.labels == 1).sum()} fake{notes[split]}")
     print(f"data   {', '.join(run.datasets)}")

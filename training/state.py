@@ -8,8 +8,12 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.special import expit
 
+from evaluation.metrics import choose_threshold, log_loss
+from evaluation.operating import choose_thresholds, fit_temperature, fold_temperature
 from model import LAMMViT, LAMMViTConfig
 from runtime.checkpoint import CHECKPOINT_VERSION, CheckpointError, load_checkpoint, save
 from runtime.files import free_path, replacing
@@ -57,6 +61,31 @@ def describe(run: Run) -> dict:
         "samples": run.samples,
         "best_auc": run.best_auc,
     }
+
+
+def calibrated(run: Run, line: dict, log_odds: np.ndarray) -> dict:
+    """What best_model.pth holds: describe, the epoch's line of the log, and the operating points.
+
+    Its logits are those of the run divided by `temperature`, in the weights of its head: whoever uses it has calibrated
+    probabilities, and need not know. So val_loss and val_threshold are other numbers than in the log, and `thresholds`,
+    {rate of false alarms: threshold}, are of calibrated scores. The other weights are the model's own memory: save them
+    before it changes, with --ema within step.averaged.
+
+    Args:
+        log_odds: (N,) of the validation images, of the weights that the model has now.
+    """
+    labels = run.val_set.labels
+    temperature = fit_temperature(labels, log_odds)
+    scores = expit(log_odds / temperature)
+    real = {  # by data set: each has a file, and one class
+        file: scores[start:end]
+        for file, start, end in zip(run.val_set.files, run.val_set.starts, run.val_set.ends)
+        if start < end and labels[start] == 0
+    }
+    held = describe(run) | line
+    held["model"] = fold_temperature(held["model"], temperature)
+    held |= {"temperature": temperature, "thresholds": choose_thresholds(real)}
+    return held | {"val_threshold": choose_threshold(labels, scores), "val_loss": log_loss(labels, scores)}
 
 
 def save_state(run: Run) -> None:

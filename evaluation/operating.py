@@ -1,0 +1,151 @@
+"""Operating points: calibrated scores, thresholds for a rate of false alarms, and the verdicts that follow.
+
+    fit_temperature       by what to divide the logits, so that at equal counts 0.9 means nine in ten
+    choose_thresholds     for each rate of false alarms a threshold
+    verdict_of            fake, real or uncertain
+
+train.py chooses both on validation and puts them into best_model.pth: `temperature`, which is already in the weights of
+the head, and `thresholds`, {"0.01": t, "0.05": t}, of the calibrated scores. Scores are probabilities of a fake in [0,
+1]; a score at a threshold is above it. Labels are 1 = fake, 0 = real.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+RATES = (0.01, 0.05)  # of false alarms, for which a checkpoint has thresholds
+TEMPERATURES = (0.05, 20.0)
+# Between the highest score of a photograph and a threshold above it: more than rounding makes of a score elsewhere
+MARGIN = 1e-5
+ON_VALIDATION = "validation"  # stands in the place of a rate where a checkpoint has val_threshold alone
+FAKE, REAL, UNCERTAIN = VERDICTS = ("fake", "real", "uncertain")
+
+
+# ---------------------------------------------------------------------------------------------------------- calibration
+
+
+def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
+    """The temperature T of the least log loss of logits / T (Guo et al., ICML 2017), within TEMPERATURES.
+
+    Both classes weigh the same, whatever their counts. The targets are Platt's (1999), (n + 1) / (n + 2) for a class of
+    n images in place of 1: so few images that a model separates perfectly do not make it certain.
+
+    Args:
+        labels: (N,), both classes present.
+        logits: (N,) log odds of a fake, that is logit 1 - logit 0; finite.
+    """
+    classes = (logits[labels == 1], -logits[labels == 0])  # positive: on the right side
+
+    def loss(log_temperature: float) -> float:
+        total = 0.0
+        for margins in classes:
+            scaled, target = margins / np.exp(log_temperature), (len(margins) + 1) / (len(margins) + 2)
+            total += float(np.mean(np.logaddexp(0, -scaled) + (1 - target) * scaled))
+        return total
+
+    found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))
+
+
+def fold_temperature(weights: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+    """The weights of a model whose logits are divided by the temperature, in its head. The given ones stay."""
+    return dict(weights) | {name: weights[name] / temperature for name in ("head.weight", "head.bias")}
+
+
+# ----------------------------------------------------------------------------------------------------------- thresholds
+
+
+def allowed_alarms(count: int, rate: float) -> int:
+    """How many of `count` photographs may be at or above a threshold for this rate; -1: too few to say.
+
+    One less than rate · (count + 1): then a further photograph like these is above it with a probability of `rate` at
+    the most (split conformal prediction, Vovk et al. 2005), where rate · count would be half an image too many.
+    """
+    return int(rate * (count + 1) + 1e-9) - 1  # 0.29 · 100 is a little less than 29
+
+
+def threshold_for(scores: np.ndarray, rate: float) -> float:
+    """The lowest threshold, in the middle between two scores, that no more than allowed_alarms of the scores (N,), N >
+    0, reach.
+
+    Where none may reach it, it is MARGIN above the highest one. Where there are too few to say, it is half way from the
+    highest one to 1, which is a convention: that many images bound no such rate. Above 1 if they have scores of 1.
+    """
+    alarms = allowed_alarms(len(scores), rate)
+    highest = np.sort(scores)[::-1][max(alarms, 0)]  # of those that have to stay below
+    above = scores[scores > highest]
+    room = (1 - highest) / 2
+    if len(above):
+        step = (above.min() - highest) / 2
+    else:
+        step = room if alarms < 0 else min(room, MARGIN)
+    return float(max(highest + step, np.nextafter(highest, 2)))
+
+
+def choose_thresholds(real: Mapping[str, np.ndarray], rates: Sequence[float] = RATES) -> dict[str, float]:
+    """{"0.01": threshold, ...}: so that of the photographs of every collection no more than this share is called fake.
+
+    The worst collection has its say: of the threshold for all of them together and that of each collection by itself
+    the highest is taken. A collection with too few images for a rate counts in the pool alone. The threshold of a lower
+    rate is never below that of a higher one.
+
+    Args:
+        real: {collection: scores of its photographs}, of validation; at least one photograph in all.
+        rates: 0-1.
+    """
+    pool = np.concatenate(list(real.values()))
+    thresholds, lowest = {}, 0.0
+    for rate in sorted(rates, reverse=True):
+        alone = [scores for scores in real.values() if allowed_alarms(len(scores), rate) >= 0]
+        lowest = max(lowest, *(threshold_for(scores, rate) for scores in (pool, *alone)))
+        thresholds[f"{rate:g}"] = lowest
+    return {f"{rate:g}": thresholds[f"{rate:g}"] for rate in rates}
+
+
+# ------------------------------------------------------------------------------------------------------------- verdicts
+
+
+def thresholds_of(checkpoint: Mapping[str, Any], rate: float | None, path: Path) -> dict[str, float]:
+    """By what a checkpoint judges: its thresholds by rate; the one of a rate, if that is given; {ON_VALIDATION:
+    val_threshold} where it is of before there were any.
+
+    Raises:
+        ValueError: no threshold for this rate; the message names those that there are, and the checkpoint's path.
+    """
+    there = checkpoint.get("thresholds") or {}
+    if rate is None:
+        return dict(there) or {ON_VALIDATION: float(checkpoint["val_threshold"])}
+    if not there:
+        raise ValueError(f"--fpr {rate:g}: {path} has no such thresholds; leave it away, or train again")
+    chosen = {name: threshold for name, threshold in there.items() if float(name) == rate}
+    if not chosen:
+        raise ValueError(f"--fpr {rate:g}: {path} has thresholds for {' and '.join(there)}; take one of these")
+    return chosen
+
+
+def verdict_of(score: float, thresholds: Mapping[str, float]) -> str:
+    """One of VERDICTS: fake from the highest threshold on, real below the lowest, uncertain between."""
+    if score >= max(thresholds.values()):
+        return FAKE
+    return UNCERTAIN if score >= min(thresholds.values()) else REAL
+
+
+def describe_thresholds(thresholds: Mapping[str, float]) -> str:
+    """Such as "fake from 0.9312 on, real below 0.6120"."""
+    high, low = max(thresholds.values()), min(thresholds.values())
+    return f"fake from {high:.4f} on" + (f", real below {low:.4f}" if low < high else "")
+
+
+def describe_rates(thresholds: Mapping[str, float]) -> str:
+    """Where they come from, such as "1 % and 5 % of false alarms on validation"."""
+    if ON_VALIDATION in thresholds:
+        return "the threshold chosen on validation"
+    return f"{' and '.join(title_of(name) for name in thresholds)} of false alarms on validation"
+
+
+def title_of(name: str) -> str:
+    """A key of the thresholds, for people: "1 %"."""
+    return name if name == ON_VALIDATION else f"{100 * float(name):g} %"
