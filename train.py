@@ -46,7 +46,7 @@ from training.run import BEST, LAST, PREVIOUS, Run, Stopped
 from training.schedule import cosine_lr
 from training.setup import build_run, print_plan
 from training.state import begin, check_disk, describe, save_state, write_log
-from training.step import averaged, listed, one_step, rehearse
+from training.step import as_kept, kept_weights, listed, one_step, rehearse
 
 # What gloo and nccl say of a process that has ended
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -173,7 +173,7 @@ def train(run: Run) -> None:
         save_state(run)  # validation may take longer than Slurm waits
         if agree(bool(run.stop))[0]:
             raise Stopped
-        with averaged(run):
+        with as_kept(run):
             metrics, scores, weights = validate(run)
         line = {
             "epoch": run.epoch,
@@ -192,8 +192,8 @@ def train(run: Run) -> None:
         if run.rank == 0:
             write_log(run)
             if is_best:
-                with averaged(run):
-                    save(describe(run) | line | {"lamm_weights": weights}, run.path(BEST))
+                best = {"model": kept_weights(run), "lamm_weights": weights}
+                save(describe(run) | line | best, run.path(BEST))
             report_epoch(run, line, timing, is_best)
             if board:
                 write_board(board, line | timing, run.val_set.labels, scores, weights)

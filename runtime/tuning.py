@@ -94,6 +94,13 @@ def held_state(model: LAMMViT, tune: str) -> dict[str, Tensor]:
     return {name: values for name, values in model.state_dict().items() if is_held(name, tune)}
 
 
+def in_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with matrices in float16, but for those with a value beyond its range (65504); vectors stay as they
+    are."""
+    halves = {name: values.half() for name, values in state.items() if values.ndim >= 2}
+    return state | {name: half for name, half in halves.items() if half.isfinite().all()}
+
+
 def merge_lora(model: LAMMViT) -> None:
     """A model of LAMMViT's own modules, with the same function."""
     replace_matrices(model, lambda linear: linear.merged() if isinstance(linear, LoRALinear) else linear)

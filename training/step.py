@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dataset import FaceDataset
 from model import NUM_REGIONS, LAMMLoss
 from runtime.processes import agree, gather
+from runtime.tuning import held_state, in_half
 from training.run import LAST, PREVIOUS, Run
 
 SHOWN_PATHS = 32  # of the samples of a step that went wrong
@@ -131,21 +132,28 @@ def average_weights(run: Run) -> None:
     torch._foreach_lerp_([run.ema[name] for name in weights], list(weights.values()), 1 - decay)
 
 
+def kept_weights(run: Run) -> dict[str, torch.Tensor]:
+    """What best_model.pth gets: the average of --ema, if there is one; beside a trunk, matrices in half precision."""
+    state = held_state(run.model, run.args.tune) | (run.ema or {})
+    return in_half(state) if run.trunk else state
+
+
 @contextlib.contextmanager
-def averaged(run: Run) -> Iterator[None]:
-    """Within this context the model has the average of its weights, if there is one."""
-    if run.ema is None:
+def as_kept(run: Run) -> Iterator[None]:
+    """Within this context the model has the weights of kept_weights: what validation measures, the threshold among it,
+    holds for what is stored, to the last bit."""
+    if run.ema is None and not run.trunk:
         yield
         return
-    weights = trained_weights(run)
-    own = {name: values.detach().clone() for name, values in weights.items()}
-    for name, values in weights.items():
-        values.data.copy_(run.ema[name])
+    kept, parameters = kept_weights(run), run.model.state_dict()
+    own = {name: parameters[name].clone() for name in kept}
+    for name, values in kept.items():
+        parameters[name].copy_(values)
     try:
         yield
     finally:
-        for name, values in weights.items():
-            values.data.copy_(own[name])
+        for name, values in own.items():
+            parameters[name].copy_(values)
 
 
 def describe_failure(run: Run, seen: list[torch.Tensor], logits: list[torch.Tensor], finite: list[bool]) -> str:
