@@ -31,7 +31,7 @@ evaluation.tables  evaluation.intervals  evaluation.figures  evaluation.protocol
 evaluation.summary  evaluation.traces  evaluation.masks  evaluation.mistakes  evaluation.explain
 evaluation.robustness  evaluation.report  evaluation.pictures  evaluation.groups
 training.options  training.data  training.run
-training.schedule  training.record
+training.schedule  training.record  training.cache
 training.setup  training.step  training.probe
 training.state
 benchmarks.comparison.near_duplicates  benchmarks.comparison.variants

@@ -24,7 +24,8 @@ def read_features(model: LAMMViT, images: torch.Tensor, region_masks: torch.Tens
     seen = []
     handle = model.head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0]))
     try:
-        model(model.normalize(images.to(model.cls_token.device)), region_masks.to(model.cls_token.device))
+        device = model.head.weight.device
+        model(model.normalize(images.to(device)), region_masks.to(device))
     finally:
         handle.remove()
     return seen[0].float().cpu().numpy()
@@ -51,10 +52,11 @@ def probe_head(run: Run) -> None:
 
     All processes read a part of the images, the first one computes the regression.
     """
-    plain = FaceDataset(run.train_set.files, run.train_set.grid_size, run.args.mask_style)
+    cached = run.args.cache_blocks  # which are of images as they are
+    plain = run.train_set if cached else FaceDataset(run.train_set.files, run.train_set.grid_size, run.args.mask_style)
     with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
         inside, outside = (
-            predict(run.model, dataset, read_features, run.args.batch_size, run.args.num_workers, title)
+            predict(run.fed, dataset, read_features, run.args.batch_size, run.args.num_workers, title)
             for dataset, title in ((plain, "probe"), (run.val_set, "probe, validation"))
         )
     weight, bias, auc = gather(fit(inside, plain.labels, outside, run.val_set.labels) if run.rank == 0 else None)[0]

@@ -15,6 +15,7 @@ from runtime.checkpoint import CHECKPOINT_VERSION, CheckpointError, load_checkpo
 from runtime.files import free_path, replacing
 from runtime.processes import gather
 from runtime.tuning import held_state
+from training.cache import use_cache
 from training.options import get_args_parser
 from training.probe import probe_head
 from training.run import BEST, FILES, LAST, LOG, PREVIOUS, Run
@@ -172,6 +173,8 @@ def begin(run: Run, restarts: int) -> None:
                 gone_on = True
         if len(set(gather((gone_on, run.epoch, run.samples)))) > 1:
             raise CheckpointError(f"{path}: not the same on all machines; they have to share {run.args.output_dir}")
+    if run.args.cache_blocks:
+        use_cache(run)
     if gone_on:
         if run.rank == 0:
             print(f"goes on from {path}: epoch {run.epoch}, {run.samples} samples seen")
