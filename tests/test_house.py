@@ -15,8 +15,8 @@ ORDER = """
 runtime.processes  runtime.files  runtime.devices  evaluation.typeset
 attention.layout  attention.textbook  drawing.coordinates  drawing.face
 attention.dropout  attention.kernels  drawing.render  faces.rejection  faces.regions
-attention.blocked  faces.images  faces.finder
-attention.trial  attention.flex
+attention.blocked  attention.flex  faces.images  faces.finder
+attention.trial
 attention  faces.alignment  faces.workers  faces.prepared  faces.videos
 model  faces.treatment  samples.feature_files  samples.transforms
 runtime.start  runtime.trunk_files
