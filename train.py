@@ -8,6 +8,7 @@
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py      two machines
     python train.py --resume                                                goes on where it stopped, however it stopped
     python train.py --without region_guidance                               one of the paper's ablations
+    python train.py --init_from clip --tune head --augment none --cache_blocks 12       the head on CLIP, in seconds
 
 The defaults are the paper's recipe, but for docs/differences.md. --batch_size is per process, as there: with W
 processes a step of the optimizer sees W · batch_size · accum_steps images. Without a GPU, torchrun trains on the CPU
@@ -46,7 +47,7 @@ from training.run import BEST, LAST, PREVIOUS, Run, Stopped
 from training.schedule import cosine_lr
 from training.setup import build_run, print_plan
 from training.state import begin, calibrated, check_disk, save_state, write_log
-from training.step import averaged, listed, one_step, rehearse
+from training.step import as_kept, kept_weights, listed, one_step, rehearse, start_training_mode
 
 # What gloo and nccl say of a process that has ended
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -88,7 +89,7 @@ def train_one_epoch(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     firsts = range(run.samples + rank * args.batch_size, run.samples + steps * run.window, args.batch_size * run.world)
     batches = (run.sampler.draw(first, args.batch_size) for first in firsts)
     loader = load_batches(run.train_set, batches, args.num_workers, pin_memory=run.device.type == "cuda")
-    run.trained.train()
+    start_training_mode(run)
     started, waited, saved = time.perf_counter(), 0.0, time.monotonic()
     with tqdm(
         desc=f"epoch {run.epoch}", total=steps * args.accum_steps, unit="batch", leave=False, disable=rank > 0
@@ -138,13 +139,15 @@ def validate(run: Run) -> tuple[dict[str, float], np.ndarray, torch.Tensor | Non
 
     handle = run.model.lamm.register_forward_hook(watch) if run.model.lamm else None
     predicted = predict(
-        run.model, run.val_set, scores_and_log_odds, run.args.batch_size, run.args.num_workers, "validation"
+        run.fed, run.val_set, scores_and_log_odds, run.args.batch_size, run.args.num_workers, "validation"
     )
     scores = predicted[:, 0]
     if handle:
         handle.remove()
         if run.world > 1:
             dist.all_reduce(sums)
+    if handle and run.args.cache_blocks:  # LAMM was not called
+        sums = run.fed.weights(torch.tensor(run.val_set.stand_in)).double().sum(dim=0)
     labels = run.val_set.labels
     if not np.isfinite(scores).all():
         bad = torch.from_numpy(np.flatnonzero(~np.isfinite(scores)))
@@ -176,7 +179,7 @@ def train(run: Run) -> None:
         save_state(run)  # validation may take longer than Slurm waits
         if agree(bool(run.stop))[0]:
             raise Stopped
-        with averaged(run):
+        with as_kept(run):
             metrics, predicted, weights = validate(run)
         line = {
             "epoch": run.epoch,
@@ -195,8 +198,8 @@ def train(run: Run) -> None:
         if run.rank == 0:
             write_log(run)
             if is_best:
-                with averaged(run):
-                    save(calibrated(run, line, predicted[:, 1]) | {"lamm_weights": weights}, run.path(BEST))
+                best = calibrated(run, line, kept_weights(run), predicted[:, 1]) | {"lamm_weights": weights}
+                save(best, run.path(BEST))
             report_epoch(run, line, timing, is_best)
             if board:
                 write_board(board, line | timing, run.val_set.labels, predicted[:, 0], weights)
@@ -226,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
             print_plan(run)
         begin(run, restarts)
         if args.compile:
-            run.trained = torch.compile(run.model)
+            run.trained = torch.compile(run.fed)
         if world > 1:
             run.trained = DistributedDataParallel(
                 run.trained, device_ids=[device.index] if device.type == "cuda" else None

@@ -12,7 +12,8 @@ scaled_dot_product_attention cannot express it. One operator, three ways to comp
 
 The last two keep nothing of the N x N plane for the backward: they compute it again from q, k and the masks. This file
 is the operator and its dispatch; trial.py tries the kernels on a GPU before they are used there; dropout.py has the
-random numbers of the CPU's path, and a dropout for any tensor. flex.py is PyTorch's FlexAttention, for comparison.
+random numbers of the CPU's path, and a dropout for any tensor. flex.py is PyTorch's FlexAttention, which takes the
+place of kernels that fail, where it can.
 
 Letters in shape comments are those of model.py, and
 
@@ -29,7 +30,9 @@ from attention import blocked, kernels
 from attention.dropout import random_keys
 from attention.layout import empty_token_major
 from attention.textbook import textbook_attention
-from attention.trial import kernels_serve
+from attention.trial import flex_serves, kernels_serve
+
+FLEX_HEAD_DIMS = (16, 32, 64, 128)  # that FlexAttention takes on every GPU
 
 _forced_path: str | None = None
 
@@ -61,7 +64,7 @@ def region_gated_attention(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     _check_arguments(q, k, v, masks, lam, theta, dropout_p)
-    path = _forced_path or _default_path(q)
+    path = _forced_path or _default_path(q, dropout_p)
     if path == "flex":
         from attention.flex import flex_gated_attention  # torch's compiler, where it is needed
 
@@ -102,13 +105,16 @@ def try_kernels(device: torch.device, dtype: torch.dtype) -> None:
         kernels_serve(torch.empty(0, device=device).device, dtype)
 
 
-def _default_path(q: Tensor) -> str:
+def _default_path(q: Tensor, dropout_p: float) -> str:
     if not kernels.takes(q):
         return "blocked"
     # Nothing can be tried while a graph is made; try_kernels does so before
     if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return "triton"
-    return "triton" if kernels_serve(q.device, q.dtype) else "textbook"
+    if kernels_serve(q.device, q.dtype):
+        return "triton"
+    has_flex = dropout_p == 0 and q.dtype != torch.float16 and q.shape[-1] in FLEX_HEAD_DIMS
+    return "flex" if has_flex and flex_serves(q.device, q.dtype) else "textbook"
 
 
 def _check_arguments(

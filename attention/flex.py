@@ -1,7 +1,8 @@
 """The gate by PyTorch's FlexAttention: the well-kept library for a score that is changed before the softmax.
 
 No dropout of attention weights, and on a CPU no backward. The gradients of the masks, λ and θ are summed by atomics, in
-another order each time. So it is a row of benchmarks/model_speed.py, beside the kernels, and not the way of training.
+another order each time. So it is a row of benchmarks/model_speed.py, beside the kernels, and on a GPU where these fail
+it takes their place before the formula does (attention/trial.py tries both).
 """
 
 import functools
@@ -26,6 +27,9 @@ def flex_gated_attention(
     """
     if dropout_p:
         raise ValueError("FlexAttention drops no attention weights; set dropout to 0")
+
+    # In bfloat16, λ M M would be another number
+    masks, lam, theta = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (masks, lam, theta))
 
     def gate(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score * torch.sigmoid(lam[b, h] * (masks[b, h, i] * masks[b, h, j] - theta[b, h]))

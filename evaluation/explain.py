@@ -1,4 +1,4 @@
-"""Why the model said so, for one face: where its class token looked, and how strongly each head (region) counted.
+"""Why the model said so, for one face: where it looked, and how strongly each head (region) counted.
 
     image + region masks  ->  Explanation  ->  one picture: the regions, the attention over the face, LAMM's weights
 
@@ -7,7 +7,8 @@ hooks note what enters RG-MHA in each block during an ordinary forward. The fuse
 whole, so it is computed again from what was noted, by attention/textbook.py. Letters in shape comments are those of
 model.py, and L layers.
 
-What the class token looked at is not what it decided on: read the picture as a hint, and no bright patch as a proof.
+It is the class token that looks; in a model whose head does not read it (--pool), all patches together. What they
+looked at is not what was decided on: read the picture as a hint, and no bright patch as a proof.
 """
 
 import math
@@ -48,8 +49,9 @@ LEAST_RANGE = 1.25  # of the colours of the heat map: attention that is nearly e
 class Explanation(NamedTuple):
     """What draw_explanation shows of one face, beside the face."""
 
-    heat: np.ndarray  # (G, G) float32, share of each patch in the rollout of the class token's attention; sum 1
+    heat: np.ndarray  # (G, G) float32, share of each patch in the rollout of the attention; sum 1
     lamm_weights: np.ndarray | None  # w (L, H) float32; None: the model has no LAMM
+    of_class: bool = True  # the class token's attention; else the mean of the patches'
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -100,8 +102,8 @@ def layer_attention(
 
 
 @torch.inference_mode()
-def rollout(maps: Iterable[Tensor], weights: Tensor | None) -> Tensor:
-    """Attention rollout of the class token (Abnar and Zuidema, ACL 2020, arXiv 2005.00928).
+def rollout(maps: Iterable[Tensor], weights: Tensor | None, of_class: bool = True) -> Tensor:
+    """Attention rollout (Abnar and Zuidema, ACL 2020, arXiv 2005.00928).
 
     Where they take the plain mean over heads, heads count here by their share of w, as they do in the model. MLP, head
     interaction and the size of the values are left out, as in any rollout.
@@ -109,6 +111,7 @@ def rollout(maps: Iterable[Tensor], weights: Tensor | None) -> Tensor:
     Args:
         maps: L times A (B, H, N, N), the first layer first.
         weights: w (L, B, H), or None for all heads alike.
+        of_class: of the class token; else the mean of the patches', that is, what each patch gets from all.
 
     Returns:
         (B, G, G), the share of each patch; sum 1.
@@ -120,7 +123,8 @@ def rollout(maps: Iterable[Tensor], weights: Tensor | None) -> Tensor:
         mean = torch.einsum("bh,bhij->bij", w / w.sum(dim=-1, keepdim=True), attention)  # rows sum to 1, as those of A
         step = (mean + torch.eye(N, dtype=mean.dtype, device=mean.device)) / 2  # the residual connection
         rolled = step if rolled is None else step @ rolled  # (B, N, N) x (B, N, N)
-    patches = rolled[:, 0, 1:]  # of the class token, without its own share: (B, P)
+    # Without the share of the class token itself: (B, P)
+    patches = rolled[:, 0, 1:] if of_class else rolled[:, 1:, 1:].mean(dim=1)
     grid_size = math.isqrt(patches.shape[1])
     return (patches / patches.sum(dim=-1, keepdim=True)).view(-1, grid_size, grid_size)
 
@@ -129,10 +133,11 @@ def explain(model: LAMMViT, images: Tensor, region_masks: Tensor) -> list[Explan
     """images (B, 3, h, w) uint8 RGB and region_masks (B, 8, G, G), on any device -> one Explanation for each image."""
     device = next(model.parameters()).device
     maps, weights = attention_maps(model, model.normalize(images.to(device)), region_masks.to(device))
-    heat = rollout(maps, weights).float().cpu().numpy()
+    of_class = "class" in model.config.pool
+    heat = rollout(maps, weights, of_class).float().cpu().numpy()
     # (L, B, H) -> (B, L, H)
     per_image = [None] * len(heat) if weights is None else weights.transpose(0, 1).float().cpu().numpy()
-    return [Explanation(*pair) for pair in zip(heat, per_image)]
+    return [Explanation(*pair, of_class) for pair in zip(heat, per_image)]
 
 
 # -------------------------------------------------------------------------------------------------------------- picture
@@ -157,7 +162,7 @@ def draw_explanation(
         show(left, image, f"What it saw: {image.shape[1]} x {image.shape[0]} pixels, and no regions")
     else:
         draw_regions(left, image, landmarks)
-    draw_heat(right, image, explanation.heat)
+    draw_heat(right, image, explanation.heat, explanation.of_class)
     draw_weights(bars.subplots(), explanation.lamm_weights)
     text = figure.suptitle(fit_title(title), fontsize=12, fontweight="bold", parse_math=False)
     text.set_fontsize(12 * min(1, 0.97 * figure.bbox.width / max(text.get_window_extent().width, 1)))
@@ -220,22 +225,23 @@ def draw_regions(axes: Axes, image: np.ndarray, landmarks: np.ndarray) -> None:
     )
 
 
-def draw_heat(axes: Axes, image: np.ndarray, heat: np.ndarray) -> None:
+def draw_heat(axes: Axes, image: np.ndarray, heat: np.ndarray, of_class: bool = True) -> None:
     """The face in gray, each patch tinted by its share of the attention: red above an even share, blue below."""
+    whose = "the class token's" if of_class else "all patches'"
     ratio = heat * heat.size
     limit = max(LEAST_RANGE, ratio.max())
     scale = ScalarMappable(LogNorm(1 / limit, limit), LinearSegmentedColormap.from_list("share", BELOW_EVEN_ABOVE))
     colours = scale.to_rgba(np.maximum(ratio, 1 / limit))[..., :3]  # a share of 0 has no logarithm
     tint = cv2.resize(colours, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)  # (G, G, 3) -> (h, w, 3)
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] / 255  # (h, w, 1)
-    show(axes, tint * (0.35 + 0.65 * gray), "Where it looked: rollout of the class token's attention")
+    show(axes, tint * (0.35 + 0.65 * gray), f"Where it looked: rollout of {whose} attention")
     ticks = np.geomspace(1 / limit, limit, 7)
     bar = axes.figure.colorbar(
         scale, ax=axes, shrink=0.9, pad=0.02, extend="min" if ratio.min() < 1 / limit else "neither"
     )
     bar.set_ticks(ticks, labels=[f"{tick:.2f} ×" for tick in ticks], fontsize=9)
     bar.ax.minorticks_off()
-    bar.set_label("share of the class token's attention,\nrelative to even", fontsize=9)
+    bar.set_label(f"share of {whose} attention,\nrelative to even", fontsize=9)
 
 
 def draw_weights(axes: Axes, weights: np.ndarray | None) -> None:

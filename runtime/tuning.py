@@ -68,11 +68,15 @@ def replace_matrices(model: LAMMViT, make: Callable[[nn.Linear], nn.Linear]) -> 
 
 
 def choose_trained(model: LAMMViT, tune: str) -> None:
-    """Freezes what is not trained. For LoRA, gives the blocks' matrices their products first."""
+    """Freezes what is not trained. For LoRA, gives the blocks' matrices their products first.
+
+    What is frozen and of no trunk is rounded to what in_half leaves of it."""
     if rank := lora_rank(tune):
         replace_matrices(model, lambda linear: LoRALinear(linear, rank))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name, tune))
+    frozen = {name: values for name, values in held_state(model, tune).items() if not is_trained(name, tune)}
+    model.load_state_dict(in_half(frozen), strict=False)  # as the checkpoint has it
 
 
 def is_trained(name: str, tune: str) -> bool:
@@ -92,6 +96,13 @@ def is_held(name: str, tune: str) -> bool:
 
 def held_state(model: LAMMViT, tune: str) -> dict[str, Tensor]:
     return {name: values for name, values in model.state_dict().items() if is_held(name, tune)}
+
+
+def in_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with matrices in float16, but for those with a value beyond its range (65504) and the head's, which is
+    small and has a temperature folded in; vectors stay as they are."""
+    halves = {name: values.half() for name, values in state.items() if values.ndim >= 2 and name != "head.weight"}
+    return state | {name: half for name, half in halves.items() if half.isfinite().all()}
 
 
 def merge_lora(model: LAMMViT) -> None:

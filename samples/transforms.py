@@ -125,7 +125,7 @@ class TrainTransform:
         color_jitter: strength of color_jitter in every image; 0, the paper's: none.
         augment: "paper"; or "field", what detectors of generated images are trained with: a crop of 60 to 100 % of the
             area in every image, resizing, blur and JPEG with probability 0.5 each (Wang et al., CVPR 2020, and those
-            after them), no noise.
+            after them), no noise; or "none": neither a corruption nor a mirror.
         mask_style: in which the masks of a crop are drawn again.
     """
 
@@ -137,6 +137,10 @@ class TrainTransform:
         self, image: np.ndarray, landmarks: np.ndarray, region_masks: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """image (h, w, 3) uint8 RGB, landmarks (68, 2), region_masks (8, G, G) -> the same."""
+        if self.augment == "none":
+            if self.color_jitter:
+                image = color_jitter(image, self.color_jitter, rng)
+            return image, landmarks, region_masks
         mirror, noise, jpeg, blur = rng.random(4) < (0.5, 0.1, 0.1, 0.1)
         if mirror:
             image, landmarks, region_masks = horizontal_flip(image, landmarks, region_masks)

@@ -381,7 +381,7 @@ def test_kernels_are_tried_before_they_are_used(monkeypatch):
     """On the first call for a device and dtype; where they fail or are wrong, one warning, and the formula."""
     monkeypatch.setattr(trial, "SHAPE", (1, 2, 18, 16))
     trial.kernels_serve.cache_clear()
-    assert trial.disagreement(torch.device("cpu"), torch.float32) == ""
+    assert trial.disagreement(trial.by_kernels, torch.device("cpu"), torch.float32) == ""
     q, k, v, *gates = arguments(1, 2, 9, 8)
     monkeypatch.setattr(kernels, "takes", lambda q: True)
     forward, backward = kernels.forward, kernels.backward
@@ -416,6 +416,45 @@ def test_kernels_are_tried_before_they_are_used(monkeypatch):
         region_gated_attention(q, k, v, *gates)
     assert len(calls) == 1 + 3, "one trial, then the kernels themselves"
     trial.kernels_serve.cache_clear()
+
+
+@pytest.mark.slow  # torch's compiler is imported
+def test_flex_attention_takes_the_place_of_kernels_that_fail_where_it_can(monkeypatch):
+    """Faked: on a CPU it has no backward. Not with dropout, in float16 or heads that it may not take, nor where it is
+    wrong."""
+    import attention.flex as flex
+
+    monkeypatch.setattr(trial, "SHAPE", (1, 2, 18, 16))
+    monkeypatch.setattr(kernels, "takes", lambda q: True)
+    monkeypatch.setattr(kernels, "forward", None)
+    calls = []
+
+    def right(*given):
+        calls.append(given[0].shape)
+        return textbook_attention(*given)
+
+    def wrong(*given):
+        return 1.5 * right(*given)
+
+    def attend(fake, dim, dtype, dropout_p):
+        trial.kernels_serve.cache_clear()
+        trial.flex_serves.cache_clear()
+        monkeypatch.setattr(flex, "flex_gated_attention", fake)
+        q, k, v, *gates = arguments(1, 2, 9, dim)
+        with pytest.warns(RuntimeWarning, match="the formula takes their place, or FlexAttention where it can"):
+            region_gated_attention(q.to(dtype), k.to(dtype), v.to(dtype), *gates, dropout_p)
+        return [shape[2] for shape in calls]
+
+    try:
+        assert attend(right, 16, torch.float32, 0.0) == [18, 9], "tried, then used"
+        calls.clear()
+        assert attend(wrong, 16, torch.float32, 0.0) == [18], "tried, and not used"
+        calls.clear()
+        for dim, dtype, dropout_p in ((16, torch.float32, 0.1), (16, torch.float16, 0.0), (8, torch.float32, 0.0)):
+            assert attend(right, dim, dtype, dropout_p) == []
+    finally:
+        trial.kernels_serve.cache_clear()
+        trial.flex_serves.cache_clear()
 
 
 def test_model_exports(tmp_path):

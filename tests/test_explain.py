@@ -167,6 +167,27 @@ def test_rollout_of_two_layers_by_hand():
     torch.testing.assert_close(rollout([first, second], None)[0], expected.view(2, 2))
 
 
+@pytest.mark.parametrize("pool", [("class", "patches"), ("patches",), ("regions",)])
+def test_who_looks_is_what_the_head_reads(pool):
+    """The class token, where the head reads it; else all patches: the mean of their rows. The picture says which."""
+    model, (images, masks) = make_model(pool=pool), make_inputs()
+    with torch.inference_mode():
+        maps, weights = attention_maps(model, model.normalize(images), masks)
+    rolled = torch.eye(17)
+    for attention, w in zip(maps, weights):
+        heads = (w[0] / w[0].sum())[:, None, None] * attention[0]
+        rolled = (heads.sum(dim=0) + torch.eye(17)) / 2 @ rolled
+    row = rolled[0, 1:] if "class" in pool else rolled[1:, 1:].mean(dim=0)
+    explanation = explain.explain(model, images, masks)[0]
+    np.testing.assert_allclose(explanation.heat.ravel(), row / row.sum(), atol=1e-6)
+    axes = Figure().subplots()
+    draw_heat(axes, np.zeros((64, 64, 3), np.uint8), explanation.heat, explanation.of_class)
+    said = [axes.get_title(loc="left"), axes.figure.axes[1].get_ylabel()]
+    assert all(
+        (("class token's" in text), ("all patches'" in text)) == ("class" in pool, "class" not in pool) for text in said
+    )
+
+
 def test_explanations_come_for_each_image_by_itself():
     model, (images, masks) = make_model(), make_inputs(3)
     together = explain.explain(model, images, masks)

@@ -15,11 +15,11 @@ ORDER = """
 runtime.processes  runtime.files  runtime.devices  evaluation.typeset
 attention.layout  attention.textbook  drawing.coordinates  drawing.face
 attention.dropout  attention.kernels  drawing.render  faces.rejection  faces.regions
-attention.blocked  faces.images  faces.finder
-attention.trial  attention.flex
+attention.blocked  attention.flex  faces.images  faces.finder
+attention.trial
 attention  faces.alignment  faces.workers  faces.prepared  faces.videos
 model  faces.treatment  samples.feature_files  samples.transforms
-runtime.start  runtime.trunk_files
+runtime.start  runtime.trunk_files  runtime.weights_file
 runtime.pretrained
 runtime.tuning
 runtime.checkpoint  faces.loose  faces.prepare  samples.sources  dataset
@@ -31,7 +31,7 @@ evaluation.tables  evaluation.intervals  evaluation.figures  evaluation.protocol
 evaluation.summary  evaluation.traces  evaluation.masks  evaluation.mistakes  evaluation.explain  evaluation.groups
 evaluation.robustness  evaluation.report  evaluation.pictures
 training.options  training.data  training.run
-training.schedule  training.record
+training.schedule  training.record  training.cache
 training.setup  training.step  training.probe
 training.state
 benchmarks.comparison.near_duplicates  benchmarks.comparison.variants

@@ -512,6 +512,66 @@ def test_torchrun_stopped_in_any_way_goes_on_to_the_same_end(features, straight,
     assert_same_run(tmp_path / "out", straight[2])
 
 
+# Each run is killed once, by itself and with SIGKILL: in a step, in the last process; while a checkpoint is written, in
+# the first one. Started again, it goes on; the runs before it are finished, and are left as they are.
+KILLED = """import functools, json, os, signal, sys
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
+import train
+
+rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+moments = {{"norms": (train, "one_step", 4, world - 1), "lora": (os, "fsync", 5, 0)}}
+
+
+def killing(real, number, is_killed):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(0)
+        if len(calls) == number:
+            is_killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+
+    return counted
+
+
+train.join_processes = functools.cache(train.join_processes)
+for folder, arguments in json.loads(sys.argv[1]).items():
+    module, name, number, victim = moments.get(folder, (train, "one_step", 0, -1))
+    real, is_killed = getattr(module, name), Path(folder + ".killed")
+    if rank == victim and not is_killed.exists():
+        setattr(module, name, killing(real, number, is_killed))
+    train.main(train.get_args_parser().parse_args([*arguments, "--output_dir", folder, "--resume"]))
+    setattr(module, name, real)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_part_beside_a_trunk_is_killed_and_goes_on_to_the_same_bits(features, tmp_path, processes):
+    torch.save(torchvision.models.VisionTransformer(224, 56, 2, 12, 24, 96).state_dict(), tmp_path / "vit.pth")
+    (tmp_path / "killed.py").write_text(KILLED.format(root=str(ROOT)))
+    options = ["--features", features, *LONG, "--epochs", 2, "--init_from", tmp_path / "vit.pth", "--tune"]
+    parts = {"norms": ["norms", "--ema", 0.9], "lora": ["lora:2"]}
+    runs = {folder: [*options, *part] for name, part in parts.items() for folder in (name, f"straight_{name}")}
+    runs = {folder: list(map(str, run)) for folder, run in runs.items()}
+    killed = {name: runs[name] for name in parts}
+    # torchrun starts its processes again by itself; one process ends, and what it left is gone on with here
+    for given, end in [(runs, 0)] if processes else [(killed, -signal.SIGKILL)] * 2:
+        command = [*launcher(processes, "--max_restarts=2"), "killed.py", json.dumps(given)]
+        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+        assert done.returncode == end, done.stderr
+    for folder in () if processes else runs:
+        run_script("train.py", *runs[folder], "--output_dir", folder, "--resume", cwd=tmp_path)
+    for name in parts:
+        assert (tmp_path / f"{name}.killed").exists()
+        assert_same_run(tmp_path / name, tmp_path / f"straight_{name}")
+    one, two = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("norms", "straight_norms"))
+    assert all(torch.equal(one["ema"][name], two["ema"][name]) for name in two["ema"])
+
+
 @pytest.mark.slow
 def test_two_machines_go_on_when_one_of_them_loses_its_process(features, straight, tmp_path):
     """Two agents of torchrun. They count restarts for themselves, the one that has lost nothing counts none."""

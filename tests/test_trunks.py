@@ -25,7 +25,7 @@ from runtime.checkpoint import CheckpointError, load_checkpoint
 from runtime.pretrained import interpolate_positions, load_trunk, read_trunk
 from runtime.start import GATES, STARTS, start_method
 from runtime.trunk_files import PACKAGE_SHA256, dequantise, packaged_clip
-from runtime.tuning import choose_trained, held_state, merge_lora
+from runtime.tuning import choose_trained, held_state, in_half, merge_lora
 from samples.feature_files import find_feature_files
 
 timm = pytest.importorskip("timm")
@@ -370,9 +370,15 @@ def test_a_part_is_trained_and_the_checkpoint_holds_it_alone(features, tmp_path,
     options = ("--start", "guided", "--tune", tune, "--epochs", 1, "--lr", 1e-2)
     train.main(train.get_args_parser().parse_args(fit(features, tmp_path / "out", vit, *options)))
     held = torch.load(tmp_path / "out/best_model.pth", weights_only=True)
+    is_half = {name: values.dtype == torch.float16 for name, values in held["model"].items()}
+    assert is_half == {name: held["model"][name].ndim >= 2 and name != "head.weight" for name in is_half}
     frozen = [name for name in held["model"] if re.match(r"blocks.*(qkv|mlp.0).weight|patch_embed", name)]
     assert not frozen and any(".lora_" in name for name in held["model"]) == tune.startswith("lora")
     model, _ = load_checkpoint(tmp_path / "out/best_model.pth")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    val_set = FaceDataset(list(find_feature_files(features, "val").values()), model.config.grid_size)
+    loss = log_loss(val_set.labels, predict_scores(model, val_set))
+    assert loss == pytest.approx(held["val_loss"], abs=1e-6), "measured with what is stored, not with more digits"
     started = LAMMViT(model.config)
     load_trunk(started, read_trunk(str(vit)))
     torch.manual_seed(0)
@@ -394,6 +400,20 @@ def test_a_part_is_trained_and_the_checkpoint_holds_it_alone(features, tmp_path,
     torch.save(torchvision.models.VisionTransformer(224, 56, 2, 12, 24, 96).state_dict(), tmp_path / "out/vit.pth")
     with pytest.raises(CheckpointError, match="vit.pth: no such file.*vit.pth is another one"):
         load_checkpoint(tmp_path / "out/best_model.pth")
+
+
+def test_half_precision_loses_no_range():
+    state = {
+        "head.weight": torch.rand(2, 3),
+        "large": torch.tensor([[7e4, 1.0]]),
+        "small": torch.tensor([[1 / 3, 6e4]]),
+        "bias": torch.tensor([1e9]),
+    }
+    halves = in_half(state)
+    assert torch.equal(halves["large"], state["large"]) and torch.equal(halves["bias"], state["bias"])
+    assert torch.equal(halves["head.weight"], state["head.weight"])
+    assert halves["small"].dtype == torch.float16 and halves["small"].isfinite().all()
+    torch.testing.assert_close(halves["small"].float(), state["small"], rtol=2**-11, atol=0)
 
 
 def test_lora_starts_as_nothing_and_is_merged():

@@ -126,6 +126,14 @@ def add_start(parser: argparse.ArgumentParser) -> None:
         " and products of rank R beside the trunk's matrices); head. Else than all needs --init_from (default: all)",
     )
     option(
+        "--cache_blocks",
+        type=int,
+        default=0,
+        metavar="K",
+        help="with --tune head --augment none: compute all blocks, K = --depth, once for each image, and keep what the"
+        " head reads in a file in --output_dir; an epoch then takes seconds (default: 0, nothing)",
+    )
+    option(
         "--head",
         default="random",
         choices=("random", "probe"),
@@ -175,9 +183,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     option(
         "--augment",
         default="paper",
-        choices=("paper", "field"),
+        choices=("paper", "field", "none"),
         help="the paper's noise, JPEG and blur in a tenth of the images each; or a crop in all, and resizing, blur and"
-        " JPEG in half of them (default: paper)",
+        " JPEG in half of them; each with a mirror in half of the images; or nothing of all that (default: paper)",
     )
     option("--label_smoothing", type=float, default=0.0, help="of the cross entropy (default: 0)")
     option(
@@ -237,7 +245,24 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--gates goes with --start guided; LAMBDA and GAIN have to be above 0")
     if not args.init_from and (args.tune != "all" or args.head == "probe"):
         raise ValueError(f"--tune {args.tune} and --head {args.head}: need a trunk; name one with --init_from")
-    if args.probe_views < 0 or (args.probe_views and args.head != "probe"):
-        raise ValueError("--probe_views goes with --head probe, and is 0 or more")
+    if args.probe_views < 0 or (args.probe_views and (args.head != "probe" or args.augment == "none")):
+        raise ValueError("--probe_views goes with --head probe and an --augment, and is 0 or more")
     if not 0 < args.layer_decay <= 1 or not 0 <= args.ema < 1 or not 0 <= args.label_smoothing < 1:
         raise ValueError("--layer_decay has to be above 0 and at most 1, --ema and --label_smoothing from 0 to below 1")
+    check_cache(args)
+
+
+def check_cache(args: argparse.Namespace) -> None:
+    """Raises ValueError where what is to be cached is not the same each time, or depends on what is trained."""
+    if not args.cache_blocks:
+        return
+    if args.tune != "head" or args.cache_blocks != args.depth:
+        raise ValueError(
+            f"--cache_blocks {args.cache_blocks} with --tune {args.tune}: what blocks give can be kept where nothing"
+            f" before their end is trained: with --tune head, all of them, --cache_blocks {args.depth}"
+        )
+    if args.augment != "none" or args.color_jitter:
+        raise ValueError(
+            "--cache_blocks: what blocks give can be kept for images that are the same in each epoch: with --augment"
+            " none, and without --color_jitter"
+        )

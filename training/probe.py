@@ -24,7 +24,8 @@ def read_features(model: LAMMViT, images: torch.Tensor, region_masks: torch.Tens
     seen = []
     handle = model.head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0]))
     try:
-        model(model.normalize(images.to(model.cls_token.device)), region_masks.to(model.cls_token.device))
+        device = model.head.weight.device
+        model(model.normalize(images.to(device)), region_masks.to(device))
     finally:
         handle.remove()
     return seen[0].float().cpu().numpy()
@@ -66,14 +67,15 @@ def probe_head(run: Run) -> None:
     All processes read a part of the images, the first one computes the regression.
     """
     args, files = run.args, run.train_set.files
-    plain = FaceDataset(files, run.train_set.grid_size, args.mask_style)
+    cached = args.cache_blocks  # which are of images as they are
+    plain = run.train_set if cached else FaceDataset(files, run.train_set.grid_size, args.mask_style)
     sources = np.tile(source_numbers(plain), 1 + args.probe_views) if args.sampling == "sources" else None
     labels = np.tile(plain.labels, 1 + args.probe_views)
     seen = FaceDataset(files, plain.grid_size, args.mask_style, run.train_set.transform, args.seed)
 
     def read(dataset: FaceDataset, title: str) -> np.ndarray:
         with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
-            return predict(run.model, dataset, read_features, args.batch_size, args.num_workers, title)
+            return predict(run.fed, dataset, read_features, args.batch_size, args.num_workers, title)
 
     inside = [read(plain, "probe")]
     for view in range(args.probe_views):

@@ -34,7 +34,8 @@ class Run:
     train_set: FaceDataset
     val_set: FaceDataset
     model: LAMMViT
-    trained: nn.Module  # the same model as training calls it: compiled, distributed
+    fed: nn.Module  # what takes the samples: the model, or the part of it that is behind a cache
+    trained: nn.Module  # the same as training calls it: compiled, distributed
     trunk: dict | None  # of a frozen one: source, SHA-256, start; None: the checkpoints hold the whole model
     optimizer: torch.optim.Optimizer
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau

@@ -82,6 +82,7 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         train_set=train_set,
         val_set=val_set,
         model=model,
+        fed=model,
         trained=model,
         trunk=describe_trunk(trunk, args) if args.tune != "all" else None,
         optimizer=optimizer,

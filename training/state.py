@@ -19,6 +19,7 @@ from runtime.checkpoint import CHECKPOINT_VERSION, CheckpointError, load_checkpo
 from runtime.files import free_path, replacing
 from runtime.processes import gather
 from runtime.tuning import held_state
+from training.cache import use_cache
 from training.options import get_args_parser
 from training.probe import probe_head
 from training.run import BEST, FILES, LAST, LOG, PREVIOUS, Run
@@ -63,16 +64,16 @@ def describe(run: Run) -> dict:
     }
 
 
-def calibrated(run: Run, line: dict, log_odds: np.ndarray) -> dict:
+def calibrated(run: Run, line: dict, weights: dict[str, torch.Tensor], log_odds: np.ndarray) -> dict:
     """What best_model.pth holds: describe, the epoch's line of the log, and the operating points.
 
     Its logits are those of the run divided by `temperature`, in the weights of its head: whoever uses it has calibrated
     probabilities, and need not know. So val_loss and val_threshold are other numbers than in the log, and `thresholds`,
-    {rate of false alarms: threshold}, are of calibrated scores. The other weights are the model's own memory: save them
-    before it changes, with --ema within step.averaged.
+    {rate of false alarms: threshold}, are of calibrated scores.
 
     Args:
-        log_odds: (N,) of the validation images, of the weights that the model has now.
+        weights: step.kept_weights.
+        log_odds: (N,) of the validation images, by these weights.
     """
     labels = run.val_set.labels
     temperature = fit_temperature(labels, log_odds)
@@ -83,7 +84,7 @@ def calibrated(run: Run, line: dict, log_odds: np.ndarray) -> dict:
         if start < end and labels[start] == 0
     }
     held = describe(run) | line
-    held["model"] = fold_temperature(held["model"], temperature)
+    held["model"] = fold_temperature(weights, temperature)
     held |= {"temperature": temperature, "thresholds": choose_thresholds(real)}
     return held | {"val_threshold": choose_threshold(labels, scores), "val_loss": log_loss(labels, scores)}
 
@@ -201,6 +202,8 @@ def begin(run: Run, restarts: int) -> None:
                 gone_on = True
         if len(set(gather((gone_on, run.epoch, run.samples)))) > 1:
             raise CheckpointError(f"{path}: not the same on all machines; they have to share {run.args.output_dir}")
+    if run.args.cache_blocks:
+        use_cache(run)
     if gone_on:
         if run.rank == 0:
             print(f"goes on from {path}: epoch {run.epoch}, {run.samples} samples seen")

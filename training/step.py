@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dataset import FaceDataset
 from model import NUM_REGIONS, LAMMLoss
 from runtime.processes import agree, gather
+from runtime.tuning import held_state, in_half
 from training.run import LAST, PREVIOUS, Run
 
 SHOWN_PATHS = 32  # of the samples of a step that went wrong
@@ -48,7 +49,7 @@ def backward(run: Run, batch: dict[str, torch.Tensor], is_last: bool) -> tuple[t
     # Gradients are averaged over processes once a step.
     with contextlib.nullcontext() if is_last or run.world == 1 else run.trained.no_sync():
         with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
-            outputs = run.trained(run.model.normalize(images), masks)
+            outputs = run.trained(run.fed.normalize(images), masks)
         if run.world > 1 and outputs["mask_weights"]:  # diversity is among the samples of all processes
             outputs["mask_weights"] = GatherRows.apply(torch.stack(outputs["mask_weights"]).float()).unbind()
         losses = LAMMLoss(run.args.diversity_weight, run.args.label_smoothing)(outputs, labels)
@@ -65,7 +66,9 @@ def rehearse(run: Run) -> None:
     """
     side, grid, count = run.model.config.img_size, run.model.config.grid_size, run.args.batch_size
     states = torch.get_rng_state(), torch.cuda.get_rng_state() if run.device.type == "cuda" else None
-    images = torch.zeros(count, 3, side, side, device=run.device)
+    stands_in = run.train_set.stand_in
+    shape = (3, side, side) if stands_in is None else stands_in.shape[1:]
+    images = torch.zeros(count, *shape, device=run.device)
     masks = torch.zeros(count, NUM_REGIONS, grid, grid, device=run.device)
     with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
         outputs = run.trained(images, masks)
@@ -74,6 +77,13 @@ def rehearse(run: Run) -> None:
     torch.set_rng_state(states[0])
     if states[1] is not None:
         torch.cuda.set_rng_state(states[1])
+
+
+def start_training_mode(run: Run) -> None:
+    """Dropout is on, but in blocks that are wholly frozen: they compute what a cache holds of them."""
+    run.trained.train()
+    for block in run.model.blocks:
+        block.train(any(parameter.requires_grad for parameter in block.parameters()))
 
 
 def one_step(run: Run, loader: Iterator[dict[str, torch.Tensor]], bar: tqdm, is_due: bool) -> tuple[float, bool, bool]:
@@ -131,21 +141,28 @@ def average_weights(run: Run) -> None:
     torch._foreach_lerp_([run.ema[name] for name in weights], list(weights.values()), 1 - decay)
 
 
+def kept_weights(run: Run) -> dict[str, torch.Tensor]:
+    """What best_model.pth gets: the average of --ema, if there is one; beside a trunk, matrices in half precision."""
+    state = held_state(run.model, run.args.tune) | (run.ema or {})
+    return in_half(state) if run.trunk else state
+
+
 @contextlib.contextmanager
-def averaged(run: Run) -> Iterator[None]:
-    """Within this context the model has the average of its weights, if there is one."""
-    if run.ema is None:
+def as_kept(run: Run) -> Iterator[None]:
+    """Within this context the model has the weights of kept_weights: what validation measures, the threshold among it,
+    holds for what is stored, to the last bit."""
+    if run.ema is None and not run.trunk:
         yield
         return
-    weights = trained_weights(run)
-    own = {name: values.detach().clone() for name, values in weights.items()}
-    for name, values in weights.items():
-        values.data.copy_(run.ema[name])
+    kept, parameters = kept_weights(run), run.model.state_dict()
+    own = {name: parameters[name].clone() for name in kept}
+    for name, values in kept.items():
+        parameters[name].copy_(values)
     try:
         yield
     finally:
-        for name, values in weights.items():
-            values.data.copy_(own[name])
+        for name, values in own.items():
+            parameters[name].copy_(values)
 
 
 def describe_failure(run: Run, seen: list[torch.Tensor], logits: list[torch.Tensor], finite: list[bool]) -> str:
