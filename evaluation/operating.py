@@ -64,7 +64,7 @@ def allowed_alarms(count: int, rate: float) -> int:
     One less than rate · (count + 1): then a further photograph like these is above it with a probability of `rate` at
     the most (split conformal prediction, Vovk et al. 2005), where rate · count would be half an image too many.
     """
-    return int(rate * (count + 1) + 1e-9) - 1  # 0.01 · 2900 is a little less than 29
+    return int(rate * (count + 1) + 1e-9) - 1  # 0.29 · 100 is a little less than 29
 
 
 def threshold_for(scores: np.ndarray, rate: float) -> float:

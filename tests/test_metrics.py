@@ -74,11 +74,11 @@ def test_equal_error_rate_by_hand(labels, scores, expected):
 
 @pytest.mark.parametrize(
     "rate, expected",
-    [(0.0, 0.2), (0.05, 0.2), (0.0999, 0.2), (0.1, 0.4), (0.19, 0.4), (0.3, 0.8), (1.0, 1.0)],
+    [(0.0, 0.2), (0.0999, 0.2), (0.1, 0.4), (0.2, 0.4), (0.25, 0.4), (0.3, 0.8), (1.0, 1.0)],
 )
 def test_fakes_found_at_a_rate_of_false_alarms_by_hand(rate, expected):
-    """Ten real images, five fakes. A tie of a real image and a fake is passed as a whole, and nothing is interpolated:
-    between rates of 0.1 and 0.2 the fakes found are those of 0.1."""
+    """Ten real images, five fakes. Nothing is interpolated, not where a real image and a fake share a score either: at
+    a rate of 0.25 the fakes found are those of 0.2."""
     real = [0.05, 0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9]
     fake = [0.95, 0.8, 0.6, 0.55, 0.01]  # one above 0.9, two above 0.7, four above 0.5 with the real one at 0.6
     assert tpr_at_fpr(np.repeat([0, 1], [10, 5]), np.array(real + fake), rate) == pytest.approx(expected)

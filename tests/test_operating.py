@@ -80,6 +80,7 @@ def test_temperatures_are_bounded(right, sign):
 def test_how_many_false_alarms_a_rate_allows():
     assert [allowed_alarms(n, 0.01) for n in (1, 98, 99, 198, 199, 2899, 10_000)] == [-1, -1, 0, 0, 1, 28, 99]
     assert [allowed_alarms(n, 0.05) for n in (18, 19, 39, 99)] == [-1, 0, 1, 4]
+    assert allowed_alarms(99, 0.29) == 28, "though 0.29 · 100 is less than 29 in floating point"
 
 
 def test_threshold_by_hand():
