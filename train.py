@@ -169,6 +169,26 @@ def validate(run: Run) -> tuple[dict[str, float], np.ndarray, torch.Tensor | Non
     return line, predicted, (sums / len(labels)).float().cpu() if handle else None
 
 
+def start_line(run: Run) -> dict[str, float]:
+    return {"epoch": run.epoch, "samples": run.samples, "lr": run.optimizer.param_groups[0]["lr"]}
+
+
+def save_best(run: Run, line: dict, predicted: np.ndarray, weights: torch.Tensor | None) -> None:
+    best = calibrated(run, line, kept_weights(run), predicted[:, 1]) | {"lamm_weights": weights}
+    save(best, run.path(BEST))
+
+
+def keep_probe(run: Run) -> None:
+    """--epochs 0: the head as training.probe left it is the result."""
+    with as_kept(run):
+        metrics, predicted, weights = validate(run)
+    run.best_auc, run.val_threshold = metrics["val_auc"], metrics["val_threshold"]
+    if run.rank == 0:
+        save_best(run, start_line(run) | metrics, predicted, weights)
+        print(f"best validation AUC {run.best_auc:.4f}; model in {run.path(BEST)}")
+    save_state(run)
+
+
 def train(run: Run) -> None:
     """Epoch after epoch, each with its validation, until the last one or until the AUC stands still."""
     args = run.args
@@ -181,13 +201,7 @@ def train(run: Run) -> None:
             raise Stopped
         with as_kept(run):
             metrics, predicted, weights = validate(run)
-        line = {
-            "epoch": run.epoch,
-            "samples": run.samples,
-            "lr": run.optimizer.param_groups[0]["lr"],
-            **losses,
-            **metrics,
-        }
+        line = start_line(run) | losses | metrics
         if args.schedule == "plateau":
             run.plateau.step(metrics["val_auc"])
         is_best = metrics["val_auc"] > run.best_auc
@@ -198,8 +212,7 @@ def train(run: Run) -> None:
         if run.rank == 0:
             write_log(run)
             if is_best:
-                best = calibrated(run, line, kept_weights(run), predicted[:, 1]) | {"lamm_weights": weights}
-                save(best, run.path(BEST))
+                save_best(run, line, predicted, weights)
             report_epoch(run, line, timing, is_best)
             if board:
                 write_board(board, line | timing, run.val_set.labels, predicted[:, 0], weights)
@@ -237,7 +250,7 @@ def main(args: argparse.Namespace) -> None:
             rehearse(run)
         try:
             with stopping_on_signals(run):
-                train(run)
+                train(run) if args.epochs else keep_probe(run)
         except Stopped:
             if rank == 0:
                 print(

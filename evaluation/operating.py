@@ -85,7 +85,28 @@ def threshold_for(scores: np.ndarray, rate: float) -> float:
     return float(max(highest + step, np.nextafter(highest, 2)))
 
 
-def choose_thresholds(real: Mapping[str, np.ndarray], rates: Sequence[float] = RATES) -> dict[str, float]:
+def threshold_for_others(left_out: Sequence[np.ndarray], rate: float) -> float:
+    """The lowest threshold that no more than this share of the photographs reach, in the mean over collections.
+
+    Args:
+        left_out: of each collection the scores (N,) of a model that has seen nothing of it. Each counts alike: the next
+            one may be like any of them, whatever their sizes.
+    """
+    scores = np.concatenate(left_out)
+    order = np.argsort(scores)[::-1]
+    shares = np.cumsum(np.concatenate([np.full(len(one), 1 / len(one)) for one in left_out])[order]) / len(left_out)
+    scores = scores[order]
+    last_of_ties = np.append(scores[1:] < scores[:-1], True)
+    allowed = np.flatnonzero((shares <= rate + 1e-9) & last_of_ties)  # may be at or above the threshold
+    if not len(allowed):
+        return float(max(scores[0] + min(MARGIN, (1 - scores[0]) / 2), np.nextafter(scores[0], 2)))
+    last = allowed[-1]
+    return float((scores[last] + scores[last + 1]) / 2) if last + 1 < len(scores) else float(scores[last])
+
+
+def choose_thresholds(
+    real: Mapping[str, np.ndarray], rates: Sequence[float] = RATES, left_out: Sequence[np.ndarray] = ()
+) -> dict[str, float]:
     """{"0.01": threshold, ...}: so that of the photographs of every collection no more than this share is called fake.
 
     The worst collection has its say: of the threshold for all of them together and that of each collection by itself
@@ -95,12 +116,15 @@ def choose_thresholds(real: Mapping[str, np.ndarray], rates: Sequence[float] = R
     Args:
         real: {collection: scores of its photographs}, of validation; at least one photograph in all.
         rates: 0-1.
+        left_out: of two collections or more, as for threshold_for_others: then no threshold is below that one either.
     """
     pool = np.concatenate(list(real.values()))
     thresholds, lowest = {}, 0.0
     for rate in sorted(rates, reverse=True):
         alone = [scores for scores in real.values() if allowed_alarms(len(scores), rate) >= 0]
         lowest = max(lowest, *(threshold_for(scores, rate) for scores in (pool, *alone)))
+        if len(left_out) > 1:
+            lowest = max(lowest, threshold_for_others(left_out, rate))
         thresholds[f"{rate:g}"] = lowest
     return {f"{rate:g}": thresholds[f"{rate:g}"] for rate in rates}
 

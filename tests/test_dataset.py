@@ -33,6 +33,7 @@ from samples.transforms import (
     gaussian_noise,
     horizontal_flip,
     jpeg_compression,
+    tighter_frame,
 )
 
 
@@ -583,6 +584,40 @@ def test_what_the_corruptions_do():
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 200
     assert np.abs(jpeg_compression(red, 90).astype(int) - red).max() <= 3, "red stays red: the order of channels"
+
+
+def test_a_tighter_frame_moves_nothing_and_reflects_the_rest():
+    rng = np.random.default_rng(5)
+    image = rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    landmarks = rng.uniform(30, 66, (68, 2)).astype(np.float32)
+    changed = 0
+    for seed in range(20):
+        made = tighter_frame(image, landmarks, np.random.default_rng(seed))
+        same = (made == image).all(axis=2)
+        left, top = landmarks.mean(axis=0) - 0.27 * 96
+        right, bottom = landmarks.mean(axis=0) + 0.27 * 96
+        assert same[int(top) + 2 : int(bottom) - 2, int(left) + 2 : int(right) - 2].all(), "the face stays"
+        changed += not same.all()
+        if not same.all() and not same[:, 0].all():  # what is left of the frame is its mirror
+            edge = np.flatnonzero(same[48])[0]
+            width = min(edge, 96 - edge, 5)
+            np.testing.assert_array_equal(made[48, edge - width : edge], image[48, edge : edge + width][::-1])
+    assert changed > 15
+    outside = landmarks + 500
+    np.testing.assert_array_equal(tighter_frame(image, outside, np.random.default_rng(0)), image)
+
+
+def test_wild_views_differ_from_draw_to_draw_and_keep_landmarks_and_masks():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    landmarks, masks = np.full((68, 2), 30, np.float32), np.random.default_rng(1).random((8, 4, 4), dtype=np.float32)
+    transform = TrainTransform(augment="wild")
+    views = [transform(image, landmarks, masks, np.random.default_rng(seed)) for seed in range(8)]
+    assert len({view.tobytes() for view, _, _ in views}) == 8
+    for view, moved, drawn in views:
+        assert view.shape == image.shape and view.dtype == np.uint8
+        assert sorted(drawn.ravel()) == sorted(masks.ravel()) and moved[0, 0] in (30, 33)  # mirrored, or as they were
+    again = transform(image, landmarks, masks, np.random.default_rng(3))
+    np.testing.assert_array_equal(again[0], views[3][0])
 
 
 def test_a_crop_takes_its_landmarks_and_masks_along():

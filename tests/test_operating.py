@@ -15,6 +15,7 @@ from evaluation.operating import (
     describe_thresholds,
     fit_temperature,
     threshold_for,
+    threshold_for_others,
     thresholds_of,
     verdict_of,
 )
@@ -117,6 +118,22 @@ def test_the_worst_collection_has_its_say():
 
     tiny = choose_thresholds({"FFHQ": easy, "scans": hard[:5]})
     assert tiny == choose_thresholds({"all": np.r_[easy, hard[:5]]}), "five count in the pool alone"
+
+
+def test_of_collections_left_out_each_counts_alike():
+    """Two collections: of 10 photographs one at 0.9, of 2 one at 0.8. A mean rate of 0.05 lets the first through,
+    0.3 both."""
+    left_out = [np.array([0.9] + [0.1] * 9), np.array([0.8, 0.2])]
+    assert threshold_for_others(left_out, 0.05) == pytest.approx(0.85)
+    assert threshold_for_others(left_out, 0.3) == pytest.approx(0.5)
+    assert 0.9 < threshold_for_others(left_out, 0.04) < 0.9001, "none may be above it"
+    assert threshold_for_others([np.array([0.5, 0.5]), np.array([0.5])], 0.5) > 0.5, "ties stay together"
+    known = {"a": np.linspace(0, 0.3, 200)}
+    alone, both = choose_thresholds(known), choose_thresholds(known, left_out=left_out)
+    assert both["0.05"] == pytest.approx(0.85) and both["0.01"] > 0.9 and alone["0.01"] < 0.3
+    assert choose_thresholds(known, left_out=left_out[:1]) == alone, "one says nothing of others"
+    high = {"a": np.linspace(0.9, 1, 200)}
+    assert choose_thresholds(high, left_out=left_out) == choose_thresholds(high), "those on validation hold as well"
 
 
 def test_a_lower_rate_never_has_a_lower_threshold():

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -11,13 +12,14 @@ import pytest
 import torch
 import torchvision
 from conftest import SMALL, run_script
+from scipy.special import expit
 from torch import nn
 
 import runtime.trunk_files as trunk_files
 import train
 from dataset import FaceDataset
 from evaluation.metrics import log_loss
-from evaluation.operating import choose_thresholds
+from evaluation.operating import choose_thresholds, fit_temperature, threshold_for_others
 from evaluation.scoring import predict_scores
 from faces.regions import REGIONS
 from model import LAMMViT, LAMMViTConfig, QuickGELU
@@ -519,11 +521,41 @@ def test_a_head_starts_as_a_logistic_regression(features, tmp_path, vit, capsys,
     torch.testing.assert_close(model.head.weight[0], -model.head.weight[1])
 
 
+@pytest.mark.slow
+def test_a_probe_alone_is_a_model_and_data_sets_left_out_set_its_thresholds(features, tmp_path, vit, capsys):
+    """Two data sets a class, so that each can be left out; no epoch."""
+    split = tmp_path / "split"
+    for kind, names in (("real", "AB"), ("fake", "CD")):
+        for name in names:  # the same images: what is asked is who stands for whom
+            shutil.copytree(next((features / kind).iterdir()), split / kind / name)
+    options = ("--head", "probe", "--pool", "patches", "--tune", "head", "--epochs", 0, "--augment", "wild")
+    options += ("--probe_views", 1, "--sampling", "sources")
+    train.main(train.get_args_parser().parse_args(fit(split, tmp_path / "out", vit, *options)))
+    held = torch.load(tmp_path / "out/best_model.pth", weights_only=True)
+    last = torch.load(tmp_path / "out/last.pth", weights_only=True)
+    assert held["epoch"] == 1 and held["samples"] == 0 and last["log"] == []
+    others = {one: values.numpy() for one, values in last["left_out"].items()}
+    files = list(find_feature_files(split, "train").values())
+    of_class = {one: int(FaceDataset(files[one : one + 1]).labels[0]) for one in others}
+    assert sorted(of_class.values()) == [0, 0, 1, 1]
+    labels = np.concatenate([np.full(len(values), of_class[one]) for one, values in others.items()])
+    assert held["temperature"] == pytest.approx(fit_temperature(labels, np.concatenate(list(others.values()))))
+    real = [expit(values / held["temperature"]) for one, values in others.items() if of_class[one] == 0]
+    for rate, threshold in held["thresholds"].items():
+        assert threshold >= threshold_for_others(real, float(rate))
+    train.main(train.get_args_parser().parse_args(fit(split, tmp_path / "out", vit, *options, "--resume")))
+    again = torch.load(tmp_path / "out/best_model.pth", weights_only=True)
+    assert again["thresholds"] == held["thresholds"] and torch.equal(
+        again["model"]["head.weight"], held["model"]["head.weight"]
+    )
+
+
 def test_options_that_need_a_trunk(features):
     for options, message in (
         (("--tune", "norms"), "need a trunk; name one with --init_from"),
         (("--head", "probe"), "need a trunk"),
         (("--tune", "lora"), "--tune lora: has to be all, norms, head, or lora:R"),
+        (("--epochs", "0"), "--epochs, --batch_size"),
         (("--probe_views", "2"), "--probe_views goes with --head probe"),
         (("--read_blocks", "2", "1"), "read_blocks are (2, 1), but have to rise and end with depth, 12"),
         (("--start", "paper", "--gates", "20", "0.5", "4"), "--gates goes with --start guided"),

@@ -145,7 +145,7 @@ def add_start(parser: argparse.ArgumentParser) -> None:
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("recipe")
     option = group.add_argument
-    option("--epochs", type=int, default=100, help="at most (default: 100)")
+    option("--epochs", type=int, default=100, help="at most; 0, with --head probe: the probe alone (default: 100)")
     option("--batch_size", type=int, default=32, help="images per process and forward pass (default: 32)")
     option("--accum_steps", type=int, default=4, help="forward passes per step of the optimizer (default: 4)")
     option(
@@ -183,9 +183,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     option(
         "--augment",
         default="paper",
-        choices=("paper", "field", "none"),
-        help="the paper's noise, JPEG and blur in a tenth of the images each; or a crop in all, and resizing, blur and"
-        " JPEG in half of them; each with a mirror in half of the images; or nothing of all that (default: paper)",
+        choices=("paper", "field", "wild", "none"),
+        help="paper: noise, JPEG and blur in a tenth of the images each; field: a crop in all, and resizing, blur and"
+        " JPEG in half of them; wild: for aligned faces, tighter frames with the rest reflected, resizing, blur, light"
+        " and JPEG, all mildly; each with a mirror in half of the images; or none of all that (default: paper)",
     )
     option("--label_smoothing", type=float, default=0.0, help="of the cross entropy (default: 0)")
     option(
@@ -221,7 +222,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 def check_options(args: argparse.Namespace) -> None:
     """Completes the options. Raises ValueError where they make no sense."""
-    if min(args.epochs, args.batch_size, args.accum_steps, args.stop_patience) < 1:
+    if min(args.batch_size, args.accum_steps, args.stop_patience) < 1 or args.epochs < (args.head != "probe"):
         raise ValueError("--epochs, --batch_size, --accum_steps and --stop_patience have to be at least 1")
     rates = (args.lr, args.weight_decay, args.clip_grad, args.diversity_weight)
     if min(*rates, args.lr_patience, args.num_workers, args.save_minutes, args.warmup_epochs or 0) < 0:

@@ -4,11 +4,14 @@ Linear probing, then fine-tuning (Kumar et al., ICLR 2022, arXiv 2202.10054): a 
 trunk apart before it is of use itself.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm
 
 from dataset import FaceDataset, source_numbers
 from evaluation.scoring import predict
@@ -40,24 +43,63 @@ def balance(labels: np.ndarray, sources: np.ndarray | None) -> np.ndarray:
     return weights
 
 
-def fit(
+class Probe(NamedTuple):
+    """A logistic regression: log odds of a fake = features (N, D) @ weight + bias."""
+
+    weight: np.ndarray  # (D,)
+    bias: float
+
+    def log_odds(self, features: np.ndarray) -> np.ndarray:
+        return features @ self.weight + self.bias
+
+
+def fit(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, strength: float) -> Probe:
+    """Args:
+    features: (N, D).
+    labels, weights: (N,), the class of each sample and how much it counts.
+    strength: C of the regression on features of mean 0 and deviation 1.
+    """
+    scaler = StandardScaler().fit(features, sample_weight=weights)
+    found = LogisticRegression(C=strength, max_iter=2000).fit(scaler.transform(features), labels, weights)
+    weight = found.coef_[0] / scaler.scale_
+    return Probe(weight, float(found.intercept_[0] - weight @ scaler.mean_))
+
+
+def choose(
     inside: np.ndarray, labels: np.ndarray, weights: np.ndarray, outside: np.ndarray, outside_labels: np.ndarray
-) -> tuple[np.ndarray, float, float]:
-    """Weight (D,) and bias of the regression on features (N, D), and its AUC on others, by which its C was chosen.
+) -> tuple[Probe, float, float]:
+    """The regression on features whose C does best on others, that C, and its AUC there."""
+    best = None
+    for strength in STRENGTHS:
+        probe = fit(inside, labels, weights, strength)
+        auc = float(roc_auc_score(outside_labels, probe.log_odds(outside)))
+        if best is None or auc > best[2]:
+            best = probe, strength, auc
+    return best
+
+
+def left_out(
+    features: np.ndarray, labels: np.ndarray, sources: np.ndarray, strength: float, by_source: bool
+) -> dict[int, np.ndarray]:
+    """{data set: log odds of its images as they are}, each by a regression that has seen nothing of this data set.
+
+    What a probe gives for the sources of its training is more certain than what it gives for others, and fewer of their
+    photographs look like fakes. A data set that is alone in its class cannot be left out.
 
     Args:
-        weights: (N,) how much each sample counts.
+        features: (V, N, D), of the images as they are first, then of their other views.
+        labels, sources: (N,) the class and the number of the data set of each image.
+        by_source: whether the data sets of a class weigh the same.
     """
-    scaler = StandardScaler().fit(inside, sample_weight=weights)
-    inside, outside = scaler.transform(inside), scaler.transform(outside)
-    best_auc, best = -1.0, None
-    for strength in STRENGTHS:
-        probe = LogisticRegression(C=strength, max_iter=2000).fit(inside, labels, weights)
-        auc = roc_auc_score(outside_labels, probe.decision_function(outside))
-        if auc > best_auc:
-            best_auc, best = auc, probe
-    weight = best.coef_[0] / scaler.scale_
-    return weight, float(best.intercept_[0] - weight @ scaler.mean_), best_auc
+    views, found = len(features), {}
+    kept = [one for one in np.unique(sources) if len(np.unique(sources[labels == labels[sources == one][0]])) > 1]
+    for one in tqdm(kept, desc="probe without a data set", leave=False, disable=None):
+        rest, mine = np.flatnonzero(sources != one), np.flatnonzero(sources == one)
+        tiled = np.tile(labels[rest], views)
+        weights = balance(tiled, np.tile(sources[rest], views) if by_source else None)
+        inside = features[:, rest].reshape(len(tiled), -1)
+        found[int(one)] = fit(inside, tiled, weights, strength).log_odds(features[0, mine])
+    return found
 
 
 def probe_head(run: Run) -> None:
@@ -67,27 +109,31 @@ def probe_head(run: Run) -> None:
     All processes read a part of the images, the first one computes the regression.
     """
     args, files = run.args, run.train_set.files
-    cached = args.cache_blocks  # which are of images as they are
-    plain = run.train_set if cached else FaceDataset(files, run.train_set.grid_size, args.mask_style)
-    sources = np.tile(source_numbers(plain), 1 + args.probe_views) if args.sampling == "sources" else None
-    labels = np.tile(plain.labels, 1 + args.probe_views)
+    # A cache is of images as they are
+    plain = run.train_set if args.cache_blocks else FaceDataset(files, run.train_set.grid_size, args.mask_style)
     seen = FaceDataset(files, plain.grid_size, args.mask_style, run.train_set.transform, args.seed)
+    sources, by_source = source_numbers(plain), args.sampling == "sources"
 
     def read(dataset: FaceDataset, title: str) -> np.ndarray:
         with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
             return predict(run.fed, dataset, read_features, args.batch_size, args.num_workers, title)
 
-    inside = [read(plain, "probe")]
+    views = [read(plain, "probe")]
     for view in range(args.probe_views):
         seen.set_epoch(view)
-        inside.append(read(seen, f"probe, view {view + 1} of {args.probe_views}"))
-    outside = read(run.val_set, "probe, validation")
-    found = None
+        views.append(read(seen, f"probe, view {view + 1} of {args.probe_views}"))
+    outside, found = read(run.val_set, "probe, validation"), None
     if run.rank == 0:
-        found = fit(np.concatenate(inside), labels, balance(labels, sources), outside, run.val_set.labels)
-    weight, bias, auc = gather(found)[0]
+        labels = np.tile(plain.labels, len(views))
+        weights = balance(labels, np.tile(sources, len(views)) if by_source else None)
+        probe, strength, auc = choose(np.concatenate(views), labels, weights, outside, run.val_set.labels)
+        # After it, there is training: then it says nothing about what comes out
+        others = {} if args.epochs else left_out(np.stack(views), plain.labels, sources, strength, by_source)
+        found = probe, auc, others
+    probe, auc, others = gather(found)[0]
+    run.left_out = {one: torch.from_numpy(values) for one, values in others.items()}
     with torch.no_grad():  # of the two logits, half of the decision each
-        run.model.head.weight.copy_(torch.from_numpy(np.stack([-weight / 2, weight / 2])))
-        run.model.head.bias.copy_(torch.tensor([-bias / 2, bias / 2]))
+        run.model.head.weight.copy_(torch.from_numpy(np.stack([-probe.weight / 2, probe.weight / 2])))
+        run.model.head.bias.copy_(torch.tensor([-probe.bias / 2, probe.bias / 2]))
     if run.rank == 0:
-        print(f"probe  validation AUC {auc:.4f} before the training", flush=True)
+        print(f"probe  validation AUC {auc:.4f}{' before the training' if args.epochs else ''}", flush=True)

@@ -51,6 +51,7 @@ class Run:
     epochs_since_best: int = 0
     val_threshold: float = 0.5  # of the last validation
     ema: dict[str, torch.Tensor] | None = None  # the averages of the trained weights, with --ema
+    left_out: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)  # of training.probe, with --epochs 0
     log: list[dict[str, float]] = dataclasses.field(default_factory=list)  # a line each finished epoch
     stop: str = ""  # the signal that asked this process to end
 

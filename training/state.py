@@ -76,16 +76,25 @@ def calibrated(run: Run, line: dict, weights: dict[str, torch.Tensor], log_odds:
         log_odds: (N,) of the validation images, by these weights.
     """
     labels = run.val_set.labels
-    temperature = fit_temperature(labels, log_odds)
+    others = {} if run.args.epochs else {one: values.cpu().numpy() for one, values in run.left_out.items()}
+    of_class = {one: int(run.train_set.labels[run.train_set.starts[one]]) for one in others}
+    if set(of_class.values()) == {0, 1}:  # what it is for sources that it does not know
+        temperature = fit_temperature(
+            np.concatenate([np.full(len(values), of_class[one]) for one, values in others.items()]),
+            np.concatenate(list(others.values())),
+        )
+    else:
+        temperature = fit_temperature(labels, log_odds)
     scores = expit(log_odds / temperature)
     real = {  # by data set: each has a file, and one class
         file: scores[start:end]
         for file, start, end in zip(run.val_set.files, run.val_set.starts, run.val_set.ends)
         if start < end and labels[start] == 0
     }
+    of_others = [expit(values / temperature) for one, values in others.items() if of_class[one] == 0]
     held = describe(run) | line
     held["model"] = fold_temperature(weights, temperature)
-    held |= {"temperature": temperature, "thresholds": choose_thresholds(real)}
+    held |= {"temperature": temperature, "thresholds": choose_thresholds(real, left_out=of_others)}
     return held | {"val_threshold": choose_threshold(labels, scores), "val_loss": log_loss(labels, scores)}
 
 
@@ -104,6 +113,7 @@ def save_state(run: Run) -> None:
             "epochs_since_best": run.epochs_since_best,
             "log": run.log,
             "ema": run.ema,
+            "left_out": run.left_out,
             "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
         }
         save(describe(run) | parts, run.path(LAST), run.path(PREVIOUS))
@@ -135,6 +145,7 @@ def load_state(run: Run, path: Path, is_restart: bool) -> None:
     run.model.load_state_dict(checkpoint["model"], strict=False)  # what is frozen is there
     averages = checkpoint.get("ema")  # None before the first step
     run.ema = averages and {name: values.to(run.device) for name, values in averages.items()}
+    run.left_out = checkpoint.get("left_out", {})
     for part, name in ((run.optimizer, "optimizer"), (run.plateau, "schedule"), (run.scaler, "scaler")):
         part.load_state_dict(checkpoint[name])
     for name in ("epoch", "samples", "best_auc", "epochs_since_best", "val_threshold", "log"):
