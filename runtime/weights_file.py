@@ -1,67 +1,175 @@
-"""Weights as they are shipped: one safetensors file of what was trained, with the settings that a checkpoint has.
+"""Weights as they ship: one safetensors file of what was trained, with the settings that a checkpoint has.
 
     output_model/best_model.pth  ->  weights/lamm_vit.safetensors  ->  the same dict as a checkpoint's
 
-The trunk is not in it: the file names it, with its SHA-256, as a checkpoint of `train.py --tune norms` does. A
-safetensors file holds numbers and text alone, so nothing in it is ever executed.
+A trunk is not in it: the file names it, with its SHA-256, as a checkpoint of `train.py --tune norms` does. A
+safetensors file holds numbers and text alone, so nothing in it is ever executed. Of the machine and the run it has
+what a user needs, and no folder's name.
 """
 
+import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
+from runtime.files import check_space, replacing
+from runtime.pretrained import split_source
+from runtime.tuning import in_half
+
+TRAINED = Path("output_model/best_model.pth")  # what train.py leaves
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "lamm_vit.safetensors"
-# Parts of a checkpoint that are tensors, or hold some; all others go into the text
-TENSORS = ("model", "framing")
-# What a model is used without: the record of a run
-LEFT_OUT = ("lamm_weights", "features", "sizes", "window", "device", "samples", "epoch")
+CARD = "MODEL_CARD.md"  # beside the weights that ship
+SUFFIX = ".safetensors"
+# What is text, of a checkpoint; its model, framing and images are tensors, the rest is a run's record
+SETTINGS = (
+    "version",
+    "config",
+    "trunk",
+    "mask_style",
+    "datasets",
+    "arguments",
+    "val_threshold",
+    "thresholds",
+    "temperature",
+    "val_auc",
+    "val_ap",
+    "val_accuracy",
+    "val_loss",
+)
+OF_THE_MACHINE = ("features", "device", "num_workers", "save_minutes")  # of the arguments
+
+
+# ------------------------------------------------------------------------------------------------------------- the file
 
 
 def write_weights(checkpoint: dict, path: Path) -> None:
-    """A checkpoint's weights and settings as one safetensors file, matrices in half precision.
+    """A checkpoint of load_checkpoint as one file, whole or not at all: matrices in half precision, see in_half.
 
     Raises:
         OSError: the file cannot be written.
     """
-    from safetensors.torch import save_file
-
-    tensors = {"images": checkpoint["images"]}
-    settings = {"framing": {}}
-    for name, values in checkpoint["model"].items():
-        tensors[f"model.{name}"] = values.half() if values.ndim > 1 and values.is_floating_point() else values
-    for name, value in checkpoint["framing"].items():
-        if torch.is_tensor(value):
-            tensors[f"framing.{name}"] = value
-        else:
-            settings["framing"][name] = value
-    settings |= {
-        name: value for name, value in checkpoint.items() if name not in (*TENSORS, *LEFT_OUT) and name != "images"
-    }
-    contiguous = {name: values.contiguous().cpu() for name, values in tensors.items()}
+    tensors = {f"model.{name}": values for name, values in in_half(checkpoint["model"]).items()}
+    tensors["images"] = checkpoint["images"]
+    framing = checkpoint["framing"]
+    tensors |= {f"framing.{name}": value for name, value in framing.items() if isinstance(value, Tensor)}
+    tensors = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
+    settings = {name: checkpoint[name] for name in SETTINGS if name in checkpoint}
+    settings["framing"] = {name: value for name, value in framing.items() if not isinstance(value, Tensor)}
+    settings["arguments"] = portable(settings["arguments"])
+    if settings.get("trunk"):
+        settings["trunk"] = settings["trunk"] | {"source": without_folder(settings["trunk"]["source"])}
+    text = json.dumps(settings, sort_keys=True)
+    content = save(tensors, {"settings": text, "sha256": digest_of(text, tensors)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(contiguous, path, metadata={"settings": json.dumps(settings, sort_keys=True)})
+    check_space(path, len(content))
+    with replacing(path, sync=True) as partial:
+        partial.write_bytes(content)
 
 
-def read_weights(path: Path, device: torch.device | str = "cpu") -> dict:
-    """The checkpoint that write_weights was given, all of its floating-point numbers in single precision or more.
+def read_weights(path: Path) -> dict:
+    """The checkpoint that write_weights was given, on the CPU, its numbers in single precision or more.
+
+    It lacks what is not in SETTINGS, and of files the folder.
 
     Raises:
-        ValueError: not such a file, or damaged.
+        ValueError: not such a file, or damaged. The message names it and the way out.
     """
-    from safetensors import SafetensorError, safe_open
-
+    again = "take another copy, or write it again: python export.py --weights"
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            settings = json.loads((file.metadata() or {})["settings"])
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a whole file of weights ({type(error).__name__}: {error})") from error
-    checkpoint = {name: value for name, value in settings.items() if name != "framing"}
-    checkpoint["images"] = tensors.pop("images", torch.zeros(0, dtype=torch.int64))
-    checkpoint["framing"] = dict(settings["framing"])
-    checkpoint["model"] = {}
+    except (SafetensorError, OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a whole safetensors file ({cause}); {again}") from error
+    if not {"settings", "sha256"} <= metadata.keys():
+        raise ValueError(
+            f"{path}: a safetensors file, but not of export.py --weights; a trunk's goes to train.py --init_from"
+        )
+    text = metadata["settings"]
+    if digest_of(text, tensors) != metadata["sha256"]:  # the format has no checksum of its own
+        raise ValueError(f"{path}: damaged, its SHA-256 is another one; {again}")
+    try:
+        return as_checkpoint(json.loads(text), tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: lacks what a model needs ({type(error).__name__}: {error}); {again}") from error
+
+
+def as_checkpoint(settings: dict, tensors: dict[str, Tensor]) -> dict:
+    """What was taken apart for the file, together again."""
+    checkpoint = settings | {"images": tensors["images"], "model": {}, "framing": dict(settings["framing"])}
     for name, values in tensors.items():
-        part, _, rest = name.partition(".")
-        checkpoint[part][rest] = values.float() if values.dtype == torch.float16 else values
+        part, dot, rest = name.partition(".")
+        if dot:
+            checkpoint[part][rest] = values.float() if values.dtype == torch.float16 else values
+    # JSON has lists alone; LAMMViTConfig has tuples
+    config = settings["config"].items()
+    checkpoint["config"] = {name: tuple(value) if isinstance(value, list) else value for name, value in config}
     return checkpoint
+
+
+def digest_of(text: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the settings and of each tensor: name, dtype, shape, bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name, values in sorted(tensors.items()):
+        digest.update(f"\n{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def portable(arguments: dict) -> dict:
+    """The options of a training without those of the machine that it ran on."""
+    kept = {name: value for name, value in arguments.items() if name not in OF_THE_MACHINE}
+    return kept | {name: without_folder(kept[name]) for name in ("init_from",) if kept.get(name)}
+
+
+def without_folder(source: str) -> str:
+    """A trunk as --init_from takes it, of a file the name alone: load_checkpoint looks beside the weights."""
+    prefix, file = split_source(source)
+    return prefix + file.name if file else source
+
+
+# ---------------------------------------------------------------------------------------------- which file is meant
+
+
+def choose_checkpoint(named: Path | None, rank: int = 0) -> Path:
+    """The checkpoint that was named; else what train.py left here; else the weights that ship, which is said once.
+
+    Args:
+        rank: of this process; the first one says it, on standard error.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if named or TRAINED.exists():
+        return named or TRAINED
+    if not SHIPPED.exists():
+        raise ValueError(
+            f"{TRAINED}: no such checkpoint, and no {shown(SHIPPED)}; run train.py first, or name one with --checkpoint"
+        )
+    if rank == 0:
+        print(
+            f"{TRAINED} is not there: takes the weights that ship, {shown(SHIPPED)} (read {shown_card()}; for"
+            " non-commercial use)",
+            file=sys.stderr,
+        )
+    return shown(SHIPPED)
+
+
+def is_shipped(path: Path) -> bool:
+    return Path(path).resolve() == SHIPPED.resolve()
+
+
+def shown_card() -> Path:
+    """Where what has to be known of the weights that ship is written."""
+    return shown(SHIPPED.with_name(CARD))
+
+
+def shown(path: Path) -> Path:
+    """As people see it: from the current folder on, where it is below that."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

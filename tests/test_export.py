@@ -21,6 +21,7 @@ from dataset import FaceDataset
 from evaluation.scoring import fake_probability, predict_scores
 from faces.regions import REGIONS
 from model import LAMMViT, LAMMViTConfig
+from runtime import weights_file
 from runtime.checkpoint import load_checkpoint
 from samples.feature_files import find_feature_files
 
@@ -183,10 +184,14 @@ def test_it_says_two_lines(exported):
 
 def test_without_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights_file, "SHIPPED", tmp_path / "weights/lamm_vit.safetensors")
     monkeypatch.setattr(sys, "argv", ["export.py"])
     with pytest.raises(SystemExit) as error:  # run as a script, but without the seconds of another import of torch
         runpy.run_path(str(ROOT / "export.py"), run_name="__main__")
-    assert error.value.code == "output_model/best_model.pth: no such checkpoint; run train.py first, or name one"
+    assert error.value.code == (
+        "output_model/best_model.pth: no such checkpoint, and no weights/lamm_vit.safetensors; run train.py first, or"
+        " name one with --checkpoint"
+    )
     assert not list(tmp_path.iterdir())
 
 

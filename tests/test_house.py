@@ -19,9 +19,10 @@ attention.blocked  attention.flex  faces.images  faces.finder
 attention.trial
 attention  faces.alignment  faces.workers  faces.prepared  faces.videos
 model  faces.treatment  samples.feature_files  samples.transforms
-runtime.start  runtime.trunk_files  runtime.weights_file
+runtime.start  runtime.trunk_files
 runtime.pretrained
 runtime.tuning
+runtime.weights_file
 runtime.checkpoint  faces.loose  faces.prepare  samples.sources  dataset
 samples.splits  samples.extracted  samples.manifest
 samples.plan
