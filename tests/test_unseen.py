@@ -220,20 +220,28 @@ def test_folds_without_images():
 # ---------------------------------------------------------------------------------------------------- the whole command
 
 
+DRAWN = {  # {data set in its root: what is wrong with its faces, how many}
+    "one/real/Photos": (None, 20),
+    "one/real/Portraits": (None, 12),
+    "one/fake/Gan": ("IrisMismatch", 12),
+    "two/real/Heads": (None, 12),
+    "two/fake/Gan2": ("BlurredRegion", 12),
+    "two/fake/Diffusion": ("OffAxisMouth", 14),
+}
+
+
 def draw_data_sets(root: Path) -> None:
     """Two data roots of drawn faces."""
     rng = np.random.default_rng(5)
-    for name, generator, count in (
-        ("one/real/Photos", None, 20),
-        ("one/real/Portraits", None, 12),
-        ("one/fake/Gan", "IrisMismatch", 12),
-        ("two/real/Heads", None, 12),
-        ("two/fake/Gan2", "BlurredRegion", 12),
-        ("two/fake/Diffusion", "OffAxisMouth", 14),
-    ):
-        (root / name).mkdir(parents=True)
+    for name, (generator, count) in DRAWN.items():
         for i in range(count):
             Image.fromarray(draw_face(rng, generator, 240)).save(root / name / f"{i:02}.png")
+
+
+def lay_out(root: Path) -> None:
+    """The folders of the data sets, a trunk, the folds."""
+    for name in DRAWN:
+        (root / name).mkdir(parents=True)
     torch.save(torchvision.models.VisionTransformer(96, 24, 2, 12, 24, 96).state_dict(), root / "vit.pth")
     folds = {
         "about": "of a test",
@@ -269,6 +277,7 @@ def calls(monkeypatch) -> list[str]:
         script.main(script.get_args_parser().parse_args(command[1:]))
 
     monkeypatch.setattr(train, "stopping_on_signals", lambda run: contextlib.nullcontext())
+    monkeypatch.setattr(train, "draw_pictures", lambda run: None)  # half of the time
     for module in (images, detectors):
         monkeypatch.setattr(module, "run", run_here)
     monkeypatch.setattr(near_duplicates, "MAX_FACE_DISTANCE", 0.01)
@@ -289,6 +298,7 @@ def write_others(root: Path) -> Path:
 
 @pytest.mark.slow
 def test_from_files_to_tables(tmp_path, calls, monkeypatch, capsys):
+    lay_out(tmp_path)
     draw_data_sets(tmp_path)
     scored = detectors.score_model
 
@@ -377,9 +387,8 @@ def check_a_model(root: Path, summary: dict) -> None:
     assert judged["auc"][1] == pytest.approx(np.mean(aucs))
 
 
-@pytest.mark.slow
 def test_what_it_refuses(tmp_path, calls):
-    draw_data_sets(tmp_path)
+    lay_out(tmp_path)
     for options, message in (
         (("--seed", 3), "--seed: this script sets it"),
         (("--lrr", 3), "train.py does not take these options"),
