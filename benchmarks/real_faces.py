@@ -36,13 +36,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.comparison.images import TREATMENTS, check_splits, data_sets_of, extract, features_of, prepare, sift
-from benchmarks.comparison.jobs import RECIPE, announce, plan_jobs, train_all
+from benchmarks.comparison.jobs import RECIPE, announce, plan_jobs, train_all, train_options
 from benchmarks.comparison.probes import probe
 from benchmarks.comparison.tables import write_tables
 from benchmarks.comparison.variants import one_line_of_what_went_wrong
 from runtime.processes import default_workers, lock
-from training.options import check_options as check_train_options
-from training.options import get_args_parser as train_parser
 
 SET_HERE = ("--features", "--output_dir", "--patch_size", "--seed", "--datasets", "--resume", "--without", "--device")
 
@@ -86,14 +84,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_options(args: argparse.Namespace, options: list[str], data_sets: list[str]) -> list[str]:
+def check_options(args: argparse.Namespace, options: list[str], data_sets: dict[str, Path]) -> list[str]:
     """The options of train.py, complete. Raises ValueError where those of either script make no sense."""
-    if taken := [
-        option
-        for option in options
-        if option.startswith("--") and any(name.startswith(option.split("=")[0]) for name in SET_HERE)
-    ]:
-        raise ValueError(f"{', '.join(taken)}: this script sets it")
+    options = train_options(options, RECIPE, SET_HERE, args.patch_size)
     generators = [data_set.split("/")[1] for data_set in data_sets if data_set.startswith("fake/")]
     if unknown := [name for name in args.train_on if name not in generators]:
         raise ValueError(
@@ -107,17 +100,6 @@ def check_options(args: argparse.Namespace, options: list[str], data_sets: list[
         )
     if min(args.seeds, args.workers, args.jobs) < 1 or args.img_size % args.patch_size:
         raise ValueError("--seeds, --workers and --jobs have to be at least 1, --img_size a multiple of --patch_size")
-    given = {option.split("=")[0] for option in options}
-    options = [
-        *(part for pair in RECIPE.items() if pair[0] not in given for part in pair),
-        "--patch_size",
-        str(args.patch_size),
-        *options,
-    ]
-    try:
-        check_train_options(train_parser().parse_args(options))
-    except SystemExit as error:  # argparse has printed why
-        raise ValueError(f"train.py does not take these options: {' '.join(options)}") from error
     settings = args.output_dir / "settings.json"
     now = {
         "data_root": str(args.data_root.resolve()),
@@ -133,11 +115,12 @@ def check_options(args: argparse.Namespace, options: list[str], data_sets: list[
     return [*options, "--device", args.device]
 
 
-def compare(args: argparse.Namespace, data_sets: list[str], options: list[str]) -> dict:
+def compare(args: argparse.Namespace, data_sets: dict[str, Path], options: list[str]) -> dict:
     """From files to tables."""
     prepare(args, data_sets)
     kept, dropped = sift(args, data_sets)
-    extract(args, data_sets)
+    fakes = [data_set for data_set in data_sets if data_set.startswith("fake/")]
+    extract(args, [data_set for data_set in fakes if data_set.split("/")[1] not in args.train_on])
     sizes = [check_splits(features_of(args, treatment), kept) for treatment in TREATMENTS][-1]
     probes = {treatment: probe(args, data_sets, treatment) for treatment in TREATMENTS}
     jobs = plan_jobs(args)

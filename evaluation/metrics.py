@@ -74,10 +74,13 @@ def tpr_at_fpr(labels: np.ndarray, scores: np.ndarray, rate: float) -> float:
     return float(true_positive[false_positive <= rate + 1e-12].max())
 
 
-def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The mean of -log(probability of the image's class), in nats. labels (N,), scores (N,) in [0, 1]."""
+def log_loss(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """The mean of -log(probability of the image's class), in nats. labels (N,), scores (N,) in [0, 1]; weights (N,):
+    how much each image counts, all alike if None.
+    """
     right = np.where(labels == 1, scores, 1 - scores)
-    return float(-np.log(right.clip(min=SMALLEST_PROBABILITY)).mean())
+    losses = -np.log(right.clip(min=SMALLEST_PROBABILITY))
+    return float(losses.mean() if weights is None else np.average(losses, weights=weights))
 
 
 def choose_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -94,7 +97,7 @@ def choose_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def calibration(
-    labels: np.ndarray, scores: np.ndarray, bins: int = 10
+    labels: np.ndarray, scores: np.ndarray, bins: int = 10, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """A reliability diagram, and the expected calibration error (Naeini et al., AAAI 2015; Guo et al., ICML 2017).
 
@@ -104,19 +107,21 @@ def calibration(
     Args:
         labels, scores: (N,) each; one class alone will do.
         bins: of equal width over [0, 1]; a score on an edge is in the upper one, 1 in the last.
+        weights: (N,) how much each image counts, all alike if None.
 
     Returns:
         mean_score: (bins,), NaN where a bin is empty.
         fake_fraction: (bins,) 0-1, NaN where a bin is empty.
-        counts: (bins,) int.
+        counts: (bins,) int; with weights, their sums.
         ece: 0-1, the mean of |mean_score - fake_fraction| over the images.
     """
     labels, scores = np.asarray(labels), np.asarray(scores)
     # Edges by division, as one would write them: 0.3 * 10 and 3 / 10 differ in the last digit.
     which = np.searchsorted(np.arange(1, bins) / bins, scores, side="right")
-    counts = np.bincount(which, minlength=bins)
-    filled = np.maximum(counts, 1)
-    mean_score = np.where(counts, np.bincount(which, scores, bins) / filled, np.nan)
-    fake_fraction = np.where(counts, np.bincount(which, labels, bins) / filled, np.nan)
-    ece = float(np.nansum(counts * np.abs(mean_score - fake_fraction)) / len(scores))
+    counts = np.bincount(which, weights, bins)
+    filled = np.where(counts, counts, 1)
+    weights = np.ones(len(scores)) if weights is None else weights
+    mean_score = np.where(counts, np.bincount(which, weights * scores, bins) / filled, np.nan)
+    fake_fraction = np.where(counts, np.bincount(which, weights * labels, bins) / filled, np.nan)
+    ece = float(np.nansum(counts * np.abs(mean_score - fake_fraction)) / weights.sum())
     return mean_score, fake_fraction, counts, ece

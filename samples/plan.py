@@ -11,7 +11,7 @@ from samples.extracted import Plan, find_extracted, publish
 from samples.feature_files import SCHEMA_VERSION, open_features
 from samples.manifest import read_manifest
 from samples.sources import Source, find_sources, is_named
-from samples.splits import SPLIT_FRACTIONS
+from samples.splits import SHARES
 
 
 def make_plan(args: argparse.Namespace, checksums: list[str | None]) -> Plan:
@@ -75,7 +75,9 @@ def make_plan(args: argparse.Namespace, checksums: list[str | None]) -> Plan:
 
 
 def fingerprint_of(sources: list[Source], settings: dict, args: argparse.Namespace) -> str:
-    digest = hashlib.sha256(json.dumps([settings, dealing(args), SPLIT_FRACTIONS]).encode())
+    digest = hashlib.sha256(
+        json.dumps([settings, dealing(args), [share / sum(args.shares) for share in args.shares]]).encode()
+    )
     for source in sources:
         digest.update(json.dumps(source).encode())
     return digest.hexdigest()
@@ -88,7 +90,7 @@ def dealing(args: argparse.Namespace) -> dict:
         "group_by_folder": args.group_by_folder,
         "test_only": sorted(args.test_only),
         "compress": args.compress,
-    }
+    } | ({} if tuple(args.shares) == SHARES else {"shares": list(args.shares)})
 
 
 def sample_bytes(args: argparse.Namespace) -> int:

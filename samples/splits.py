@@ -12,7 +12,7 @@ from faces.images import FRAME_PATTERN
 from samples.feature_files import SPLITS, FeatureFileError
 from samples.sources import Source, is_named
 
-SPLIT_FRACTIONS = (0.6, 0.2, 0.2)  # train, val, test; the authors'
+SHARES = (60, 20, 20)  # of train, val and test in percent; the authors'
 
 
 class SplitError(ValueError):
@@ -42,8 +42,9 @@ def deal_splits(
     seed: int,
     test_only: Sequence[str] = (),
     given: Sequence[str] = (),
+    shares: Sequence[float] = SHARES,
 ) -> np.ndarray:
-    """Deals samples to train, val and test, 60/20/20 in every data set, by nothing but the content of the files.
+    """Deals samples to train, val and test, in every data set, by nothing but the content of the files.
 
     Samples of the same content, and of the same group, stay together, whatever data sets they are in. The bundles that
     result are taken in an order drawn from content and seed, those whose split is given first, then large ones, and
@@ -55,6 +56,7 @@ def deal_splits(
         groups: each sample's group, or groups, None for those on their own.
         test_only: data sets that go to test whole, with all that must not be apart from them.
         given: each sample's split, "" where it is dealt; none of them if empty.
+        shares: of train, val and test, of any sum; 0: a split gets nothing but what is given to it.
 
     Returns:
         (N,) int, index into SPLITS.
@@ -76,11 +78,12 @@ def deal_splits(
         drawn = hashlib.sha256(str(seed).encode() + min(contents[i] for i in members)).digest()
         return not given_to(members), -len(members), drawn
 
-    share = {name: np.array(SPLIT_FRACTIONS) * count for name, count in Counter(data_sets).items()}  # (3,)
+    wanted = np.array(shares) / sum(shares)  # (3,)
+    share = {name: np.where(wanted > 0, wanted * count, 1) for name, count in Counter(data_sets).items()}  # (3,)
     dealt = {name: np.zeros(len(SPLITS)) for name in share}
     splits = np.empty(len(contents), int)
     for members in sorted(bundle(contents, groups), key=turn):
-        filled = sum(dealt[data_sets[i]] / share[data_sets[i]] for i in members)
+        filled = np.where(wanted > 0, sum(dealt[data_sets[i]] / share[data_sets[i]] for i in members), np.inf)
         fixed = given_to(members)
         split = SPLITS.index(fixed) if fixed else int(np.argmin(filled))  # the first of equals: train
         splits[members] = split
@@ -108,7 +111,7 @@ def deal(sources: Sequence[Source], contents: Sequence[bytes], args: argparse.Na
     data_sets, groups = [source.data_set for source in sources], groups_of(sources, args.group_by_folder)
     given = [source.split for source in sources]
     try:
-        return deal_splits(data_sets, contents, groups, args.seed, args.test_only, given)
+        return deal_splits(data_sets, contents, groups, args.seed, args.test_only, given, args.shares)
     except SplitError as error:
         (one, i), (other, j), *_ = error.by_split.items()
         raise FeatureFileError(

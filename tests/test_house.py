@@ -8,7 +8,17 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ("preprocess", "feature_extraction", "train", "inference", "export", "demo")
-BENCHMARKS = ("ablation", "data_speed", "faces_found", "images_speed", "margins", "model_speed", "real_faces", "starts")
+BENCHMARKS = (
+    "ablation",
+    "data_speed",
+    "faces_found",
+    "images_speed",
+    "margins",
+    "model_speed",
+    "real_faces",
+    "starts",
+    "unseen",
+)
 
 # From the ground up. A module may import what stands on a line above its own, nothing beside it and nothing above.
 ORDER = """
@@ -37,8 +47,10 @@ training.setup  training.step  training.probe
 training.state
 benchmarks.comparison.near_duplicates  benchmarks.comparison.variants
 benchmarks.comparison.images
-benchmarks.comparison.probes  benchmarks.comparison.jobs  benchmarks.comparison.scores
-benchmarks.comparison.tables
+benchmarks.comparison.probes  benchmarks.comparison.jobs  benchmarks.comparison.scores  benchmarks.comparison.folds
+benchmarks.comparison.tables  benchmarks.comparison.frozen  benchmarks.comparison.judge
+benchmarks.comparison.detectors
+benchmarks.comparison.fold_tables
 """
 FLOORS = {module: floor for floor, line in enumerate(ORDER.split("\n")) for module in line.split()}
 ROOF = len(ORDER)  # where the scripts are

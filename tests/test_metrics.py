@@ -20,7 +20,15 @@ from evaluation.intervals import (
     weighted_metrics,
     win_matrix,
 )
-from evaluation.metrics import METRIC_RANGE, METRICS, binary_metrics, calibration, choose_threshold, tpr_at_fpr
+from evaluation.metrics import (
+    METRIC_RANGE,
+    METRICS,
+    binary_metrics,
+    calibration,
+    choose_threshold,
+    log_loss,
+    tpr_at_fpr,
+)
 
 # Warnings are errors here: a division by zero is a NaN in a table.
 pytestmark = pytest.mark.filterwarnings("error")
@@ -300,6 +308,20 @@ def test_calibration_by_hand():
     np.testing.assert_allclose(mean_score, [0.1, 0.3, np.nan, 0.95])
     np.testing.assert_allclose(fake_fraction, [0, 1, np.nan, 1])
     assert ece == pytest.approx((2 * 0.1 + 1 * 0.7 + 2 * 0.05) / 5)
+
+
+def test_an_image_of_weight_three_counts_as_three_images():
+    labels, scores = np.array([0, 1, 1, 0]), np.array([0.1, 0.3, 0.8, 0.9])
+    weights = np.array([3, 1, 2, 1])
+    times = np.repeat(np.arange(4), weights)
+    weighted, repeated = (
+        calibration(labels, scores, 5, weights),
+        calibration(labels[times], scores[times], 5),
+    )
+    for one, other in zip(weighted, repeated):
+        np.testing.assert_allclose(one, other)
+    assert log_loss(labels, scores, weights) == pytest.approx(log_loss(labels[times], scores[times]))
+    assert log_loss(labels, scores, weights) != pytest.approx(log_loss(labels, scores), abs=0.01)
 
 
 def test_calibration_edges_belong_to_the_upper_bin():

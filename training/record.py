@@ -47,7 +47,8 @@ def write_board(
 def draw_pictures(run: Run) -> None:
     from evaluation.figures import lamm_weights, training_curves  # matplotlib, at the end of a run
 
-    training_curves(run.log, run.path(CURVES))
+    if run.log:
+        training_curves(run.log, run.path(CURVES))
     weights = torch.load(run.path(BEST), map_location="cpu", weights_only=True)["lamm_weights"]
     if weights is not None:
         lamm_weights(weights.numpy(), run.path(WEIGHTS))

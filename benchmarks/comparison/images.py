@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,45 +32,62 @@ REASONS = {
 }
 
 
-def data_sets_of(data_root: Path) -> list[str]:
-    """["real/FFHQ", "fake/StyleGAN1", ...]"""
-    return [f"{kind}/{folder.name}" for kind in CLASSES for folder in data_set_folders(data_root, kind)]
+def data_sets_of(*roots: Path) -> dict[str, Path]:
+    """{"real/FFHQ": its folder, "fake/StyleGAN1": ..., ...} of one data root or several, real ones first.
+
+    Raises:
+        ValueError: a data set lies in two of them.
+    """
+    found: dict[str, Path] = {}
+    for kind in CLASSES:
+        for folder in (folder for root in roots for folder in data_set_folders(root, kind)):
+            data_set = f"{kind}/{folder.name}"
+            if data_set in found:
+                raise ValueError(f"{folder}: {data_set} is in {found[data_set].parents[1]}, too; rename one of them")
+            found[data_set] = folder
+    return found
 
 
-def prepare(args: argparse.Namespace, data_sets: list[str]) -> None:
-    """Every image raw and equalised, in prepared/<treatment>/."""
-    for treatment, options in TREATMENTS.items():
-        for data_set in tqdm(data_sets, desc=f"prepare, {treatment}", unit="data set"):
+def prepare(
+    args: argparse.Namespace, data_sets: Mapping[str, Path], treatments: Mapping[str, Sequence[str]] = TREATMENTS
+) -> None:
+    """Every image in each of the treatments, in prepared/<treatment>/."""
+    for treatment, options in treatments.items():
+        for data_set, folder in tqdm(data_sets.items(), desc=f"prepare, {treatment}", unit="data set"):
             target = args.output_dir / "prepared" / treatment / data_set
             side = {"target_height": args.img_size, "target_width": args.img_size}
-            given = {"directory": args.data_root / data_set, "output_dir": target, "workers": args.workers}
+            given = {"directory": folder, "output_dir": target, "workers": args.workers}
             run(command("preprocess.py", *options, **given, **side))
 
 
-def sources_of(args: argparse.Namespace, data_set: str) -> dict[str, Path]:
+def sources_of(data_set: str, folder: Path) -> dict[str, Path]:
     """{path of a prepared image, below prepared/<treatment>: its file} of a data set, as preprocess.py gives names."""
-    folder = args.data_root / data_set
     return {f"{data_set}/{path}": source for source, path in plan_outputs(folder, list_images(folder)).items()}
 
 
-def sift(args: argparse.Namespace, data_sets: list[str]) -> tuple[dict[str, Fingerprint], dict[str, Counter]]:
-    """Which of the prepared images are used: links in data/<treatment>/, the same for both; all others in dropped.csv.
+def sift(
+    args: argparse.Namespace, data_sets: Mapping[str, Path], treatments: Sequence[str] = tuple(TREATMENTS)
+) -> tuple[dict[str, Fingerprint], dict[str, Counter]]:
+    """Which of the prepared images are used: links in data/<treatment>/, the same for all; all others in dropped.csv.
+
+    Args:
+        treatments: of prepare; "equalised", in which images are compared, is one of them.
 
     Returns:
         {path of an image: its fingerprint} and {data set: how many were left out for which reason}.
     """
     prepared = args.output_dir / "prepared"
     paths, dropped, sizes = [], {}, Counter()
-    for data_set in data_sets:
+    for data_set, folder in data_sets.items():
         reasons: dict[str, str] = {}
-        for treatment in TREATMENTS:
+        for treatment in treatments:
             reasons |= read_reasons(prepared / treatment / f"{data_set}{REJECTED_SUFFIX}" / "rejected.csv")
-        for path, source in sources_of(args, data_set).items():
-            if all((prepared / treatment / path).exists() for treatment in TREATMENTS):
+        for path, source in sources_of(data_set, folder).items():
+            if all((prepared / treatment / path).exists() for treatment in treatments):
                 paths.append(path)
                 sizes[data_set] += 1
             else:
-                dropped[path] = reasons.get(str(source.relative_to(args.data_root / data_set)), "could not be prepared")
+                dropped[path] = reasons.get(str(source.relative_to(folder)), "could not be prepared")
     paths.sort()
     fingerprints = take_fingerprints(prepared / "equalised", paths, args)
     seen = [i for i, one in enumerate(fingerprints) if np.isfinite(one.face).all()]
@@ -80,19 +98,24 @@ def sift(args: argparse.Namespace, data_sets: list[str]) -> tuple[dict[str, Fing
         dropped[paths[seen[i]]] = f"{reason}: {paths[seen[stays]]}"
     kept = {path: one for path, one in zip(paths, fingerprints) if path not in dropped}
     write_reasons(args.output_dir / "dropped.csv", dropped)
-    for treatment in TREATMENTS:
-        shutil.rmtree(args.output_dir / "data" / treatment, ignore_errors=True)
-        for path in kept:
-            target = args.output_dir / "data" / treatment / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(prepared / treatment / path, target)
-            except OSError:  # a file system without
-                shutil.copy2(prepared / treatment / path, target)
+    for treatment in treatments:
+        link(prepared / treatment, args.output_dir / "data" / treatment, kept)
     return kept, {
         data_set: Counter(kind_of(reason) for path, reason in dropped.items() if path.startswith(f"{data_set}/"))
         for data_set in data_sets
     }
+
+
+def link(prepared: Path, chosen: Path, paths: Iterable[str]) -> None:
+    """The folder `chosen` anew, with these of the prepared images and no others."""
+    shutil.rmtree(chosen, ignore_errors=True)
+    for path in paths:
+        target = chosen / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(prepared / path, target)
+        except OSError:  # a file system without
+            shutil.copy2(prepared / path, target)
 
 
 def kind_of(reason: str) -> str:
@@ -100,13 +123,15 @@ def kind_of(reason: str) -> str:
     return next((kind for kind in sorted(REASONS, key=len, reverse=True) if reason.startswith(kind)), "unusable")
 
 
-def extract(args: argparse.Namespace, data_sets: list[str]) -> None:
-    fakes = [data_set for data_set in data_sets if data_set.startswith("fake/")]
-    unseen = [data_set for data_set in fakes if data_set.split("/")[1] not in args.train_on]
-    for treatment in tqdm(TREATMENTS, desc="extract"):
+def extract(
+    args: argparse.Namespace, test_only: Sequence[str] = (), treatments: Sequence[str] = tuple(TREATMENTS)
+) -> None:
+    """Feature files of each treatment; the data sets of test_only are not dealt, but go to the test split whole."""
+    for treatment in tqdm(treatments, desc="extract"):
         folders = {"data_root": args.output_dir / "data" / treatment, "output_dir": features_of(args, treatment)}
         sizes = {"img_size": args.img_size, "patch_size": args.patch_size, "workers": args.workers}
-        run([*command("feature_extraction.py", **folders, **sizes), "--test_only", *unseen])
+        kept_apart = ["--test_only", *test_only] if test_only else []
+        run([*command("feature_extraction.py", **folders, **sizes), *kept_apart])
 
 
 def features_of(args: argparse.Namespace, treatment: str) -> Path:

@@ -12,6 +12,7 @@ from benchmarks.comparison.images import TREATMENTS, data_sets_of, features_of
 from benchmarks.comparison.variants import VARIANTS, command, run, train_and_test
 from dataset import FaceDataset
 from samples.feature_files import find_feature_files
+from training.options import check_options
 from training.options import get_args_parser as train_parser
 
 # Chosen on the validation split of the equalised images alone; docs/results.md has what else was tried.
@@ -29,6 +30,32 @@ RECIPE = {
     "--num_workers": "0",
 }
 MAIN = ("LAMM-ViT", "plain ViT")  # trained first, and on raw images too
+
+
+def train_options(options: list[str], recipe: dict[str, str], taken: tuple[str, ...], patch_size: int) -> list[str]:
+    """The options of train.py, complete: those that are given, and those of a recipe for the others.
+
+    Args:
+        recipe: {option: its values, with spaces between}.
+        taken: options that the benchmark sets itself.
+
+    Raises:
+        ValueError: one of these is given, or train.py would not take them.
+    """
+    if mine := [
+        option
+        for option in options
+        if option.startswith("--") and any(name.startswith(option.split("=")[0]) for name in taken)
+    ]:
+        raise ValueError(f"{', '.join(mine)}: this script sets it")
+    given = {option.split("=")[0] for option in options}
+    others = [part for name, values in recipe.items() if name not in given for part in (name, *values.split())]
+    options = [*others, "--patch_size", str(patch_size), *options]
+    try:
+        check_options(train_parser().parse_args(options))
+    except SystemExit as error:  # argparse has printed why
+        raise ValueError(f"train.py does not take these options: {' '.join(options)}") from error
+    return options
 
 
 def plan_jobs(args: argparse.Namespace) -> list[tuple[str, str, int, Path]]:

@@ -1,6 +1,7 @@
 """How far a linear model gets on what is not worth learning: file size, format, mean spectrum, a thumbnail."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
@@ -8,7 +9,7 @@ import numpy as np
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.comparison.images import features_of, sources_of
@@ -57,7 +58,12 @@ REAL_SIZES = "real, by size"
 PROBES = {"files": of_files, "spectrum": of_spectra, "thumbnail": of_thumbnails}
 
 
-def probe(args: argparse.Namespace, data_sets: list[str], treatment: str) -> dict[str, dict[str, float]]:
+def linear_model() -> Pipeline:
+    """The probe of a shortcut, not fitted yet; both classes weigh the same."""
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000, class_weight="balanced"))
+
+
+def probe(args: argparse.Namespace, data_sets: Mapping[str, Path], treatment: str) -> dict[str, dict[str, float]]:
     """{probe: {generator: AUC on the test split}} of logistic regressions that are trained on the training split. Under
     REAL_SIZES, the AUC
     with which the same scores tell real images of more pixels than most from the others: 0.5 where that leaves no
@@ -65,7 +71,7 @@ def probe(args: argparse.Namespace, data_sets: list[str], treatment: str) -> dic
     """
     # Files of the raw images: as they were given
     sources = (
-        {path: source for data_set in data_sets for path, source in sources_of(args, data_set).items()}
+        {path: source for name, folder in data_sets.items() for path, source in sources_of(name, folder).items()}
         if treatment == "raw"
         else {}
     )
@@ -89,8 +95,7 @@ def probe(args: argparse.Namespace, data_sets: list[str], treatment: str) -> dic
     )
     for name, features in PROBES.items():
         rows = {split: features(images[split], files[split]) for split in splits}
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000, class_weight="balanced"))
-        scores = model.fit(rows["train"], splits["train"].labels).decision_function(rows["test"])
+        scores = linear_model().fit(rows["train"], splits["train"].labels).decision_function(rows["test"])
         labels = splits["test"].labels
         found[name] = {
             kind.split("/")[1]: float(roc_auc_score(labels[chosen], scores[chosen]))

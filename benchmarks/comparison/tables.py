@@ -53,7 +53,7 @@ def write_tables(
     comparison = Comparison(args, sizes, dropped, probes, folders, results, scores)
     summary: dict = {"data": {}, "probes": probes, "detectors": {}, "comparison": {}}
     parts = [
-        images_table(comparison, summary),
+        images_table(sizes, dropped, summary),
         shortcuts_table(comparison),
         detectors_table(comparison, summary),
         all_metrics_table(comparison),
@@ -72,10 +72,10 @@ def section(title: str, *paragraphs: str) -> str:
     return "\n\n".join([f"## {title}", *paragraphs]) + "\n"
 
 
-def images_table(comparison: Comparison, summary: dict) -> str:
+def images_table(sizes: dict[str, tuple[int, int, int]], dropped: dict[str, Counter], summary: dict) -> str:
     rows = []
-    for data_set, split in comparison.sizes.items():
-        counts = comparison.dropped[data_set]
+    for data_set, split in sizes.items():
+        counts = dropped[data_set]
         summary["data"][data_set] = {"dropped": dict(counts), **dict(zip(SPLITS, split))}
         total = sum(counts.values()) + sum(split)
         rows.append([data_set, str(total), *(str(counts[reason]) for reason in REASONS), *map(str, split)])

@@ -1,0 +1,256 @@
+"""The detectors of a comparison over folds, each to log odds of the images that a fold needs; all kept in scores.npz.
+
+probes             frozen.py's, on what a frozen trunk says of the images
+trained models     train.py's, on the data sets that a fold leaves: LAMM-ViT, the plain ViT, variants of them
+shortcuts          probes.py's linear models on the mean spectrum and on a thumbnail
+others             somebody else's scores, from a CSV file
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.special import logit
+from tqdm import tqdm
+
+from benchmarks.comparison.folds import TRAIN, VAL, Fold, Stock
+from benchmarks.comparison.frozen import PROBES, fit_probe, probe_inputs, read_frozen, save_arrays
+from benchmarks.comparison.images import sources_of
+from benchmarks.comparison.probes import PROBES as LINEAR_MODELS
+from benchmarks.comparison.probes import linear_model
+from benchmarks.comparison.variants import VARIANTS, command, run
+from evaluation.masks import scores_by_masks
+from evaluation.metrics import SMALLEST_PROBABILITY
+from evaluation.scoring import predict, scores_and_log_odds
+from runtime.checkpoint import load_checkpoint
+from runtime.devices import pick_device
+
+DETECTORS = (*PROBES, *VARIANTS)
+MASKED = "LAMM-ViT"  # of which it is asked whether the masks count
+SHORTCUTS = {f"shortcut, {name}": LINEAR_MODELS[name] for name in ("spectrum", "thumbnail")}
+FORWARD_SHARE = 0.4  # of a training step's time, where parts are trained: for the forecast alone
+START_SECONDS = 10  # of a process that trains, likewise
+
+
+class Job(NamedTuple):
+    """A model to train and its scores."""
+
+    fold: Fold
+    detector: str
+    seed: int
+    folder: Path
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / "scores.npz").exists() and (
+            self.detector != MASKED or (self.folder / "masks.npz").exists()
+        )
+
+
+def models_folder(args: argparse.Namespace, stock: Stock, options: list[str]) -> Path:
+    """Other images or options, other scores: those of earlier ones stay beside them."""
+    told = hashlib.sha256(repr(options).encode()).hexdigest()
+    return args.output_dir / "models" / f"{stock.fingerprint[:8]}_{told[:8]}"
+
+
+def folder_of(models: Path, fold: Fold, detector: str, seed: int = 0) -> Path:
+    return models / fold.folder / detector.split(" (")[0].replace(",", "").replace(" ", "_") / f"seed_{seed}"
+
+
+def plan_jobs(args: argparse.Namespace, folds: list[Fold], models: Path) -> list[Job]:
+    """The trainings, whole folds with one seed first."""
+    names = [name for name in args.detectors if name in VARIANTS]
+    jobs = [(fold, name, seed) for seed in range(args.seeds) for fold in folds for name in names]
+    return [Job(fold, name, seed, folder_of(models, fold, name, seed)) for fold, name, seed in jobs]
+
+
+def scores_of(models: Path, fold: Fold, detector: str, seeds: int = 1) -> np.ndarray:
+    """Log odds (S, N) of the stock's images, NaN where the fold needs none."""
+    rows = []
+    for seed in range(seeds):
+        with np.load(folder_of(models, fold, detector, seed) / "scores.npz") as kept:
+            rows.append(kept["log_odds"])
+    return np.stack(rows)
+
+
+# ------------------------------------------------------------------------------------------------------- linear models
+
+
+def score_linear_models(
+    args: argparse.Namespace, stock: Stock, folds: list[Fold], models: Path, train_args: argparse.Namespace
+) -> None:
+    """The probes of the frozen trunk that are asked for, and the shortcuts."""
+    names = [name for name in args.detectors if name in PROBES]
+    todo = [(fold, name) for name in (*names, *SHORTCUTS) for fold in folds]
+    todo = [(fold, name) for fold, name in todo if not (folder_of(models, fold, name) / "scores.npz").exists()]
+    frozen = read_frozen(args, stock, train_args) if any(name in PROBES for _, name in todo) else None
+    inputs, read = np.empty(0), ""
+    for fold, name in (bar := tqdm(todo, desc="linear models", unit="fold", disable=not todo)):
+        bar.set_postfix_str(f"{name}, {fold.name}")
+        if read != name:
+            inputs = probe_inputs(name, frozen, train_args) if name in PROBES else shortcut_inputs(stock, name)
+            read = name
+        if name in PROBES:
+            log_odds = fit_probe(stock, fold, inputs)
+        else:
+            inside = stock.known(fold, TRAIN)
+            log_odds = linear_model().fit(inputs[inside], stock.labels[inside]).decision_function(inputs)
+        save_arrays(folder_of(models, fold, name) / "scores.npz", log_odds=log_odds)
+
+
+def shortcut_inputs(stock: Stock, name: str) -> np.ndarray:
+    """(N, D) of one of SHORTCUTS, of all images."""
+    dataset, parts = stock.dataset(), []
+    for start in range(0, len(dataset), 256):  # spectra take a few hundred times an image's memory
+        images = dataset.read(np.arange(start, min(start + 256, len(dataset))))["image"]
+        parts.append(SHORTCUTS[name](images.transpose(0, 2, 3, 1), []))
+    return np.concatenate(parts)
+
+
+# ------------------------------------------------------------------------------------------------------ trained models
+
+
+def left_out_parts(detector: str, train_args: argparse.Namespace) -> list[str]:
+    """Of the method: by a variant, and by the options."""
+    return sorted({*VARIANTS[detector], *train_args.without})
+
+
+def train_command(
+    args: argparse.Namespace, options: list[str], without: list[str], data_sets: list[str], **more: object
+) -> list[str]:
+    given = command("train.py", *options, features=args.features, device=args.device, **more)
+    return given + ["--datasets", *data_sets] + (["--without", *without] if without else [])
+
+
+def announce(
+    args: argparse.Namespace, stock: Stock, jobs: list[Job], options: list[str], train_args: argparse.Namespace
+) -> None:
+    """Says how long the training will take, from an epoch over the smallest data sets."""
+    left = [job for job in jobs if not job.is_done]
+    print(f"train  {len(jobs)} models, {len(jobs) - len(left)} of them are there already", flush=True)
+    if not left:
+        return
+    per_second = measure_speed(args, stock, left[0], options, train_args)
+    seconds = 0.0
+    for job in left:
+        train, val = len(stock.known(job.fold, TRAIN)), len(stock.known(job.fold, VAL))
+        forward = val * train_args.epochs + len(stock.needed(job.fold))
+        forward += (train * (1 + train_args.probe_views) + val) * (train_args.head == "probe")
+        forward += 5 * len(stock.of(job.fold.left_out)) * (job.detector == MASKED)
+        seconds += START_SECONDS + (train * train_args.epochs + FORWARD_SHARE * forward) / per_second
+    print(
+        f"train  {per_second:.0f} images/s: {len(left)} models of {train_args.epochs} epochs, one at a time, about"
+        f" {seconds / 60:.0f} minutes",
+        flush=True,
+    )
+
+
+def measure_speed(
+    args: argparse.Namespace, stock: Stock, job: Job, options: list[str], train_args: argparse.Namespace
+) -> float:
+    """Training images per second, of one short epoch."""
+    some = []
+    for kind in ("real", "fake"):
+        names = [name for name in stock.known_names(job.fold) if name.startswith(f"{kind}/")]
+        whole = [name for name in names if len(stock.of([name], TRAIN)) and len(stock.of([name], VAL))]
+        some.append(min(whole or names, key=lambda name: len(stock.of([name], TRAIN)) or np.inf))
+    one_epoch = {"epochs": 1, "warmup_epochs": 0, "schedule": "cosine", "head": "random", "probe_views": 0}
+    without = left_out_parts(job.detector, train_args)
+    with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
+        run(train_command(args, options, without, some, output_dir=folder, **one_epoch))
+        timing = json.loads(Path(folder, "timing.jsonl").read_text().splitlines()[-1])
+    return timing["images_per_second"]
+
+
+def train_all(
+    args: argparse.Namespace, stock: Stock, jobs: list[Job], options: list[str], train_args: argparse.Namespace
+) -> None:
+    """Trains and scores what is not there yet."""
+    left = [job for job in jobs if not job.is_done]
+    for job in (bar := tqdm(left, desc="train", unit="model", disable=not left)):
+        bar.set_postfix_str(f"{job.detector}, {job.fold.name}, seed {job.seed}")
+        without, known = left_out_parts(job.detector, train_args), stock.known_names(job.fold)
+        own = {"output_dir": job.folder, "seed": job.seed}
+        started = time.perf_counter()
+        run([*train_command(args, options, without, known, **own), "--resume"])
+        score_model(args, stock, job)
+        if args.delete_models:
+            for path in job.folder.glob("*.pth"):
+                path.unlink()
+        bar.write(f"{job.detector}, {job.fold.name}, seed {job.seed}: {time.perf_counter() - started:.0f} s")
+
+
+def score_model(args: argparse.Namespace, stock: Stock, job: Job) -> None:
+    """scores.npz: log odds (N,) of the images that the fold needs. Of LAMM-ViT also masks.npz: scores of the left-out
+    images with each kind of masks, {evaluation.masks' names: (n,)}.
+    """
+    model, checkpoint = load_checkpoint(job.folder / "best_model.pth", pick_device(args.device))
+    needed = stock.needed(job.fold)
+    style = {"grid_size": model.config.grid_size, "mask_style": checkpoint["mask_style"]}
+    seen = sum(len(stock.known(job.fold, split)) for split in (TRAIN, VAL))
+    if checkpoint["features"] != stock.fingerprint or len(checkpoint["images"]) != seen:
+        raise ValueError(f"{job.folder}: trained on other images; remove it and run the same command again")
+    log_odds = np.full(len(stock.labels), np.nan)
+    with torch.inference_mode():
+        read = predict(model, stock.dataset(**style), scores_and_log_odds, title="score", indices=needed)
+    log_odds[needed] = read[:, 1]
+    if job.detector == MASKED:
+        save_arrays(job.folder / "masks.npz", **scores_by_masks(model, stock.dataset(job.fold.left_out, **style)))
+    save_arrays(job.folder / "scores.npz", log_odds=log_odds)
+
+
+# -------------------------------------------------------------------------------------------------------------- others
+
+
+def read_others(text: str, stock: Stock, data_sets: dict[str, Path]) -> tuple[str, np.ndarray]:
+    """NAME=file.csv -> the name and log odds (1, N) of the stock's images.
+
+    The columns are path and score. A path is that of the image below its data root, of its prepared copy, or the first
+    without its ending, where one image alone has it. Scores are probabilities of a fake; where any of them is not from
+    0 to 1, log odds.
+
+    Raises:
+        ValueError: the file cannot be read, a path twice in it, a score that is no number, images without a score.
+    """
+    name, _, file = text.partition("=")
+    if not name or not file or name in DETECTORS or name in SHORTCUTS:
+        raise ValueError(f"--scores {text}: has to be NAME=file.csv, and NAME none of {', '.join(DETECTORS)}")
+    scores: dict[str, float] = {}
+    try:
+        with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
+            for line in csv.DictReader(lines):
+                path = line["path"].removeprefix("./")
+                if path in scores:
+                    raise ValueError(f"{path} is in it twice")
+                scores[path] = float(line["score"])
+                if not np.isfinite(scores[path]):
+                    raise ValueError(f"the score of {path} is {line['score']}")
+    except KeyError as error:
+        raise ValueError(f"--scores {file}: no column {error}; path and score are needed") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--scores {file}: {error}") from error
+    found = [next((scores[key] for key in keys if key in scores), None) for keys in keys_of(stock, data_sets)]
+    if missing := [path for path, score in zip(stock.paths, found) if score is None]:
+        raise ValueError(f"--scores {file}: no score for {len(missing)} of {len(found)} images, {missing[0]} for one")
+    values = np.array(found, float)
+    if 0 <= values.min() and values.max() <= 1:
+        values = logit(values.clip(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY))
+    return name, values[None]
+
+
+def keys_of(stock: Stock, data_sets: dict[str, Path]) -> list[list[str]]:
+    """By which paths each image of the stock may be named."""
+    sources: dict[str, str] = {}
+    for name, folder in data_sets.items():
+        sources |= {path: f"{name}/{file.relative_to(folder)}" for path, file in sources_of(name, folder).items()}
+    stems = {path: str(Path(source).with_suffix("")) for path, source in sources.items()}
+    times = Counter(stems.values())
+    return [[sources[path], path, *([stems[path]] if times[stems[path]] == 1 else [])] for path in stock.paths.tolist()]
