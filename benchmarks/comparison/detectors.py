@@ -7,6 +7,7 @@ others             somebody else's scores, from a CSV file
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -22,7 +23,7 @@ from scipy.special import logit
 from tqdm import tqdm
 
 from benchmarks.comparison.folds import TRAIN, VAL, Fold, Stock
-from benchmarks.comparison.frozen import PROBES, fit_probe, probe_inputs, read_frozen, save_arrays
+from benchmarks.comparison.frozen import HEAD_ALONE, PROBES, fit_probe, probe_inputs, save_arrays
 from benchmarks.comparison.images import sources_of
 from benchmarks.comparison.probes import PROBES as LINEAR_MODELS
 from benchmarks.comparison.probes import linear_model
@@ -81,6 +82,13 @@ def scores_of(models: Path, fold: Fold, detector: str, seeds: int = 1) -> np.nda
     return np.stack(rows)
 
 
+def others_of(models: Path, fold: Fold, detector: str) -> dict[str, np.ndarray]:
+    """{data set: log odds of its images by what has not seen it}, where a detector's scores.npz has them."""
+    path = folder_of(models, fold, detector) / "scores.npz"
+    with np.load(path) if path.exists() else contextlib.nullcontext({}) as kept:
+        return {name: kept[name] for name in kept if name != "log_odds"}
+
+
 # ------------------------------------------------------------------------------------------------------- linear models
 
 
@@ -91,19 +99,19 @@ def score_linear_models(
     names = [name for name in args.detectors if name in PROBES]
     todo = [(fold, name) for name in (*names, *SHORTCUTS) for fold in folds]
     todo = [(fold, name) for fold, name in todo if not (folder_of(models, fold, name) / "scores.npz").exists()]
-    frozen = read_frozen(args, stock, train_args) if any(name in PROBES for _, name in todo) else None
     inputs, read = np.empty(0), ""
     for fold, name in (bar := tqdm(todo, desc="linear models", unit="fold", disable=not todo)):
         bar.set_postfix_str(f"{name}, {fold.name}")
         if read != name:
-            inputs = probe_inputs(name, frozen, train_args) if name in PROBES else shortcut_inputs(stock, name)
+            inputs = probe_inputs(name, args, stock, train_args) if name in PROBES else shortcut_inputs(stock, name)
             read = name
+        others = {}
         if name in PROBES:
-            log_odds = fit_probe(stock, fold, inputs)
+            log_odds, others = fit_probe(stock, fold, inputs, for_others=name == HEAD_ALONE)
         else:
             inside = stock.known(fold, TRAIN)
             log_odds = linear_model().fit(inputs[inside], stock.labels[inside]).decision_function(inputs)
-        save_arrays(folder_of(models, fold, name) / "scores.npz", log_odds=log_odds)
+        save_arrays(folder_of(models, fold, name) / "scores.npz", log_odds=log_odds, **others)
 
 
 def shortcut_inputs(stock: Stock, name: str) -> np.ndarray:

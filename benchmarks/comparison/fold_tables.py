@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.comparison.detectors import MASKED, folder_of
+from benchmarks.comparison.detectors import MASKED, folder_of, others_of
 from benchmarks.comparison.folds import Fold, Stock
-from benchmarks.comparison.frozen import PROBE
+from benchmarks.comparison.frozen import HEAD_ALONE, LAST_CLASS_TOKEN, PROBE
 from benchmarks.comparison.judge import Judged, difference, judge, mean_of_folds, pair_auc, paired
 from benchmarks.comparison.tables import images_table, section
 from evaluation.intervals import AucDifference
@@ -19,7 +19,12 @@ from evaluation.operating import title_of
 from evaluation.typeset import as_markdown
 
 PLAIN = "plain ViT"
-CONTESTS = ((MASKED, PLAIN), (MASKED, PROBE))  # whose differences are tested
+CONTESTS = (
+    (MASKED, PLAIN),
+    (MASKED, PROBE),
+    (HEAD_ALONE, PROBE),
+    (HEAD_ALONE, LAST_CLASS_TOKEN),
+)  # whose differences are tested
 
 
 class Results(NamedTuple):
@@ -49,7 +54,10 @@ def judge_all(
     models: Path,
 ) -> Results:
     names = list(dict.fromkeys(name for _, name in log_odds))
-    judged = {(fold, name): judge(stock, fold, values) for (fold, name), values in log_odds.items()}
+    judged = {
+        (fold, name): judge(stock, fold, values, others_of(models, fold, name))
+        for (fold, name), values in log_odds.items()
+    }
     return Results(args, stock, folds, names, log_odds, judged, models)
 
 

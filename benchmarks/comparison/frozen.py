@@ -9,6 +9,7 @@ head of a model reads them. Of the two probes one is UniversalFakeDetect's recip
 
 import argparse
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,15 @@ from model import LAMMViT, LAMMViTConfig
 from runtime.devices import pick_device, pick_precision
 from runtime.files import replacing
 from runtime.pretrained import load_trunk, read_trunk
+from samples.transforms import TrainTransform
 from training.options import PARTS
-from training.probe import balance, fit
+from training.probe import balance, choose, left_out, read_features
+from training.setup import build_model
 
 LAST_CLASS_TOKEN, PROBE = "probe, last class token", "probe"
-PROBES = (LAST_CLASS_TOKEN, PROBE)
+# LAMM-ViT as train.py --tune head --epochs 0 makes it: what ships. Its operating points are of data sets left out
+HEAD_ALONE = "LAMM-ViT, head alone"
+PROBES = (LAST_CLASS_TOKEN, PROBE, HEAD_ALONE)
 
 
 def build_trunk(train_args: argparse.Namespace, img_size: int) -> tuple[LAMMViT, str]:
@@ -71,9 +76,47 @@ def read_frozen(
     """Class tokens and means of patches of all images, each (N, L, D) float16; read from the files where they are
     there."""
     model, digest = build_trunk(train_args, stock.img_size)
+    read = read_all(args, stock, train_args, model, (digest,), read_blocks)
+    return read[:, :, 0], read[:, :, 1]
+
+
+def read_head_inputs(args: argparse.Namespace, stock: Stock, train_args: argparse.Namespace) -> np.ndarray:
+    """What the head of the untrained LAMM-ViT of these options reads of all images, as they are and in --probe_views:
+    (V, N, D) float16."""
+    trunk = read_trunk(train_args.init_from)
+    model = build_model(train_args, stock.img_size, trunk).eval()
+    digest = trunk.digest(train_args.depth), train_args.start, str(train_args.gates), train_args.seed
+    transform = TrainTransform(train_args.color_jitter, train_args.augment, train_args.mask_style)
+
+    def compute(*of_batch: object) -> np.ndarray:
+        return read_features(*of_batch).astype(np.float16)
+
+    views = [read_all(args, stock, train_args, model, digest, compute)]
+    for view in range(train_args.probe_views):
+        told = (*digest, train_args.augment, train_args.color_jitter, view)
+        views.append(read_all(args, stock, train_args, model, told, compute, transform, view))
+    return np.stack(views)
+
+
+def read_all(
+    args: argparse.Namespace,
+    stock: Stock,
+    train_args: argparse.Namespace,
+    model: LAMMViT,
+    told: tuple,
+    compute: Callable,
+    transform: TrainTransform | None = None,
+    view: int = 0,
+) -> np.ndarray:
+    """compute, as evaluation.scoring.predict takes it, of all images (N, ...); read from files where they are there.
+
+    Args:
+        told: what tells these files from others, beside the images, the model's config and the precision.
+        view: which draw of the transform.
+    """
     device = pick_device(args.device)
     dtype = pick_precision(train_args.precision, device, model.config.embed_dim)
-    told = (stock.fingerprint, digest, str(model.config), str(dtype))
+    told = (stock.fingerprint, *told, str(model.config), str(dtype))
     folder = args.output_dir / "trunk" / hashlib.sha256(repr(told).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name.replace('/', '_')}.npz" for name in stock.files if name in stock.names}
@@ -81,12 +124,13 @@ def read_frozen(
     model.to(device)
     for name in (bar := tqdm(missing, desc="trunk", unit="data set", disable=not missing)):
         bar.set_postfix_str(name)
-        dataset = stock.dataset([name], model.config.grid_size)
+        dataset = stock.dataset([name], model.config.grid_size, train_args.mask_style)
+        dataset.transform, dataset.seed = transform, train_args.seed
+        dataset.set_epoch(view)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            read = predict(model, dataset, read_blocks, num_workers=train_args.num_workers, title=name)
-        save_arrays(files[name], class_token=read[:, :, 0], patches=read[:, :, 1])
-    parts = [np.load(path) for path in files.values()]
-    return tuple(np.concatenate([part[key] for part in parts]) for key in ("class_token", "patches"))
+            read = predict(model, dataset, compute, num_workers=train_args.num_workers, title=name)
+        save_arrays(files[name], read=read)
+    return np.concatenate([np.load(path)["read"] for path in files.values()])
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
@@ -96,29 +140,38 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
         np.savez(file, **arrays)
 
 
-def probe_inputs(name: str, frozen: tuple[np.ndarray, np.ndarray], train_args: argparse.Namespace) -> np.ndarray:
-    """What one of PROBES reads of all images, (N, D')."""
-    class_tokens, patches = frozen
+def probe_inputs(name: str, args: argparse.Namespace, stock: Stock, train_args: argparse.Namespace) -> np.ndarray:
+    """What one of PROBES reads of all images, (V, N, D'): as they are, and of HEAD_ALONE in further views."""
+    if name == HEAD_ALONE:
+        return read_head_inputs(args, stock, train_args)
+    class_tokens, patches = read_frozen(args, stock, train_args)
     if name == LAST_CLASS_TOKEN:
-        return class_tokens[:, -1]
+        return class_tokens[None, :, -1]
     blocks = train_args.read_blocks or [train_args.depth]
-    return patches[:, [block - 1 for block in blocks]].reshape(len(patches), -1)
+    return patches[:, [block - 1 for block in blocks]].reshape(1, len(patches), -1)
 
 
-def fit_probe(stock: Stock, fold: Fold, inputs: np.ndarray) -> np.ndarray:
-    """Log odds (N,) of all images, of a logistic regression on what is left to train on. Data sets of a class weigh
-    alike, and its C is the best of validation.
+def fit_probe(stock: Stock, fold: Fold, views: np.ndarray, for_others: bool) -> tuple[np.ndarray, dict]:
+    """A logistic regression on what is left to train on. Data sets of a class weigh alike, and its C is the best of
+    validation.
 
     Args:
-        inputs: (N, D).
+        views: (V, N, D), of the images as they are first.
+        for_others: also what training.probe.left_out gives for each known data set in turn.
+
+    Returns:
+        log odds (N,) of all images as they are; {data set: log odds of its training images, by what has not seen it}.
     """
     inside, outside = stock.known(fold, TRAIN), stock.known(fold, VAL)
-    _, sources = np.unique(stock.names[inside], return_inverse=True)
-    weight, bias, _ = fit(
-        inputs[inside].astype(np.float32),
-        stock.labels[inside],
-        balance(stock.labels[inside], sources),
-        inputs[outside].astype(np.float32),
+    names, sources = np.unique(stock.names[inside], return_inverse=True)
+    labels, known = stock.labels[inside], views[:, inside].astype(np.float32)
+    tiled = np.tile(labels, len(views))
+    probe, strength, _ = choose(
+        known.reshape(len(tiled), -1),
+        tiled,
+        balance(tiled, np.tile(sources, len(views))),
+        views[0, outside].astype(np.float32),
         stock.labels[outside],
     )
-    return inputs.astype(np.float64) @ weight + bias
+    others = left_out(known, labels, sources, strength, by_source=True) if for_others else {}
+    return probe.log_odds(views[0].astype(np.float64)), {str(names[one]): values for one, values in others.items()}

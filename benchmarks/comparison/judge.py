@@ -11,6 +11,7 @@ be subtracted. They say what other images would change; other seeds show in the 
 
 import os
 import zlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -75,11 +76,14 @@ def pair_auc(stock: Stock, scores: np.ndarray, real: np.ndarray, fake: np.ndarra
     return float(np.clip(alike(stock.names[real]) @ wins @ alike(stock.names[fake]), 0, 1))  # 1 + 2e-16, say
 
 
-def judge(stock: Stock, fold: Fold, log_odds: np.ndarray) -> Judged:
+def judge(stock: Stock, fold: Fold, log_odds: np.ndarray, others: Mapping[str, np.ndarray] | None = None) -> Judged:
     """
     Args:
         log_odds: (S, N) of the stock's images, a row for each run; those of stock.needed(fold) are looked at.
+        others: {known data set: log odds of its images by what has not seen it}: temperature and thresholds are of
+            these, then, as training.state.calibrated chooses them.
     """
+    of_others = {one: np.full(len(values), one.startswith("fake/")) for one, values in (others or {}).items()}
     real, fake = stock.of(fold.photographs), stock.of(fold.fakes)
     both, val = np.r_[real, fake], stock.known(fold, VAL)
     wins = win_matrix(stock.labels[both], log_odds[:, both])  # (n_real, n_fake), the mean over runs
@@ -106,10 +110,18 @@ def judge(stock: Stock, fold: Fold, log_odds: np.ndarray) -> Judged:
     )
     weights = alike(stock.labels[both])
     for row in log_odds:
-        temperature = fit_temperature(stock.labels[val], row[val])
+        if others:
+            temperature = fit_temperature(
+                np.concatenate(list(of_others.values())), np.concatenate(list(others.values()))
+            )
+        else:
+            temperature = fit_temperature(stock.labels[val], row[val])
         scores = expit(row / temperature)
         collections = {name: stock.names[val] == name for name in np.unique(stock.names[val][stock.labels[val] == 0])}
-        thresholds = choose_thresholds({name: scores[val][mine] for name, mine in collections.items()})
+        left_out = [expit(others[one] / temperature) for one, is_fake in of_others.items() if not is_fake[0]]
+        thresholds = choose_thresholds(
+            {name: scores[val][mine] for name, mine in collections.items()}, left_out=left_out
+        )
         judged.temperatures.append(temperature)
         judged.thresholds.append(thresholds)
         judged.ece.append(calibration(stock.labels[both], scores[both], weights=weights)[3])
