@@ -69,7 +69,9 @@ def test_the_scores_are_those_of_inference(exported, trained, features, name):
     )
     expected, samples = predict_scores(model, dataset), dataset.read(np.arange(len(dataset)))
     run = load(exported.folder / name)
-    assert np.ptp(expected) > 0.05  # of a model that says the same of all images, any file would agree
+    # Of a model that says the same of all images, any file would agree. This one, hardly trained, is calibrated: its
+    # scores are near 1/2
+    assert np.ptp(expected) > 0.02
     for size in (1, 2, len(dataset)):
         scores = run(samples["image"][:size], samples["region_masks"][:size])
         assert scores.shape == (size,) and scores.dtype == np.float32

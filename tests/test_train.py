@@ -228,7 +228,8 @@ def test_thresholds_are_of_collections_and_of_calibrated_scores(monkeypatch):
     )
     weights = {"head.weight": torch.ones(2, 3), "head.bias": torch.ones(2), "norm.weight": torch.ones(3)}
     monkeypatch.setattr(state, "describe", lambda run: {"model": weights, "val_threshold": 0.5})
-    held = state.calibrated(argparse.Namespace(val_set=val_set), {"val_auc": 0.9, "val_loss": 3.0}, log_odds)
+    run = argparse.Namespace(val_set=val_set, args=argparse.Namespace(epochs=1), left_out={0: torch.zeros(3)})
+    held = state.calibrated(run, {"val_auc": 0.9, "val_loss": 3.0}, weights, log_odds)
     scores = expit(log_odds / held["temperature"])
     assert held["temperature"] == fit_temperature(labels, log_odds) and held["val_auc"] == 0.9
     assert held["thresholds"] == choose_thresholds({"A": scores[:400], "B": scores[400:520]})

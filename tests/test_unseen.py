@@ -342,7 +342,8 @@ def test_from_files_to_tables(tmp_path, calls, monkeypatch, capsys):
         ) == {1.0}
         assert set(perfect["alarms"][sets[0]]["0.01"]) == {0.0} and perfect["log_loss"][0] < 0.3
         gains = summary["differences"][kind]
-        assert list(gains) == ["LAMM-ViT - plain ViT", "LAMM-ViT - probe"]
+        alone = ["LAMM-ViT, head alone - probe", "LAMM-ViT, head alone - probe, last class token"]
+        assert list(gains) == ["LAMM-ViT - plain ViT", "LAMM-ViT - probe", *alone]
         for pair, gain in gains.items():
             first, second = (np.mean(of["detectors"][name]["auc"]) for name in pair.split(" - "))
             assert gain[fold]["difference"] == pytest.approx(first - second, abs=1e-6)
@@ -401,7 +402,7 @@ def test_what_it_refuses(tmp_path, calls):
         (("--data_root", tmp_path / "one"), "no data set fake/Gan2"),
         (
             ("--init_from", "", "--tune", "all", "--head", "random"),
-            "probe, last class token, probe: a probe of a trunk",
+            "probe, last class token, probe, LAMM-ViT, head alone: a probe of a trunk",
         ),
     ):
         with pytest.raises(ValueError, match=message):
