@@ -19,7 +19,8 @@ from model import LAMMViT
 from runtime.processes import gather
 from training.run import Run
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # C of the regression; the best on validation is taken
+STRENGTHS = (1e-3, 1e-2, 1e-1)  # C of the regression
+GROUPS = 3  # of data sets, each left out once to choose C
 
 
 def read_features(model: LAMMViT, images: torch.Tensor, region_masks: torch.Tensor) -> np.ndarray:
@@ -65,17 +66,48 @@ def fit(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, strength:
     return Probe(weight, float(found.intercept_[0] - weight @ scaler.mean_))
 
 
-def choose(
-    inside: np.ndarray, labels: np.ndarray, weights: np.ndarray, outside: np.ndarray, outside_labels: np.ndarray
-) -> tuple[Probe, float, float]:
-    """The regression on features whose C does best on others, that C, and its AUC there."""
-    best = None
-    for strength in STRENGTHS:
-        probe = fit(inside, labels, weights, strength)
-        auc = float(roc_auc_score(outside_labels, probe.log_odds(outside)))
-        if best is None or auc > best[2]:
-            best = probe, strength, auc
-    return best
+def fit_views(features: np.ndarray, labels: np.ndarray, sources: np.ndarray, strength: float, by_source: bool) -> Probe:
+    """The same on several views (V, N, D) of the images; labels and sources (N,), the number of each one's data set.
+
+    Args:
+        by_source: whether the data sets of a class weigh the same.
+    """
+    views = len(features)
+    tiled = np.tile(labels, views)
+    weights = balance(tiled, np.tile(sources, views) if by_source else None)
+    return fit(features.reshape(len(tiled), -1), tiled, weights, strength)
+
+
+def choose_strength(
+    features: np.ndarray, labels: np.ndarray, sources: np.ndarray, by_source: bool, val: tuple[np.ndarray, np.ndarray]
+) -> float:
+    """The C of the best AUC on data sets that are left out, a third of each class at a time.
+
+    A C that is chosen on other images of the same sources is too large: with it the regression learns the sources. It
+    is chosen so where a class has one data set alone.
+
+    Args:
+        features, labels, sources, by_source: as for fit_views.
+        val: features (M, D) and labels (M,) of validation.
+    """
+    ranks = np.zeros(len(labels), int)  # of each image's data set in its class
+    for label in (0, 1):
+        ranks[labels == label] = np.unique(sources[labels == label], return_inverse=True)[1]
+    count = min(GROUPS, *(ranks[labels == label].max() + 1 for label in (0, 1)))
+
+    def aucs(strength: float) -> list[float]:
+        if count < 2:
+            found = fit_views(features, labels, sources, strength, by_source).log_odds(val[0])
+            return [roc_auc_score(val[1], found)]
+        of_groups = []
+        for group in range(count):
+            out, rest = np.flatnonzero(ranks % count == group), np.flatnonzero(ranks % count != group)
+            probe = fit_views(features[:, rest], labels[rest], sources[rest], strength, by_source)
+            alike = balance(labels[out], sources[out] if by_source else None)
+            of_groups.append(roc_auc_score(labels[out], probe.log_odds(features[0, out]), sample_weight=alike))
+        return of_groups
+
+    return max(STRENGTHS, key=lambda strength: np.mean(aucs(strength)))
 
 
 def left_out(
@@ -87,18 +119,14 @@ def left_out(
     photographs look like fakes. A data set that is alone in its class cannot be left out.
 
     Args:
-        features: (V, N, D), of the images as they are first, then of their other views.
-        labels, sources: (N,) the class and the number of the data set of each image.
-        by_source: whether the data sets of a class weigh the same.
+        features, labels, sources, strength, by_source: as for fit_views; of the images as they are first.
     """
-    views, found = len(features), {}
+    found = {}
     kept = [one for one in np.unique(sources) if len(np.unique(sources[labels == labels[sources == one][0]])) > 1]
     for one in tqdm(kept, desc="probe without a data set", leave=False, disable=None):
         rest, mine = np.flatnonzero(sources != one), np.flatnonzero(sources == one)
-        tiled = np.tile(labels[rest], views)
-        weights = balance(tiled, np.tile(sources[rest], views) if by_source else None)
-        inside = features[:, rest].reshape(len(tiled), -1)
-        found[int(one)] = fit(inside, tiled, weights, strength).log_odds(features[0, mine])
+        probe = fit_views(features[:, rest], labels[rest], sources[rest], strength, by_source)
+        found[int(one)] = probe.log_odds(features[0, mine])
     return found
 
 
@@ -124,11 +152,12 @@ def probe_head(run: Run) -> None:
         views.append(read(seen, f"probe, view {view + 1} of {args.probe_views}"))
     outside, found = read(run.val_set, "probe, validation"), None
     if run.rank == 0:
-        labels = np.tile(plain.labels, len(views))
-        weights = balance(labels, np.tile(sources, len(views)) if by_source else None)
-        probe, strength, auc = choose(np.concatenate(views), labels, weights, outside, run.val_set.labels)
+        known = np.stack(views), plain.labels, sources
+        strength = choose_strength(*known, by_source, (outside, run.val_set.labels))
+        probe = fit_views(*known, strength, by_source)
+        auc = float(roc_auc_score(run.val_set.labels, probe.log_odds(outside)))
         # After it, there is training: then it says nothing about what comes out
-        others = {} if args.epochs else left_out(np.stack(views), plain.labels, sources, strength, by_source)
+        others = {} if args.epochs else left_out(*known, strength, by_source)
         found = probe, auc, others
     probe, auc, others = gather(found)[0]
     run.left_out = {one: torch.from_numpy(values) for one, values in others.items()}

@@ -24,7 +24,7 @@ from runtime.files import replacing
 from runtime.pretrained import load_trunk, read_trunk
 from samples.transforms import TrainTransform
 from training.options import PARTS
-from training.probe import balance, choose, left_out, read_features
+from training.probe import choose_strength, fit_views, left_out, read_features
 from training.setup import build_model
 
 LAST_CLASS_TOKEN, PROBE = "probe, last class token", "probe"
@@ -152,8 +152,8 @@ def probe_inputs(name: str, args: argparse.Namespace, stock: Stock, train_args: 
 
 
 def fit_probe(stock: Stock, fold: Fold, views: np.ndarray, for_others: bool) -> tuple[np.ndarray, dict]:
-    """A logistic regression on what is left to train on. Data sets of a class weigh alike, and its C is the best of
-    validation.
+    """A logistic regression on what is left to train on. Data sets of a class weigh alike, and its C is the best on
+    some of these that are left out.
 
     Args:
         views: (V, N, D), of the images as they are first.
@@ -165,13 +165,8 @@ def fit_probe(stock: Stock, fold: Fold, views: np.ndarray, for_others: bool) -> 
     inside, outside = stock.known(fold, TRAIN), stock.known(fold, VAL)
     names, sources = np.unique(stock.names[inside], return_inverse=True)
     labels, known = stock.labels[inside], views[:, inside].astype(np.float32)
-    tiled = np.tile(labels, len(views))
-    probe, strength, _ = choose(
-        known.reshape(len(tiled), -1),
-        tiled,
-        balance(tiled, np.tile(sources, len(views))),
-        views[0, outside].astype(np.float32),
-        stock.labels[outside],
-    )
+    val = views[0, outside].astype(np.float32), stock.labels[outside]
+    strength = choose_strength(known, labels, sources, True, val)
+    probe = fit_views(known, labels, sources, strength, by_source=True)
     others = left_out(known, labels, sources, strength, by_source=True) if for_others else {}
     return probe.log_odds(views[0].astype(np.float64)), {str(names[one]): values for one, values in others.items()}
