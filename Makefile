@@ -69,6 +69,7 @@ weights: $(VENV)/installed
 	done
 	$(RUN) feature_extraction.py --data_root $(WEIGHTS_RUN)/prepared --output_dir $(WEIGHTS_RUN)/features \
 		--img_size $(SIDE) --shares $(SHARES)
+	rm -f $(WEIGHTS_RUN)/output_model/training_curves.png $(WEIGHTS_RUN)/output_model/lamm_weights.png
 	$(RUN) train.py --features $(WEIGHTS_RUN)/features --output_dir $(WEIGHTS_RUN)/output_model --resume $(RECIPE)
 	@[ -e $(WEIGHTS_RUN)/output_model/training_curves.png ] || [ -e $(WEIGHTS_RUN)/output_model/lamm_weights.png ] \
 		|| { echo "the training was stopped; the same command goes on" >&2; exit 1; }

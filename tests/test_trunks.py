@@ -544,6 +544,9 @@ def test_a_probe_alone_is_a_model_and_data_sets_left_out_set_its_thresholds(feat
     for rate, threshold in held["thresholds"].items():
         assert threshold >= threshold_for_others(real, float(rate))
     train.main(train.get_args_parser().parse_args(fit(split, tmp_path / "out", vit, *options, "--resume")))
+    further = fit(split, tmp_path / "out", vit, *options, "--resume", "--epochs", 2)
+    with pytest.raises(CheckpointError, match="trained with --epochs 0"):  # its best model is no epoch's
+        train.main(train.get_args_parser().parse_args(further))
     again = torch.load(tmp_path / "out/best_model.pth", weights_only=True)
     assert again["thresholds"] == held["thresholds"] and torch.equal(
         again["model"]["head.weight"], held["model"]["head.weight"]

@@ -192,6 +192,8 @@ def changes_since(checkpoint: dict, run: Run) -> list[str]:
     # Of before an option was there, or a field of the model
     options = vars(get_args_parser().parse_args([])) | {"start": "paper"} | options
     checkpoint = checkpoint | {"config": dataclasses.asdict(LAMMViTConfig(**checkpoint["config"]))}
+    if bool(options["epochs"]) != bool(run.args.epochs) and "epochs" in may_change:  # a probe alone is no training
+        fixed.append("epochs")
     changed = [f"--{name} {options[name]}" for name in fixed if options[name] != now["arguments"][name]]
     if not changed:
         changed = [f"{what} {checkpoint[what]}" for what in COMPARED if checkpoint[what] != now[what]]

@@ -86,6 +86,7 @@ def read_head_inputs(args: argparse.Namespace, stock: Stock, train_args: argpars
     trunk = read_trunk(train_args.init_from)
     model = build_model(train_args, stock.img_size, trunk).eval()
     digest = trunk.digest(train_args.depth), train_args.start, str(train_args.gates), train_args.seed
+    digest += (train_args.mask_style,)
     transform = TrainTransform(train_args.color_jitter, train_args.augment, train_args.mask_style)
 
     def compute(*of_batch: object) -> np.ndarray:

@@ -110,7 +110,7 @@ def judge(stock: Stock, fold: Fold, log_odds: np.ndarray, others: Mapping[str, n
     )
     weights = alike(stock.labels[both])
     for row in log_odds:
-        if others:
+        if {bool(is_fake[0]) for is_fake in of_others.values()} == {False, True}:
             temperature = fit_temperature(
                 np.concatenate(list(of_others.values())), np.concatenate(list(others.values()))
             )
