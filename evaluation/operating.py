@@ -4,9 +4,10 @@
     choose_thresholds     for each rate of false alarms a threshold
     verdict_of            fake, real or uncertain
 
-train.py chooses both on validation and puts them into best_model.pth: `temperature`, which is already in the weights of
-the head, and `thresholds`, {"0.01": t, "0.05": t}, of the calibrated scores. Scores are probabilities of a fake in [0,
-1]; a score at a threshold is above it. Labels are 1 = fake, 0 = real.
+train.py chooses both, on validation or on data sets left out in turn (training/probe.py), and puts them into
+best_model.pth: `temperature`, which is already in the weights of the head, and `thresholds`, {"0.01": t, "0.05": t}, of
+the calibrated scores. Scores are probabilities of a fake in [0, 1]; a score at a threshold is above it. Labels are 1 =
+fake, 0 = real.
 """
 
 from collections.abc import Mapping, Sequence
@@ -164,10 +165,10 @@ def describe_thresholds(thresholds: Mapping[str, float]) -> str:
 
 
 def describe_rates(thresholds: Mapping[str, float]) -> str:
-    """Where they come from, such as "1 % and 5 % of false alarms on validation"."""
+    """Where they come from, such as "1 % and 5 % of false alarms, chosen in training"."""
     if ON_VALIDATION in thresholds:
         return "the threshold chosen on validation"
-    return f"{' and '.join(title_of(name) for name in thresholds)} of false alarms on validation"
+    return f"{' and '.join(title_of(name) for name in thresholds)} of false alarms, chosen in training"
 
 
 def title_of(name: str) -> str:

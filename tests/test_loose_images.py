@@ -215,12 +215,12 @@ def test_verdicts_are_by_the_thresholds_of_the_checkpoint(datasets, trained, tmp
     _, verdicts, told = judged("new.pth", "--explain", "why")
     assert verdicts == ["fake" if score > high else "real" if score < low else "uncertain" for score in scores]
     limits = f"fake from {high:.4f} on, real below {low:.4f}"
-    assert f"faces: 2 fake, 4 real, 3 uncertain ({limits}: 1 % and 5 % of false alarms on validation)" in told[-1]
+    assert f"faces: 2 fake, 4 real, 3 uncertain ({limits}: 1 % and 5 % of false alarms, chosen in training)" in told[-1]
     assert [title.split(", ")[0] for title in titles] == [f"{path.name}: {v}" for path, v in zip(faces, verdicts)]
     assert all(title.endswith(limits) for title in titles)
     _, verdicts, told = judged("new.pth", "--fpr", 0.05)
     assert verdicts == ["fake" if score > low else "real" for score in scores]
-    assert "5 fake, 4 real, 0 uncertain" in told[-1] and "5 % of false alarms on validation" in told[-1]
+    assert "5 fake, 4 real, 0 uncertain" in told[-1] and "5 % of false alarms, chosen in training" in told[-1]
     line = judged("new.pth", "--fpr", 0.02, expect=1)[2][-1]
     assert line == "--fpr 0.02: new.pth has thresholds for 0.01 and 0.05; take one of these"
 

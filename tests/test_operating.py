@@ -168,7 +168,7 @@ def test_verdicts():
     assert {verdict_of(score, {"0.01": 0.6, "0.05": 0.6}) for score in scores} == {"real", "fake"}
     assert describe_thresholds(thresholds) == "fake from 0.9000 on, real below 0.6000"
     assert describe_thresholds({"0.01": 0.9}) == "fake from 0.9000 on"
-    assert describe_rates(thresholds) == "1 % and 5 % of false alarms on validation"
+    assert describe_rates(thresholds) == "1 % and 5 % of false alarms, chosen in training"
 
 
 def test_by_what_a_checkpoint_judges():
