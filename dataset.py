@@ -294,6 +294,7 @@ class TrainSampler:
         """Of a group of a turn, in one of its passes."""
         key = (turn, number)
         if self._orders.get(key, (-1,))[0] != one:
+            # The first group's is that of "balanced", so that orders of before there were several stay as they are
             stream = (self.seed, turn, one) if number == 0 else (self.seed, turn, one, number)
             self._orders[key] = one, np.random.default_rng(stream).permutation(self.turns[turn][number])
         return self._orders[key][1]

@@ -178,6 +178,12 @@ def save_best(run: Run, line: dict, predicted: np.ndarray, weights: torch.Tensor
     save(best, run.path(BEST))
 
 
+def report_best(run: Run) -> None:
+    """What the run came to: its pictures, and a line."""
+    draw_pictures(run)
+    print(f"best validation AUC {run.best_auc:.4f}; model in {run.path(BEST)}")
+
+
 def keep_probe(run: Run) -> None:
     """--epochs 0: the head as training.probe left it is the result."""
     with as_kept(run):
@@ -185,8 +191,7 @@ def keep_probe(run: Run) -> None:
     run.best_auc, run.val_threshold = metrics["val_auc"], metrics["val_threshold"]
     if run.rank == 0:
         save_best(run, start_line(run) | metrics, predicted, weights)
-        draw_pictures(run)
-        print(f"best validation AUC {run.best_auc:.4f}; model in {run.path(BEST)}")
+        report_best(run)
     save_state(run)
 
 
@@ -222,10 +227,9 @@ def train(run: Run) -> None:
         if agree(bool(run.stop))[0] and run.epoch <= args.epochs:
             raise Stopped
     if run.rank == 0:
-        draw_pictures(run)
         if run.epoch <= args.epochs:
             print(f"no better AUC for {args.stop_patience} epochs, stopped after epoch {run.epoch - 1}")
-        print(f"best validation AUC {run.best_auc:.4f}; model in {run.path(BEST)}")
+        report_best(run)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -86,7 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_options(args: argparse.Namespace, options: list[str], data_sets: dict[str, Path]) -> list[str]:
     """The options of train.py, complete. Raises ValueError where those of either script make no sense."""
-    options = train_options(options, RECIPE, SET_HERE, args.patch_size)
+    options, _ = train_options(options, RECIPE, SET_HERE, args.patch_size)
     generators = [data_set.split("/")[1] for data_set in data_sets if data_set.startswith("fake/")]
     if unknown := [name for name in args.train_on if name not in generators]:
         raise ValueError(

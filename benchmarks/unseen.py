@@ -57,10 +57,8 @@ from benchmarks.comparison.images import check_splits, data_sets_of, extract, fe
 from benchmarks.comparison.jobs import train_options
 from benchmarks.comparison.variants import VARIANTS, one_line_of_what_went_wrong
 from faces.treatment import ALIGNED_CROP
-from model import LAMMViTConfig
 from runtime.processes import default_workers, lock
-from training.options import check_options as check_train_options
-from training.options import get_args_parser as train_parser
+from training.setup import config_of
 
 SET_HERE = ("--features", "--output_dir", "--patch_size", "--seed", "--datasets", "--resume", "--device")
 # The whole trunk stays as it is but for its LayerNorms; the head starts as the probe
@@ -146,20 +144,10 @@ def check_options(args: argparse.Namespace, options: list[str]) -> tuple[list[st
     """The options of train.py, complete, and the same parsed. Raises ValueError where those of either script make no
     sense.
     """
-    options = train_options(options, RECIPE, SET_HERE, args.patch_size)
-    train_args = train_parser().parse_args(options)
-    check_train_options(train_args)
+    options, train_args = train_options(options, RECIPE, SET_HERE, args.patch_size)
     if min(args.seeds, args.workers) < 1 or min(args.img_size, args.patch_size) < 1 or args.img_size % args.patch_size:
         raise ValueError("--seeds and --workers have to be at least 1, --img_size a multiple of --patch_size")
-    LAMMViTConfig(  # says what does not fit
-        img_size=args.img_size,
-        patch_size=args.patch_size,
-        embed_dim=train_args.embed_dim,
-        depth=train_args.depth,
-        mlp_ratio=train_args.mlp_ratio,
-        pool=tuple(train_args.pool),
-        read_blocks=tuple(train_args.read_blocks),
-    )
+    config_of(train_args, args.img_size)  # says what does not fit
     args.detectors = [name for name in DETECTORS if name in args.detectors]
     if not train_args.init_from and (of_trunk := [name for name in args.detectors if name in PROBES]):
         raise ValueError(f"{', '.join(of_trunk)}: a probe of a trunk; name one with --init_from")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.special import expit
 
 RATES = (0.01, 0.05)  # of false alarms, for which a checkpoint has thresholds
 TEMPERATURES = (0.05, 20.0)
@@ -77,12 +78,14 @@ def threshold_for(scores: np.ndarray, rate: float) -> float:
     """
     alarms = allowed_alarms(len(scores), rate)
     highest = np.sort(scores)[::-1][max(alarms, 0)]  # of those that have to stay below
+    return threshold_above(highest, scores, np.inf if alarms < 0 else MARGIN)
+
+
+def threshold_above(highest: float, scores: np.ndarray, margin: float) -> float:
+    """In the middle between `highest` and the next of the scores (N,) above it; where there is none, no more than
+    `margin` above it and no nearer to 1."""
     above = scores[scores > highest]
-    room = (1 - highest) / 2
-    if len(above):
-        step = (above.min() - highest) / 2
-    else:
-        step = room if alarms < 0 else min(room, MARGIN)
+    step = (above.min() - highest) / 2 if len(above) else min((1 - highest) / 2, margin)
     return float(max(highest + step, np.nextafter(highest, 2)))
 
 
@@ -97,12 +100,8 @@ def threshold_for_others(left_out: Sequence[np.ndarray], rate: float) -> float:
     order = np.argsort(scores)[::-1]
     shares = np.cumsum(np.concatenate([np.full(len(one), 1 / len(one)) for one in left_out])[order]) / len(left_out)
     scores = scores[order]
-    last_of_ties = np.append(scores[1:] < scores[:-1], True)
-    allowed = np.flatnonzero((shares <= rate + 1e-9) & last_of_ties)  # may be at or above the threshold
-    if not len(allowed):
-        return float(max(scores[0] + min(MARGIN, (1 - scores[0]) / 2), np.nextafter(scores[0], 2)))
-    last = allowed[-1]
-    return float((scores[last] + scores[last + 1]) / 2) if last + 1 < len(scores) else float(scores[last])
+    too_many = np.flatnonzero(shares > rate + 1e-9)  # with the first of these, or one that ties with it
+    return threshold_above(scores[too_many[0]], scores, MARGIN) if len(too_many) else float(scores[-1])
 
 
 def choose_thresholds(
@@ -128,6 +127,31 @@ def choose_thresholds(
             lowest = max(lowest, threshold_for_others(left_out, rate))
         thresholds[f"{rate:g}"] = lowest
     return {f"{rate:g}": thresholds[f"{rate:g}"] for rate in rates}
+
+
+def operating_points(
+    labels: np.ndarray,
+    log_odds: np.ndarray,
+    real: Mapping[str, Any],
+    others: Sequence[tuple[int, np.ndarray]] = (),
+) -> tuple[float, dict[str, float]]:
+    """The temperature of a model, and the thresholds of the scores that it calibrates.
+
+    Args:
+        labels, log_odds: (N,) of validation.
+        real: {collection: the index of its photographs in these}.
+        others: of each data set that was left out its label, and the log odds (n,) of its images by a model that has
+            not seen it. If there are some of both classes, they set the temperature instead of validation: what it is
+            for sources that a model does not know.
+    """
+    if {label for label, _ in others} == {0, 1}:
+        of_others = np.concatenate([np.full(len(values), label) for label, values in others])
+        temperature = fit_temperature(of_others, np.concatenate([values for _, values in others]))
+    else:
+        temperature = fit_temperature(labels, log_odds)
+    scores = expit(log_odds / temperature)
+    left_out = [expit(values / temperature) for label, values in others if label == 0]
+    return temperature, choose_thresholds({name: scores[where] for name, where in real.items()}, left_out=left_out)
 
 
 # ------------------------------------------------------------------------------------------------------------- verdicts

@@ -122,11 +122,12 @@ def left_out(
         features, labels, sources, strength, by_source: as for fit_views; of the images as they are first.
     """
     found = {}
-    kept = [one for one in np.unique(sources) if len(np.unique(sources[labels == labels[sources == one][0]])) > 1]
+    of_classes = [np.unique(sources[labels == label]).tolist() for label in (0, 1)]
+    kept = sorted(one for of_class in of_classes if len(of_class) > 1 for one in of_class)
     for one in tqdm(kept, desc="probe without a data set", leave=False, disable=None):
         rest, mine = np.flatnonzero(sources != one), np.flatnonzero(sources == one)
         probe = fit_views(features[:, rest], labels[rest], sources[rest], strength, by_source)
-        found[int(one)] = probe.log_odds(features[0, mine])
+        found[one] = probe.log_odds(features[0, mine])
     return found
 
 

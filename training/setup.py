@@ -22,9 +22,9 @@ from training.schedule import MIN_LR, parameter_groups
 OTHER_PARTS = ("transformer.", "text_model.", "token_embedding.", "decoder")  # of CLIP's text, of MAE's decoder
 
 
-def build_model(args: argparse.Namespace, img_size: int, trunk: Trunk | None) -> LAMMViT:
-    """The model of these options with its initial weights, the same in all processes."""
-    config = LAMMViTConfig(
+def config_of(args: argparse.Namespace, img_size: int, trunk: Trunk | None = None) -> LAMMViTConfig:
+    """What these options make of the model. Raises ValueError where they do not fit together."""
+    return LAMMViTConfig(
         img_size=img_size,
         patch_size=args.patch_size,
         embed_dim=args.embed_dim,
@@ -37,6 +37,11 @@ def build_model(args: argparse.Namespace, img_size: int, trunk: Trunk | None) ->
         scale_weights=args.scale_weights,
         **(trunk.config if trunk else {}),
     )
+
+
+def build_model(args: argparse.Namespace, img_size: int, trunk: Trunk | None) -> LAMMViT:
+    """The model of these options with its initial weights, the same in all processes."""
+    config = config_of(args, img_size, trunk)
     torch.manual_seed(args.seed)
     model = LAMMViT(config)
     if trunk:

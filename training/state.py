@@ -13,7 +13,7 @@ import torch
 from scipy.special import expit
 
 from evaluation.metrics import choose_threshold, log_loss
-from evaluation.operating import choose_thresholds, fit_temperature, fold_temperature
+from evaluation.operating import fold_temperature, operating_points
 from model import LAMMViT, LAMMViTConfig
 from runtime.checkpoint import CHECKPOINT_VERSION, CheckpointError, load_checkpoint, save
 from runtime.files import free_path, replacing
@@ -76,25 +76,20 @@ def calibrated(run: Run, line: dict, weights: dict[str, torch.Tensor], log_odds:
         log_odds: (N,) of the validation images, by these weights.
     """
     labels = run.val_set.labels
-    others = {} if run.args.epochs else {one: values.cpu().numpy() for one, values in run.left_out.items()}
-    of_class = {one: int(run.train_set.labels[run.train_set.starts[one]]) for one in others}
-    if set(of_class.values()) == {0, 1}:  # what it is for sources that it does not know
-        temperature = fit_temperature(
-            np.concatenate([np.full(len(values), of_class[one]) for one, values in others.items()]),
-            np.concatenate(list(others.values())),
-        )
-    else:
-        temperature = fit_temperature(labels, log_odds)
-    scores = expit(log_odds / temperature)
+    left_out = {} if run.args.epochs else run.left_out
+    others = [
+        (int(run.train_set.labels[run.train_set.starts[one]]), values.cpu().numpy()) for one, values in left_out.items()
+    ]
     real = {  # by data set: each has a file, and one class
-        file: scores[start:end]
+        file: slice(start, end)
         for file, start, end in zip(run.val_set.files, run.val_set.starts, run.val_set.ends)
         if start < end and labels[start] == 0
     }
-    of_others = [expit(values / temperature) for one, values in others.items() if of_class[one] == 0]
+    temperature, thresholds = operating_points(labels, log_odds, real, others)
+    scores = expit(log_odds / temperature)
     held = describe(run) | line
     held["model"] = fold_temperature(weights, temperature)
-    held |= {"temperature": temperature, "thresholds": choose_thresholds(real, left_out=of_others)}
+    held |= {"temperature": temperature, "thresholds": thresholds}
     return held | {"val_threshold": choose_threshold(labels, scores), "val_loss": log_loss(labels, scores)}
 
 

@@ -124,10 +124,6 @@ def one_step(run: Run, loader: Iterator[dict[str, torch.Tensor]], bar: tqdm, is_
     return waited, is_stopped, is_due
 
 
-def trained_weights(run: Run) -> dict[str, nn.Parameter]:
-    return {name: values for name, values in run.model.named_parameters() if values.requires_grad}
-
-
 @torch.no_grad()
 def average_weights(run: Run) -> None:
     """Takes the step's weights into the average of --ema. Its decay is lower in the first steps."""
@@ -135,7 +131,7 @@ def average_weights(run: Run) -> None:
         return
     step = run.samples // run.window  # from 0 on
     decay = min(run.args.ema, (1 + step) / (10 + step))
-    weights = trained_weights(run)
+    weights = {name: values for name, values in run.model.named_parameters() if values.requires_grad}
     if run.ema is None:
         run.ema = {name: values.detach().clone() for name, values in weights.items()}
     torch._foreach_lerp_([run.ema[name] for name in weights], list(weights.values()), 1 - decay)

@@ -9,6 +9,7 @@ others             somebody else's scores, from a CSV file
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import tempfile
@@ -23,7 +24,15 @@ from scipy.special import logit
 from tqdm import tqdm
 
 from benchmarks.comparison.folds import TRAIN, VAL, Fold, Stock
-from benchmarks.comparison.frozen import HEAD_ALONE, PROBES, fit_probe, probe_inputs, save_arrays
+from benchmarks.comparison.frozen import (
+    HEAD_ALONE,
+    PROBES,
+    fit_probe,
+    probe_inputs,
+    read_frozen,
+    read_head_inputs,
+    save_arrays,
+)
 from benchmarks.comparison.images import sources_of
 from benchmarks.comparison.probes import PROBES as LINEAR_MODELS
 from benchmarks.comparison.probes import linear_model
@@ -99,12 +108,18 @@ def score_linear_models(
     names = [name for name in args.detectors if name in PROBES]
     todo = [(fold, name) for name in (*names, *SHORTCUTS) for fold in folds]
     todo = [(fold, name) for fold, name in todo if not (folder_of(models, fold, name) / "scores.npz").exists()]
+    frozen = functools.cache(lambda: read_frozen(args, stock, train_args))  # once for both probes of the trunk alone
+
+    def inputs_of(name: str) -> np.ndarray:
+        if name == HEAD_ALONE:
+            return read_head_inputs(args, stock, train_args)
+        return probe_inputs(name, frozen(), train_args) if name in PROBES else shortcut_inputs(stock, name)
+
     inputs, read = np.empty(0), ""
     for fold, name in (bar := tqdm(todo, desc="linear models", unit="fold", disable=not todo)):
         bar.set_postfix_str(f"{name}, {fold.name}")
         if read != name:
-            inputs = probe_inputs(name, args, stock, train_args) if name in PROBES else shortcut_inputs(stock, name)
-            read = name
+            inputs, read = inputs_of(name), name
         others = {}
         if name in PROBES:
             log_odds, others = fit_probe(stock, fold, inputs, for_others=name == HEAD_ALONE)

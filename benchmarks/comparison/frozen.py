@@ -10,6 +10,7 @@ head of a model reads them. Of the two probes one is UniversalFakeDetect's recip
 import argparse
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,14 @@ from tqdm import tqdm
 
 from benchmarks.comparison.folds import TRAIN, VAL, Fold, Stock
 from evaluation.scoring import predict
-from model import LAMMViT, LAMMViTConfig
+from model import LAMMViT
 from runtime.devices import pick_device, pick_precision
 from runtime.files import replacing
 from runtime.pretrained import load_trunk, read_trunk
 from samples.transforms import TrainTransform
 from training.options import PARTS
 from training.probe import choose_strength, fit_views, left_out, read_features
-from training.setup import build_model
+from training.setup import build_model, config_of
 
 LAST_CLASS_TOKEN, PROBE = "probe, last class token", "probe"
 # LAMM-ViT as train.py --tune head --epochs 0 makes it: what ships. Its operating points are of data sets left out
@@ -36,17 +37,9 @@ PROBES = (LAST_CLASS_TOKEN, PROBE, HEAD_ALONE)
 def build_trunk(train_args: argparse.Namespace, img_size: int) -> tuple[LAMMViT, str]:
     """The trunk of --init_from with all of its blocks and nothing of the method, and the digest of its weights."""
     trunk = read_trunk(train_args.init_from)
-    config = LAMMViTConfig(
-        img_size=img_size,
-        patch_size=train_args.patch_size,
-        embed_dim=train_args.embed_dim,
-        depth=trunk.depth,
-        mlp_ratio=train_args.mlp_ratio,
-        dropout=0.0,
-        **dict.fromkeys(PARTS, False),
-        **trunk.config,
-    )
-    model = LAMMViT(config)
+    nothing_else = {"dropout": 0.0, "scale_weights": False, "pool": ("class",), "read_blocks": ()}
+    config = config_of(train_args, img_size, trunk)
+    model = LAMMViT(replace(config, depth=trunk.depth, **dict.fromkeys(PARTS, False), **nothing_else))
     load_trunk(model, trunk)
     return model.eval(), trunk.digest(trunk.depth)
 
@@ -85,8 +78,8 @@ def read_head_inputs(args: argparse.Namespace, stock: Stock, train_args: argpars
     (V, N, D) float16."""
     trunk = read_trunk(train_args.init_from)
     model = build_model(train_args, stock.img_size, trunk).eval()
-    digest = trunk.digest(train_args.depth), train_args.start, str(train_args.gates), train_args.seed
-    digest += (train_args.mask_style,)
+    start = train_args.start, str(train_args.gates), train_args.seed, train_args.mask_style
+    digest = trunk.digest(train_args.depth), *start
     transform = TrainTransform(train_args.color_jitter, train_args.augment, train_args.mask_style)
 
     def compute(*of_batch: object) -> np.ndarray:
@@ -141,11 +134,9 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
         np.savez(file, **arrays)
 
 
-def probe_inputs(name: str, args: argparse.Namespace, stock: Stock, train_args: argparse.Namespace) -> np.ndarray:
-    """What one of PROBES reads of all images, (V, N, D'): as they are, and of HEAD_ALONE in further views."""
-    if name == HEAD_ALONE:
-        return read_head_inputs(args, stock, train_args)
-    class_tokens, patches = read_frozen(args, stock, train_args)
+def probe_inputs(name: str, frozen: tuple[np.ndarray, np.ndarray], train_args: argparse.Namespace) -> np.ndarray:
+    """What one of the two probes of the trunk alone reads of all images, of read_frozen: (1, N, D')."""
+    class_tokens, patches = frozen
     if name == LAST_CLASS_TOKEN:
         return class_tokens[None, :, -1]
     blocks = train_args.read_blocks or [train_args.depth]

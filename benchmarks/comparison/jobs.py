@@ -32,8 +32,10 @@ RECIPE = {
 MAIN = ("LAMM-ViT", "plain ViT")  # trained first, and on raw images too
 
 
-def train_options(options: list[str], recipe: dict[str, str], taken: tuple[str, ...], patch_size: int) -> list[str]:
-    """The options of train.py, complete: those that are given, and those of a recipe for the others.
+def train_options(
+    options: list[str], recipe: dict[str, str], taken: tuple[str, ...], patch_size: int
+) -> tuple[list[str], argparse.Namespace]:
+    """The options of train.py, complete: those that are given, and those of a recipe for the others; and parsed.
 
     Args:
         recipe: {option: its values, with spaces between}.
@@ -52,10 +54,11 @@ def train_options(options: list[str], recipe: dict[str, str], taken: tuple[str, 
     others = [part for name, values in recipe.items() if name not in given for part in (name, *values.split())]
     options = [*others, "--patch_size", str(patch_size), *options]
     try:
-        check_options(train_parser().parse_args(options))
+        parsed = train_parser().parse_args(options)
+        check_options(parsed)
     except SystemExit as error:  # argparse has printed why
         raise ValueError(f"train.py does not take these options: {' '.join(options)}") from error
-    return options
+    return options, parsed
 
 
 def plan_jobs(args: argparse.Namespace) -> list[tuple[str, str, int, Path]]:

@@ -21,7 +21,7 @@ from scipy.stats import norm
 from benchmarks.comparison.folds import TEST, VAL, Fold, Stock
 from evaluation.intervals import AucDifference, compare_aucs, draw_multiplicities, interval, win_matrix
 from evaluation.metrics import calibration, log_loss
-from evaluation.operating import choose_thresholds, fit_temperature
+from evaluation.operating import operating_points
 
 RESAMPLES = 2000
 
@@ -83,7 +83,7 @@ def judge(stock: Stock, fold: Fold, log_odds: np.ndarray, others: Mapping[str, n
         others: {known data set: log odds of its images by what has not seen it}: temperature and thresholds are of
             these, then, as training.state.calibrated chooses them.
     """
-    of_others = {one: np.full(len(values), one.startswith("fake/")) for one, values in (others or {}).items()}
+    of_others = [(int(one.startswith("fake/")), values) for one, values in (others or {}).items()]
     real, fake = stock.of(fold.photographs), stock.of(fold.fakes)
     both, val = np.r_[real, fake], stock.known(fold, VAL)
     wins = win_matrix(stock.labels[both], log_odds[:, both])  # (n_real, n_fake), the mean over runs
@@ -109,19 +109,10 @@ def judge(stock: Stock, fold: Fold, log_odds: np.ndarray, others: Mapping[str, n
         thresholds=[],
     )
     weights = alike(stock.labels[both])
+    collections = {name: stock.names[val] == name for name in np.unique(stock.names[val][stock.labels[val] == 0])}
     for row in log_odds:
-        if {bool(is_fake[0]) for is_fake in of_others.values()} == {False, True}:
-            temperature = fit_temperature(
-                np.concatenate(list(of_others.values())), np.concatenate(list(others.values()))
-            )
-        else:
-            temperature = fit_temperature(stock.labels[val], row[val])
+        temperature, thresholds = operating_points(stock.labels[val], row[val], collections, of_others)
         scores = expit(row / temperature)
-        collections = {name: stock.names[val] == name for name in np.unique(stock.names[val][stock.labels[val] == 0])}
-        left_out = [expit(others[one] / temperature) for one, is_fake in of_others.items() if not is_fake[0]]
-        thresholds = choose_thresholds(
-            {name: scores[val][mine] for name, mine in collections.items()}, left_out=left_out
-        )
         judged.temperatures.append(temperature)
         judged.thresholds.append(thresholds)
         judged.ece.append(calibration(stock.labels[both], scores[both], weights=weights)[3])
