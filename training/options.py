@@ -137,7 +137,7 @@ def add_start(parser: argparse.ArgumentParser) -> None:
         "--head",
         default="random",
         choices=("random", "probe"),
-        help="the head's weights at first; probe: a logistic regression on what it reads before the training, for"
+        help="the head's weights at first; probe: a linear discriminant of what it reads before the training, for"
         " --init_from (default: random)",
     )
 

@@ -25,7 +25,7 @@ from runtime.files import replacing
 from runtime.pretrained import load_trunk, read_trunk
 from samples.transforms import TrainTransform
 from training.options import PARTS
-from training.probe import choose_strength, fit_views, left_out, read_features
+from training.probe import choose_shrinkage, fit_views, left_out, read_features
 from training.setup import build_model, config_of
 
 LAST_CLASS_TOKEN, PROBE = "probe, last class token", "probe"
@@ -144,8 +144,8 @@ def probe_inputs(name: str, frozen: tuple[np.ndarray, np.ndarray], train_args: a
 
 
 def fit_probe(stock: Stock, fold: Fold, views: np.ndarray, for_others: bool) -> tuple[np.ndarray, dict]:
-    """A logistic regression on what is left to train on. Data sets of a class weigh alike, and its C is the best on
-    some of these that are left out.
+    """A linear discriminant of what is left to train on. Data sets of a class weigh alike, and its shrinkage is the
+    best on some of these that are left out.
 
     Args:
         views: (V, N, D), of the images as they are first.
@@ -158,7 +158,7 @@ def fit_probe(stock: Stock, fold: Fold, views: np.ndarray, for_others: bool) -> 
     names, sources = np.unique(stock.names[inside], return_inverse=True)
     labels, known = stock.labels[inside], views[:, inside].astype(np.float32)
     val = views[0, outside].astype(np.float32), stock.labels[outside]
-    strength = choose_strength(known, labels, sources, True, val)
-    probe = fit_views(known, labels, sources, strength, by_source=True)
-    others = left_out(known, labels, sources, strength, by_source=True) if for_others else {}
+    shrinkage = choose_shrinkage(known, labels, sources, True, val)
+    probe = fit_views(known, labels, sources, shrinkage, by_source=True)
+    others = left_out(known, labels, sources, shrinkage, by_source=True) if for_others else {}
     return probe.log_odds(views[0].astype(np.float64)), {str(names[one]): values for one, values in others.items()}
