@@ -4,14 +4,17 @@
     and, with --output_dir, mp4, mov, mkv, webm, avi, gif  ->  clip.mp4.frame000123.png, some frames of each
 
     python preprocess.py --directory datasets/fake/StyleGAN3                          in place, one by one, atomically
+    python preprocess.py --directory ... --discard_originals                          the same, originals are not kept
     python preprocess.py --directory raw/GAN --output_dir datasets/fake/GAN           leaves raw/GAN untouched
     python preprocess.py ... --align --recompress 75-95                               eyes and mouth in one place
     torchrun --nproc_per_node=8 preprocess.py --directory ...                         also over several machines
 
-Files that cannot be used go to a folder beside, datasets/fake/StyleGAN3_rejected, with rejected.csv telling why; files
-that are no images by their names are listed there too, and stay. A second run finds nothing to do; a run that was
-stopped goes on. PNG for all, because a class that keeps its JPEGs while another has PNGs is told by its format (arXiv
-2403.17608).
+In place, originals are moved to a folder beside, datasets/fake/StyleGAN3_originals, with their tree; killed at any
+moment, each is whole in one of the two. What is made later, in another size or with --align elsewhere, is made of them.
+
+Files that cannot be used go to datasets/fake/StyleGAN3_rejected, with rejected.csv telling why; files that are no
+images by their names are listed there too, and stay. A second run finds nothing to do; a run that was stopped goes on.
+PNG for all, because a class that keeps its JPEGs while another has PNGs is told by its format (arXiv 2403.17608).
 """
 
 import argparse
@@ -40,9 +43,10 @@ from faces.images import (
     list_images,
     video_of,
 )
+from faces.originals import originals_folder
 from faces.prepare import Outcome, prepare_file
 from faces.prepared import plan_outputs
-from faces.rejection import BEYOND, NO_FACE, REJECTED_SUFFIX, read_reasons, write_reasons
+from faces.rejection import BEYOND, NO_FACE, REJECTED_SUFFIX, SET_ASIDE, read_reasons, write_reasons
 from faces.treatment import ALIGNED_CROP, treatment_of
 from runtime.files import free_path, replacing
 from runtime.processes import default_workers, gather, join_processes, lock, map_ahead, scatter
@@ -122,9 +126,7 @@ def check_options(args: argparse.Namespace, directory: Path) -> None:
     if args.align and args.target_height != args.target_width:
         sys.exit("--align makes squares: --target_height and --target_width have to be equal")
     if treatment_of(args) and args.output_dir is None:
-        sys.exit(
-            "--align and --recompress need --output_dir: the originals are wanted again when another crop or quality is"
-        )
+        sys.exit("--align and --recompress need --output_dir, a folder for each crop and quality")
     if args.output_dir is None:
         return
     output = args.output_dir.resolve()
@@ -133,8 +135,9 @@ def check_options(args: argparse.Namespace, directory: Path) -> None:
             f"{args.output_dir}: lies within {args.directory}; name a folder outside, or leave --output_dir away to"
             " work in place"
         )
-    if args.delete_rejected:
-        sys.exit("--delete_rejected works in place only: with --output_dir nothing in --directory is touched")
+    for option in ("delete_rejected", "discard_originals"):
+        if getattr(args, option):
+            sys.exit(f"--{option} works in place only: with --output_dir nothing in --directory is touched")
 
 
 def plan_work(
@@ -210,6 +213,8 @@ def report(
     rejected_folder = output.with_name(output.name + REJECTED_SUFFIX)
     set_aside(rejected, others, directory, rejected_folder, move=in_place, delete=args.delete_rejected)
     print(f"{output}: {counts['written']} written, {counts['unchanged']} unchanged, {len(rejected)} rejected")
+    if in_place and (originals := originals_folder(directory)).is_dir():
+        print(f"  originals are in {originals}, with their tree, and take their room until you remove them")
     for outcome in rejected[:10]:
         print(f"  {outcome.source.relative_to(directory)}: {outcome.reason}")
     if rejected:
@@ -275,6 +280,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="delete files that cannot be used instead of moving them; in place only",
     )
     parser.add_argument(
+        "--discard_originals", action="store_true", help="keep no originals in <directory>_originals; in place only"
+    )
+    parser.add_argument(
         "--align",
         type=float,
         nargs="?",
@@ -327,7 +335,8 @@ def main(args: argparse.Namespace) -> None:
     # from twice as many pixels on it is an error, and stays one
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     directory = args.directory.resolve()
-    if directory.name.endswith(REJECTED_SUFFIX):
+    # The README's loop comes to them, too. Originals may be prepared anew, elsewhere
+    if directory.name.endswith(REJECTED_SUFFIX if args.output_dir else SET_ASIDE):
         print(f"{args.directory}: set aside by an earlier run, left alone")
         return
     rank, world, _ = join_processes()

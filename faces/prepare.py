@@ -9,6 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from faces.images import ENLARGED, FILLED, frame_name, is_video, load_rgb, video_of
+from faces.originals import find_original, keep_original
 from faces.prepared import filled_of, is_prepared, write_png
 from faces.rejection import Rejected
 from faces.treatment import treat, treatment_of
@@ -33,6 +34,7 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
         ValueError: as from treat.
     """
     size, in_place = (args.target_width, args.target_height), args.output_dir is None
+    directory, kept = args.directory.resolve(), None
     if (
         not in_place
         and not args.look_again
@@ -46,15 +48,20 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
         check_size(image, args)
         prepared = is_prepared(source, size) and not treatment_of(args)
         if not prepared:
-            image = treat(image, source, args)
+            kept = find_original(source, image, directory)  # better than what an earlier run has made of it
+            original, image = kept or (source, image)
+            image = treat(image, original, args)
     except Rejected as error:
         if not in_place:
             target.unlink(missing_ok=True)  # made when the file, or the minimum, was another
         return Outcome(source, "rejected", str(error))
 
     if in_place:
-        # Content first, then the name: at every moment there is exactly one file, the original or its PNG.
+        # The original has its second name before the first one goes to the PNG; then that gets its own name. At every
+        # moment there is exactly one file in the folder, from which a run that was stopped goes on.
         if not prepared:
+            if not kept and not args.discard_originals:
+                keep_original(source, directory)
             write_png(image, source, sync=True)
         if source != target:
             os.rename(source, target)

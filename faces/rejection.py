@@ -19,7 +19,7 @@ from pathlib import Path
 
 from runtime.files import replacing
 
-REJECTED_SUFFIX = "_rejected"  # of the folder beside a data set
+REJECTED_SUFFIX, ORIGINALS_SUFFIX = SET_ASIDE = "_rejected", "_originals"  # of the folders beside a data set
 NO_FACE, BEYOND = "no face found", "too much of the crop lies beyond the border"  # of --align, by their beginnings
 
 

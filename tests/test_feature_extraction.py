@@ -655,8 +655,9 @@ def test_copies_and_identities_share_a_split_and_unusable_files_are_named(datase
         shutil.copy(path, root / "fake/Copies" / path.name)
         Image.open(path).save(root / f"fake/Copies/{path.stem}_again.bmp")  # the same pixels in another format
     (root / "fake/Copies/text.jpg").write_text("no image")
-    (root / "fake/Copies_rejected").mkdir()  # of preprocess.py, not a data set
-    shutil.copy(path, root / "fake/Copies_rejected")
+    for folder in ("fake/Copies_rejected", "fake/Copies_originals"):  # of preprocess.py, not data sets
+        (root / folder).mkdir()
+        shutil.copy(path, root / folder)
 
     done = run_script(
         "feature_extraction.py", "--data_root", root, "--output_dir", "features", "--group_by_folder", cwd=tmp_path

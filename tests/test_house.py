@@ -28,7 +28,7 @@ attention.dropout  attention.kernels  drawing.render  faces.rejection  faces.reg
 attention.blocked  attention.flex  faces.images  faces.finder
 attention.trial
 attention  faces.alignment  faces.workers  faces.prepared  faces.videos
-model  faces.treatment  samples.feature_files  samples.transforms
+model  faces.treatment  faces.originals  samples.feature_files  samples.transforms
 runtime.start  runtime.trunk_files
 runtime.pretrained
 runtime.tuning

@@ -52,6 +52,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def visible(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if not Path(name).name.startswith(".")}
+
+
 def rejections(folder: Path) -> dict[str, str]:
     with open(folder / "rejected.csv", newline="") as file:
         return {row["path"]: row["reason"] for row in csv.DictReader(file)}
@@ -68,11 +72,15 @@ def test_in_place(tmp_path):
         name: os.path.lexists(folder / name) and (folder / name).read_bytes() if (folder / name).is_file() else None
         for name in unusable
     }
-    count = usable(folder, unusable)
+    count, before = usable(folder, unusable), contents(folder)
     done = run_script("preprocess.py", "--directory", folder, cwd=tmp_path)
     assert f"{len(unusable) - len(NO_IMAGES_BY_NAME)} rejected" in done.stdout
 
     results = contents(folder)
+    kept = {name: data for name, data in before.items() if name not in unusable and results.get(name) != data}
+    assert kept.keys() > {"same.jpg", "same.bmp", "a b/ç/new\nline é.webp"} and "same.png" not in kept
+    assert contents(tmp_path / "D_originals") == kept
+    assert f"originals are in {tmp_path / 'D_originals'}, with their tree" in done.stdout
     for name in NO_IMAGES_BY_NAME:
         assert results.pop(name) == originals[name], "left where it is"
     assert len(results) == count and all(name.endswith(".png") for name in results)
@@ -93,6 +101,7 @@ def test_in_place(tmp_path):
     assert f"0 written, {count} unchanged, 0 rejected" in again.stdout
     # byte for byte
     assert contents(folder).items() >= results.items() and contents(tmp_path / "D_rejected") == rejected
+    assert contents(tmp_path / "D_originals") == kept
 
 
 def test_output_dir_leaves_the_source_untouched_and_gives_the_same(tmp_path):
@@ -139,6 +148,74 @@ def test_a_rejected_file_never_overwrites_an_earlier_one(tmp_path):
     assert (tmp_path / "D_rejected/bad_2.jpg").read_text() == "second"
 
 
+def test_an_original_never_overwrites_an_earlier_one(tmp_path):
+    (tmp_path / "D").mkdir()
+    for i, name in enumerate(("a.jpg", "a.jpg", "a_2.jpg", "a.jpg")):
+        picture(60, 40, i).save(tmp_path / "D" / name)
+        data = (tmp_path / "D" / name).read_bytes()
+        if i == 1:
+            picture(60, 40, 9).save(tmp_path / "D/a_2.jpg")  # its name is not free: it goes there itself
+        run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+        assert data in contents(tmp_path / "D_originals").values()
+    kept = contents(tmp_path / "D_originals")
+    assert kept.keys() == {"a.jpg", "a_2.jpg", "a_3.jpg", "a_2_2.jpg", "a_4.jpg"} and len(set(kept.values())) == 5
+    assert len(contents(tmp_path / "D")) == 5
+    (tmp_path / "D/a.jpg").write_bytes(kept["a.jpg"])  # once more the same file
+    run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    assert contents(tmp_path / "D_originals") == kept
+
+
+def test_what_links_lead_to_is_kept(tmp_path):
+    """A symbolic link, which would lead nowhere from the other folder, and names that share a file."""
+    (tmp_path / "D/sub").mkdir(parents=True)
+    picture(60, 40, 1).save(tmp_path / "elsewhere.jpg")
+    data = (tmp_path / "elsewhere.jpg").read_bytes()
+    os.symlink("../../elsewhere.jpg", tmp_path / "D/sub/a.jpg")
+    os.link(tmp_path / "elsewhere.jpg", tmp_path / "D/b.jpg")
+    run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    assert contents(tmp_path / "D").keys() == {"b.png", "sub/a.png"}
+    assert contents(tmp_path / "D_originals") == {"b.jpg": data, "sub/a.jpg": data}
+    assert not (tmp_path / "D_originals/sub/a.jpg").is_symlink()
+    assert (tmp_path / "elsewhere.jpg").read_bytes() == data
+
+
+def test_discarded_originals(tmp_path):
+    for folder in ("D", "E"):
+        hostile_files(tmp_path / folder)
+    done = run_script("preprocess.py", "--directory", "D", "--discard_originals", cwd=tmp_path)
+    run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
+    assert "originals are in" not in done.stdout and not (tmp_path / "D_originals").exists()
+    for suffix in ("", "_rejected"):
+        assert contents(tmp_path / f"D{suffix}") == contents(tmp_path / f"E{suffix}")
+
+
+def test_later_runs_take_the_kept_originals(tmp_path):
+    """Another size gives what it would have given at once; so does --align into another folder."""
+    (tmp_path / "D").mkdir()
+    face = drawn_in(600, 1, 0, (0, 0), 0).crop((0, 50, 600, 550))
+    face.save(tmp_path / "D/a.jpg")
+    face.crop((0, 0, 560, 500)).save(tmp_path / "D/a.JPG", "JPEG")
+    face.crop((0, 0, 550, 500)).save(tmp_path / "D/b.png")
+    face.resize((224, 224)).save(tmp_path / "D/c.png")
+    shutil.copytree(tmp_path / "D", tmp_path / "raw")
+    small, align = ("--target_height", 96, "--target_width", 96), ("--align", "--recompress", 80)
+    for name, options in (("small", small), ("aligned", align)):
+        run_script("preprocess.py", "--directory", "raw", "--output_dir", name, *options, cwd=tmp_path)
+    run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    kept = contents(tmp_path / "D_originals")
+    assert kept.keys() == {"a.jpg", "a.JPG", "b.png"}
+    for name, options in (("small", small), ("aligned", align)):
+        run_script("preprocess.py", "--directory", "D", "--output_dir", f"{name}_later", *options, cwd=tmp_path)
+        assert visible(tmp_path / f"{name}_later") == visible(tmp_path / name)
+    run_script("preprocess.py", "--directory", "D", *small, cwd=tmp_path)
+    assert contents(tmp_path / "D") == visible(tmp_path / "small")
+    kept["c.png"] = (tmp_path / "raw/c.png").read_bytes()  # the size fitted before
+    assert contents(tmp_path / "D_originals") == kept
+    picture(96, 96, 5).save(tmp_path / "D/b.png")  # another picture of that name is taken itself
+    run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    assert len(contents(tmp_path / "D_originals")) == 5 and (tmp_path / "D_originals/b_2.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -146,6 +223,7 @@ def test_a_rejected_file_never_overwrites_an_earlier_one(tmp_path):
         (("--directory", "empty"), "empty: no images in it"),
         (("--directory", "D", "--output_dir", "D/inside"), "lies within"),
         (("--directory", "D", "--output_dir", "O", "--delete_rejected"), "in place only"),
+        (("--directory", "D", "--output_dir", "O", "--discard_originals"), "--discard_originals works in place only"),
         (("--directory", "D", "--target_width", 0), "at least 1"),
     ],
 )
@@ -230,11 +308,79 @@ def test_plan_is_the_same_at_every_moment_of_a_run(tmp_path):
         assert all(rest[image] == plan[image] for i, image in enumerate(images) if not done >> i & 1)
 
 
+# Kills a run before its first, second, ... step on the disk, by which a name or a file's content comes or goes
+KILLED = """import errno, os, shutil, signal, sys
+sys.path.insert(0, {root!r})
+import preprocess
+
+def make_step(name, module=os):
+    function = getattr(module, name)
+
+    def step(source, target, **options):
+        global left
+        left -= 1
+        if not left:
+            if name == "copy2":
+                open(target, "wb").write(open(source, "rb").read()[:99])
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "link" and way == "copy":
+            raise OSError(errno.EPERM, "Operation not permitted")
+        return function(source, target, **options)
+
+    setattr(module, name, step)
+
+way, side, *folders = sys.argv[1:]
+for left, folder in enumerate(folders, 1):
+    if not (child := os.fork()):
+        sys.stdout = open(os.devnull, "w")
+        for name in ("link", "replace", "rename"):
+            make_step(name)
+        make_step("copy2", shutil)
+        options = ["--directory", folder, "--workers", "1", "--target_height", side, "--target_width", side]
+        preprocess.main(preprocess.get_args_parser().parse_args(options))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "side", "steps"),
+    [("link", 224, 3 + 3 + 2), ("copy", 224, 3 * (1 + 2) + 3 + 2), ("again", 96, 3)],
+    ids=["hard links", "copies", "another size"],
+)
+def test_killed_at_each_step_and_run_again(tmp_path, way, side, steps):
+    """For each image a link, or a copy that gets its name; then its PNG gets the name of the original, and its own."""
+    (tmp_path / "raw/sub").mkdir(parents=True)
+    for i, name in enumerate(("a.jpg", "a.png", "sub/b.webp")):
+        picture(60, 40, i).save(tmp_path / "raw" / name)
+    raw, names = contents(tmp_path / "raw"), [f"D{i}" for i in range(steps + 1)]
+    sides = ("--target_height", side, "--target_width", side)
+    run_script("preprocess.py", "--directory", "raw", "--output_dir", "made", *sides, cwd=tmp_path)
+    for name in names:
+        shutil.copytree(tmp_path / "raw", tmp_path / name)
+        if way == "again":
+            run_script("preprocess.py", "--directory", name, cwd=tmp_path)
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED.format(root=str(ROOT)))
+    command = [sys.executable, program, way, str(side), *names]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    assert done.stdout.split() == ["-9"] * steps + ["0"], done.stderr
+    for name in names:
+        images, kept = contents(tmp_path / name), visible(tmp_path / f"{name}_originals")
+        assert all(data in (images.get(path), kept.get(path)) for path, data in raw.items())
+        assert kept.items() <= raw.items()
+        assert name != names[-1] or kept == raw
+        run_script("preprocess.py", "--directory", name, *sides, cwd=tmp_path)
+        assert visible(tmp_path / name) == visible(tmp_path / "made")
+        assert visible(tmp_path / f"{name}_originals") == raw
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_and_run_again(tmp_path):
     (tmp_path / "D").mkdir()
     for i in range(60):
         picture(800, 600, i).save(tmp_path / f"D/{i}.jpg", quality=95)
+    raw = contents(tmp_path / "D")
     shutil.copytree(tmp_path / "D", tmp_path / "E")
     run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
     for finished in (1, 5, 15, 30, 40, 50, 57):
@@ -248,9 +394,11 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
         for path in (tmp_path / "D").iterdir():
             if not path.name.startswith("."):
                 load_rgb(path)  # whole, under its old name or its new one
+        images, kept = contents(tmp_path / "D"), contents(tmp_path / "D_originals")
+        assert all(data in (images.get(name), kept.get(name)) for name, data in raw.items())
     run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
-    visible = {name: data for name, data in contents(tmp_path / "D").items() if not name.startswith(".")}
-    assert visible == contents(tmp_path / "E")
+    assert visible(tmp_path / "D") == contents(tmp_path / "E")
+    assert contents(tmp_path / "D_originals") == contents(tmp_path / "E_originals") == raw
 
 
 @pytest.mark.slow
@@ -265,7 +413,7 @@ def test_two_processes_of_torchrun_give_what_one_gives(tmp_path):
     renamed = [line.replace("/E", "/D").replace("/G", "/F").replace("/P", "/O") for line in together.splitlines()]
     assert renamed == alone.splitlines()
     for names in (("D", "E"), ("O", "P")):
-        for suffix in ("", "_rejected"):
+        for suffix in ("", "_rejected", "_originals"):
             one, two = (contents(tmp_path / f"{name}{suffix}") for name in names)
             one.pop(".source", None), two.pop(".source", None)
             assert one == two
@@ -286,8 +434,8 @@ def test_torchrun_restarts_a_worker_that_is_killed(tmp_path):
         time.sleep(0.005)
     [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"][0].kill()
     assert process.wait(timeout=120) == 0
-    visible = {name: data for name, data in contents(tmp_path / "D").items() if not name.startswith(".")}
-    assert visible == contents(tmp_path / "E")
+    assert visible(tmp_path / "D") == contents(tmp_path / "E")
+    assert contents(tmp_path / "D_originals") == contents(tmp_path / "E_originals")
 
 
 def test_processes_agree_on_how_often_they_were_started(monkeypatch):
@@ -368,8 +516,11 @@ def test_what_was_set_aside_is_left_alone(tmp_path):
     (tmp_path / "D/bad.jpg").write_text("no image")
     run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
     before = contents(tmp_path)
-    assert "left alone" in run_script("preprocess.py", "--directory", "D_rejected", cwd=tmp_path).stdout
+    for folder in ("D_rejected", "D_originals"):
+        assert "left alone" in run_script("preprocess.py", "--directory", folder, cwd=tmp_path).stdout
     assert contents(tmp_path) == before
+    done = run_script("preprocess.py", "--directory", "D_originals", "--output_dir", "O", cwd=tmp_path)
+    assert "1 written" in done.stdout and visible(tmp_path / "O") == contents(tmp_path / "D")
 
 
 def test_a_folder_that_is_linked_twice_is_listed_once(tmp_path):
