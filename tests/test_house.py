@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("preprocess", "feature_extraction", "train", "inference", "export", "demo")
+SCRIPTS = ("preprocess", "feature_extraction", "train", "inference", "export", "demo", "hubconf")
 BENCHMARKS = (
     "ablation",
     "data_speed",
