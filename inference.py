@@ -35,7 +35,7 @@ from evaluation import tables
 from evaluation.groups import at_thresholds, errors_by, group_table, groups_of, threshold_tables, warn_of_few
 from evaluation.mistakes import find_mistakes
 from evaluation.operating import thresholds_of, verdict_of
-from evaluation.pictures import score_images
+from evaluation.pictures import BATCH_SIZE, score_images
 from evaluation.protocol import PROTOCOLS, TestSet, load_test_set, score
 from evaluation.robustness import test_robustness
 from evaluation.summary import summarize
@@ -182,7 +182,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="a name in .json, the other files beside it (default: prediction_results.json); with --images the rows"
         " (default: standard output)",
     )
-    option("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    option("--batch_size", type=int, default=BATCH_SIZE, help=f"images at a time (default: {BATCH_SIZE})")
     option(
         "--fpr",
         type=float,

@@ -15,7 +15,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -144,9 +144,9 @@ def explain(model: LAMMViT, images: Tensor, region_masks: Tensor) -> list[Explan
 
 
 def draw_explanation(
-    image: np.ndarray, landmarks: np.ndarray | None, explanation: Explanation, title: str, path: Path
+    image: np.ndarray, landmarks: np.ndarray | None, explanation: Explanation, title: str, path: Path | BinaryIO
 ) -> None:
-    """Writes the picture, a PNG of 1500 x 1140 pixels.
+    """Writes the picture, a PNG of 1500 x 1140 pixels, to a path or a stream.
 
     Args:
         image: (h, w, 3) uint8 RGB, as the model got it.

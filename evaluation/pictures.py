@@ -11,9 +11,9 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ COLUMNS = (
     "explanation",
     "reason",
 )
+BATCH_SIZE = 64  # of inference.py's --batch_size, and where none is given
 
 
 def framing_of(model: LAMMViT, checkpoint: dict, whole_image: bool) -> Framing:
@@ -67,7 +68,7 @@ def framing_of(model: LAMMViT, checkpoint: dict, whole_image: bool) -> Framing:
 class Row(NamedTuple):
     """A row of the output: of a face, or of a file that got no score."""
 
-    path: Path
+    path: Path | None  # None: it was in memory
     face: Face | None = None
     probability: float = math.nan
     verdict: str = ""
@@ -80,7 +81,7 @@ class Row(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = dict.fromkeys(COLUMNS) | {
-            "path": str(self.path),
+            "path": None if self.path is None else str(self.path),
             "probability": None if math.isnan(self.probability) else self.probability,
             "verdict": self.verdict or None,
             "number": self.number,
@@ -111,24 +112,6 @@ def score_pictures(model: LAMMViT, checkpoint: dict, pictures: list[tuple[Path, 
     """
     framing = framing_of(model, checkpoint, args.whole_image)
     workers = min(args.workers, max(1, len(pictures)))
-    waiting: list[tuple[Path, Face | None, str]] = []
-
-    def flush() -> Iterator[Row]:
-        faces = [face for _, face, _ in waiting if face]
-        scores = iter(())
-        if faces:
-            # (B, h, w, 3) -> (B, 3, h, w)
-            images = torch.from_numpy(np.stack([face.image for face in faces])).permute(0, 3, 1, 2)
-            with torch.inference_mode():
-                scores = iter(
-                    fake_probability(
-                        model, images, torch.from_numpy(np.stack([face.region_masks for face in faces]))
-                    ).tolist()
-                )
-        for path, face, reason in waiting:
-            yield Row(path, face, next(scores) if face else math.nan, reason=reason)
-        waiting.clear()
-
     # The workers never use torch, but what is on a GPU cannot be shared with them
     may_fork = not torch.cuda.is_initialized()
     with face_workers(finder_files(args.predictor, not args.without_cnn), workers, may_fork) as pool:
@@ -137,11 +120,40 @@ def score_pictures(model: LAMMViT, checkpoint: dict, pictures: list[tuple[Path, 
             path, reason = picture
             return reason or pool.submit(faces_in_file, path, framing, args.frames).result()
 
-        for (path, _), faces in zip(pictures, map_ahead(found, pictures, 2 * workers, ahead=4 * workers)):
-            waiting += [(path, None, faces)] if isinstance(faces, str) else [(path, face, "") for face in faces]
-            if len(waiting) >= args.batch_size:
-                yield from flush()
-        yield from flush()
+        faces = map_ahead(found, pictures, 2 * workers, ahead=4 * workers)
+        yield from score_faces(model, zip((path for path, _ in pictures), faces), args.batch_size)
+
+
+def score_faces(
+    model: LAMMViT, found: Iterable[tuple[Path, list[Face] | str]], batch_size: int = BATCH_SIZE
+) -> Iterator[Row]:
+    """The rows of pictures, in their order, without verdicts. So many rows, or a few more, go into a batch.
+
+    Args:
+        found: of each picture its path and what faces.loose.faces_in_file gives.
+    """
+    waiting: list[tuple[Path, Face | None, str]] = []
+
+    def flush() -> Iterator[Row]:
+        scores = iter(probabilities_of(model, [face for _, face, _ in waiting if face]))
+        for path, face, reason in waiting:
+            yield Row(path, face, next(scores) if face else math.nan, reason=reason)
+        waiting.clear()
+
+    for path, faces in found:
+        waiting += [(path, None, faces)] if isinstance(faces, str) else [(path, face, "") for face in faces]
+        if len(waiting) >= batch_size:
+            yield from flush()
+    yield from flush()
+
+
+def probabilities_of(model: LAMMViT, faces: list[Face]) -> list[float]:
+    if not faces:
+        return []
+    images = torch.from_numpy(np.stack([face.image for face in faces])).permute(0, 3, 1, 2)  # -> (B, 3, h, w)
+    with torch.inference_mode():
+        masks = torch.from_numpy(np.stack([face.region_masks for face in faces]))
+        return fake_probability(model, images, masks).tolist()
 
 
 def with_verdicts(rows: Iterator[Row], thresholds: dict[str, float]) -> Iterator[Row]:
@@ -241,8 +253,6 @@ def explain_rows(model: LAMMViT, thresholds: dict[str, float], rows: Iterator[Ro
     """Draws a picture for each face and passes the rows on, with its name. A picture that cannot be written ends
     nothing.
     """
-    from evaluation.explain import draw_explanation, explain  # matplotlib, where it is needed
-
     times, taken = Counter(), set()
     for row in rows:
         if row.face:
@@ -250,17 +260,25 @@ def explain_rows(model: LAMMViT, thresholds: dict[str, float], rows: Iterator[Ro
             times[name] += 1  # where to begin, lest the thousandth face of one name try all numbers before
             path = free_path(folder, name, ".png", taken.__contains__, first=times[name])
             taken.add(path)
-            images, masks = (
-                torch.from_numpy(row.face.image.copy()).permute(2, 0, 1)[None],
-                torch.from_numpy(row.face.region_masks)[None],
-            )
-            doubt = ", mean landmarks: dlib found none" if row.face.found_by == "mean" else ""
-            verdict = f"{row.verdict}, P(fake) = {row.probability:.4f}, {describe_thresholds(thresholds)}"
-            title = f"{row.path.name}: {verdict}{doubt}"
-            landmarks = row.face.landmarks if model.config.uses_masks else None
             try:
-                draw_explanation(row.face.image, landmarks, explain(model, images, masks)[0], title, path)
+                explain_row(model, thresholds, row, path)
                 row = row._replace(explanation=str(path))
             except OSError as error:
                 print(f"WARNING: {path}: not written ({error})", file=sys.stderr)
         yield row
+
+
+def explain_row(model: LAMMViT, thresholds: dict[str, float], row: Row, target: Path | BinaryIO) -> None:
+    """Draws the picture of a row that has a face, as a PNG."""
+    from evaluation.explain import draw_explanation, explain  # matplotlib, where it is needed
+
+    face = row.face
+    images, masks = (
+        torch.from_numpy(face.image.copy()).permute(2, 0, 1)[None],
+        torch.from_numpy(face.region_masks)[None],
+    )
+    doubt = ", mean landmarks: dlib found none" if face.found_by == "mean" else ""
+    name = f"{row.path.name}: " if row.path else ""
+    verdict = f"{row.verdict}, P(fake) = {row.probability:.4f}, {describe_thresholds(thresholds)}"
+    landmarks = face.landmarks if model.config.uses_masks else None
+    draw_explanation(face.image, landmarks, explain(model, images, masks)[0], f"{name}{verdict}{doubt}", target)

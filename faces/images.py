@@ -1,5 +1,6 @@
 """Files to pixels: which files of a folder are images, and what people see in them."""
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -8,6 +9,7 @@ import re
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,35 +210,69 @@ def load_rgb(path: Path) -> Image.Image:
     Raises:
         Rejected: the file is not an image, or not a whole one.
     """
-    try:
+    with rejecting(path):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Rejected("is not a file")  # a pipe, say, on which a read would wait for ever
         with Image.open(path) as file:
-            file.load()
-            image = turn_upright(file)
-        original, treatment = file.info.get(ORIGINAL), str(file.info.get(TREATMENT, ""))
-        if not isinstance(original, str) or not re.fullmatch(ORIGINAL_PATTERN, original):
-            original = f"{file.format} {image.width}x{image.height}"
-        treatment = treatment if re.fullmatch(TREATMENT_PATTERN, treatment) else ""
-        if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip at 255
-            deep, rounded = np.asarray(image), np.empty(image.size[::-1], np.uint8)
-            for row in range(0, len(deep), 256):  # in bands: these numbers take eight bytes
-                rounded[row : row + 256] = (deep[row : row + 256].clip(0, 65535) / 257).round()
-            image = Image.fromarray(rounded)
-        if image.has_transparency_data:
-            picture, image = image, Image.new("RGBA", image.size, "white")
-            image.alpha_composite(picture.convert("RGBA"))
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        others = {key: value for key, value in image.info.items() if key not in (FILLED, FOUND, LANDMARKS, STALE)}
-        of_face = read_face_note(file.info.get(LANDMARKS), image)
-        image.info = {**others, ORIGINAL: original, TREATMENT: treatment, **of_face}
-        return image
+            return as_rgb(file)
+
+
+def rgb_of(picture: Image.Image | bytes) -> Image.Image:
+    """load_rgb for a picture in memory: one of Pillow's, which stays as it is, or the bytes of a file.
+
+    Raises:
+        Rejected: it is not an image, or not a whole one.
+    """
+    with rejecting():
+        if isinstance(picture, Image.Image):
+            return as_rgb(picture, keep=True)
+        with Image.open(io.BytesIO(picture)) as file:
+            return as_rgb(file)
+
+
+def as_rgb(picture: Image.Image, keep: bool = False) -> Image.Image:
+    """A picture of Pillow's, opened or made, as load_rgb gives it. Raises what Pillow does.
+
+    Args:
+        keep: leaves the picture as it is, at the price of a copy where it is RGB already.
+    """
+    picture.load()
+    image = turn_upright(picture)
+    original, treatment = picture.info.get(ORIGINAL), str(picture.info.get(TREATMENT, ""))
+    if not isinstance(original, str) or not re.fullmatch(ORIGINAL_PATTERN, original):
+        original = f"{picture.format or 'pixels'} {image.width}x{image.height}"
+    treatment = treatment if re.fullmatch(TREATMENT_PATTERN, treatment) else ""
+    if image.mode.startswith("I"):  # 16 bits a pixel; convert() would clip at 255
+        deep, rounded = np.asarray(image), np.empty(image.size[::-1], np.uint8)
+        for row in range(0, len(deep), 256):  # in bands: these numbers take eight bytes
+            rounded[row : row + 256] = (deep[row : row + 256].clip(0, 65535) / 257).round()
+        image = Image.fromarray(rounded)
+    if image.has_transparency_data:
+        glass, image = image, Image.new("RGBA", image.size, "white")
+        image.alpha_composite(glass.convert("RGBA"))
+    image = image.convert("RGB") if keep or image.mode != "RGB" else image  # convert() copies
+    others = {key: value for key, value in image.info.items() if key not in (FILLED, FOUND, LANDMARKS, STALE)}
+    of_face = read_face_note(picture.info.get(LANDMARKS), image)
+    image.info = {**others, ORIGINAL: original, TREATMENT: treatment, **of_face}
+    return image
+
+
+@contextlib.contextmanager
+def rejecting(path: Path | None = None) -> Iterator[None]:
+    """Turns what Pillow raises on a picture that is not, or not all, there into Rejected.
+
+    Args:
+        path: of the picture, which the reason does not name: it would make two runs' lists differ.
+    """
+    try:
+        yield
     except MemoryError as error:
         raise Rejected("has more pixels than there is memory for") from error
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno not in ABOUT_THE_FILE:
             raise
-        message = str(error)
-        for text in (repr(str(path)), str(path)):  # the path of this run, which would make two runs' lists differ
-            message = message.replace(text, path.name)
+        message = re.sub(" <_io.BytesIO object at 0x[0-9a-f]+>", "", str(error))
+        if path:
+            for text in (repr(str(path)), str(path)):
+                message = message.replace(text, path.name)
         raise Rejected(f"cannot be read as an image ({type(error).__name__}: {message})") from error

@@ -31,6 +31,7 @@ from faces.images import (
     is_video,
     list_files,
     load_rgb,
+    rgb_of,
     scaled_landmarks,
 )
 from faces.regions import draw_region_masks, face_frame, face_size
@@ -226,25 +227,37 @@ def as_known(crop: Image.Image, box: tuple | None, framing: Framing, how: str) -
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def faces_in_file(path: Path, framing: Framing, frames: int) -> list[Face] | str:
-    """The faces of an image file, or of so many frames of a video, or the reason why there is none. In a process of
-    faces/workers.py.
+def faces_in_file(
+    source: Path | bytes | Image.Image, framing: Framing, frames: int, finder: FaceFinder | None = None
+) -> list[Face] | str:
+    """The faces of a picture, or of so many frames of a video, or the reason why there is none.
+
+    Args:
+        source: an image or video file; or a picture in memory, as faces.images.rgb_of takes it. For a model of
+            recompressed images, a JPEG's quality is drawn from the bytes of a file; of Pillow's pictures, which have
+            none, from their pixels.
+        finder: None: that of a process of faces/workers.py.
     """
+    finder = finder or this_finder()
     try:
-        if is_video(path):
-            return faces_in_video(path, framing, frames) or NO_FACE
-        return faces_in_picture(load_rgb(path), path, path.read_bytes, framing) or WITHOUT_FACE
+        if not isinstance(source, Path):
+            image = rgb_of(source)
+            content = (lambda: source) if isinstance(source, bytes) else image.tobytes
+            return faces_in_picture(image, Path("the picture"), content, framing, finder) or WITHOUT_FACE
+        if is_video(source):
+            return faces_in_video(source, framing, frames, finder) or NO_FACE
+        return faces_in_picture(load_rgb(source), source, source.read_bytes, framing, finder) or WITHOUT_FACE
     except (Rejected, OSError, ValueError) as reason:
         return str(reason)
     except (MemoryError, RuntimeError, cv2.error) as error:  # of one picture; the others have their rows
         return f"could not be searched ({type(error).__name__}: {error})"
 
 
-def faces_in_video(path: Path, framing: Framing, count: int) -> list[Face]:
+def faces_in_video(path: Path, framing: Framing, count: int, finder: FaceFinder) -> list[Face]:
     """Those of all its frames, frame by frame. Of a frame no more is kept than its faces."""
     framing, frames = framing._replace(whole_image=False), []
     for number, seconds, image in sample_frames(path, count):
-        faces = faces_in_picture(image, path, image.tobytes, framing)
+        faces = faces_in_picture(image, path, image.tobytes, framing, finder)
         frames.append([face._replace(frame=number, seconds=seconds) for face in faces])
     numbers = follow([[(face.box, face.place) for face in faces] for faces in frames])
     return [
@@ -254,7 +267,9 @@ def faces_in_video(path: Path, framing: Framing, count: int) -> list[Face]:
     ]
 
 
-def faces_in_picture(image: Image.Image, path: Path, content: Callable[[], bytes], framing: Framing) -> list[Face]:
+def faces_in_picture(
+    image: Image.Image, path: Path, content: Callable[[], bytes], framing: Framing, finder: FaceFinder
+) -> list[Face]:
     """
     Args:
         image: RGB, upright, with the notes of load_rgb in its info.
@@ -264,7 +279,6 @@ def faces_in_picture(image: Image.Image, path: Path, content: Callable[[], bytes
     Raises:
         Rejected, ValueError: it has no score, though it may have a face.
     """
-    finder = this_finder()
     if framing.treatment == image.info[TREATMENT]:
         if LANDMARKS in image.info:
             place = image.info[LANDMARKS] + 0.5

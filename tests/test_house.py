@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("preprocess", "feature_extraction", "train", "inference", "export", "demo")
+SCRIPTS = ("preprocess", "feature_extraction", "train", "inference", "export", "demo", "hubconf")
 BENCHMARKS = (
     "ablation",
     "data_speed",
@@ -41,6 +41,7 @@ evaluation.scoring  evaluation.metrics  evaluation.operating
 evaluation.tables  evaluation.intervals  evaluation.figures  evaluation.protocol
 evaluation.summary  evaluation.traces  evaluation.masks  evaluation.mistakes  evaluation.explain  evaluation.groups
 evaluation.robustness  evaluation.report  evaluation.pictures
+evaluation.detector
 training.options  training.data  training.run
 training.schedule  training.record  training.cache
 training.setup  training.step  training.probe
