@@ -26,7 +26,7 @@ dependencies = [
     "dlib",
     "h5py",
     "safetensors",
-    "sklearn",
+    "psutil",
     "tqdm",
 ]
 
