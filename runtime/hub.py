@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from model import LAMMViT
-from runtime.checkpoint import CHECKPOINT_VERSION, CheckpointError, load_model
-from runtime.hub_folder import CONFIG, FILES, WEIGHTS, read_folder, write_folder
+from runtime.checkpoint import CHECKPOINT_VERSION, CheckpointError, load_model, read_shipped
+from runtime.hub_folder import FILES, write_folder
 from runtime.pretrained import split_source
 
 __all__ = ["LAMMViT", "fetch", "from_pretrained", "push_folder", "push_to_hub", "save_pretrained"]
@@ -74,20 +74,14 @@ def push_folder(
     create_pr: bool | None = None,
     commit_message: str = "LAMM-ViT",
 ) -> str:
-    """Uploads a folder of export.py --hub, and of others' files in it none. Makes the repository where there is none.
+    """Uploads a folder of export.py --hub, and nothing else that is in it. Makes the repository where there is none.
 
     Raises:
         CheckpointError: it is no such folder.
     """
     from huggingface_hub import HfApi
 
-    try:
-        told = read_folder(Path(folder)).get("trunk")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    file = (
-        split_source(told["source"])[1] if told else None
-    )  # a trunk in a file of one's own goes along, if it is there
+    file = trunk_file(read_shipped(Path(folder)))  # goes along, if it is there
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if branch:
@@ -98,7 +92,7 @@ def push_folder(
         revision=branch,
         create_pr=create_pr,
         commit_message=commit_message,
-        allow_patterns=[*FILES, *([file.name] if file else [])],
+        allow_patterns=[*FILES, *([file] if file else [])],
     )
     return str(done.commit_url)
 
@@ -113,16 +107,24 @@ def fetch(repo_id: str, **options: Any) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise CheckpointError(f"{repo_id}: no such folder; for the Hub, pip install huggingface_hub") from error
-    try:
-        folder = Path(snapshot_download(repo_id, allow_patterns=list(FILES), **options))
-        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-            told = read_folder(folder).get("trunk")
-            if told and (file := split_source(told["source"])[1]):
-                snapshot_download(repo_id, allow_patterns=[*FILES, file.name], **options)
-    except Exception as error:  # whatever the Hub's client makes of a name, a network, an answer
-        cause = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{repo_id}: no such folder, and not to be had from the Hub ({cause})") from error
-    return folder
+
+    def download(*names: str) -> Path:
+        try:
+            return Path(snapshot_download(repo_id, allow_patterns=[*FILES, *names], **options))
+        except Exception as error:  # whatever the Hub's client makes of a name, a network, an answer
+            cause = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{repo_id}: no such folder, and not to be had from the Hub ({cause})") from error
+
+    folder = download()
+    file = trunk_file(read_shipped(folder))
+    return download(file) if file else folder
+
+
+def trunk_file(checkpoint: dict) -> str:
+    """The name of a file that the trunk is in, which belongs beside the weights; "" where there is none."""
+    trunk = checkpoint.get("trunk")
+    file = split_source(trunk["source"])[1] if trunk else None
+    return file.name if file else ""
 
 
 LAMMViT.from_pretrained = staticmethod(from_pretrained)
