@@ -1,16 +1,19 @@
 """Writes a trained model into files to hand on: ONNX and PyTorch's own export, which need nothing of this repository;
-or its weights.
+or its weights, alone or as a folder for the Hub.
 
     output_model/best_model.pth  ->  output_model/model.onnx, for onnxruntime and the like; weights inside
                                      output_model/model.pt2, for torch.export.load
                                      or, with --weights, mine.safetensors, for inference.py --checkpoint
+                                     or, with --hub, a folder with weights, settings and a card (docs/hub.md)
 
     python export.py
     python export.py --checkpoint run_7/best_model.pth --output_dir deployed
     python export.py --weights mine.safetensors              instead of these two, the weights alone
+    python export.py --hub mine                              likewise, a folder: inference.py --checkpoint mine
 
 The file of --weights holds what was trained, matrices in half precision, and all settings. A frozen trunk (train.py
---tune norms, lora:R or head) is not in it, but its name and SHA-256 are.
+--tune norms, lora:R or head) is not in it, but its name and SHA-256 are. The folder of --hub holds the same, each
+number as it is in the checkpoint. A README.md that is there stays as it is.
 
 The other two need three packages more: pip install onnx onnxscript onnxruntime
 
@@ -53,6 +56,7 @@ from faces.regions import REGIONS
 from model import NUM_REGIONS, LAMMViT
 from runtime.checkpoint import load_checkpoint, model_of
 from runtime.files import check_space
+from runtime.hub_folder import FILES, card_beside, read_folder, weights_in, write_folder
 from runtime.pretrained import split_source
 from runtime.weights_file import SUFFIX, TRAINED, choose_checkpoint, is_shipped, read_weights, write_weights
 
@@ -140,7 +144,7 @@ def describe(model: LAMMViT, checkpoint: dict, path: Path) -> dict[str, str]:
         "treatment": checkpoint["framing"]["treatment"],
         "regions": list(REGIONS),
         "datasets": checkpoint["datasets"],
-        "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "checkpoint_sha256": hashlib.sha256(weights_in(path).read_bytes()).hexdigest(),
     }
     return {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
 
@@ -164,6 +168,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="FILE.safetensors",
         help="instead of these two, write one file of weights and settings (default: none)",
     )
+    parser.add_argument(
+        "--hub",
+        type=Path,
+        metavar="FOLDER",
+        help="instead of these two, write a folder for the Hub: weights, settings, a card (default: none)",
+    )
     return parser
 
 
@@ -181,7 +191,7 @@ def write_shipped(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
         file = Path(folder, target.name)
         write_weights(checkpoint, file)
         # The file has no folder of the trunk's; here it is where it was
-        again = model_of(read_weights(file) | {"trunk": checkpoint.get("trunk")}, args.checkpoint)
+        again = model_of(read_weights(file) | {"trunk": checkpoint.get("trunk")}, weights_in(args.checkpoint))
         images, region_masks = random_batch(model, 16)
         with torch.inference_mode():
             one, other = (fake_probability(which, images, region_masks) for which in (model, again))
@@ -194,17 +204,45 @@ def write_shipped(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
         size = file.stat().st_size / 1e6
         os.replace(file, target)
     print(f"{target}: {size:.1f} MB, largest difference from the checkpoint in probability {difference:.1e}")
+    tell_trunk(checkpoint, "beside it")
+
+
+def tell_trunk(checkpoint: dict, where: str) -> None:
     trunk = checkpoint.get("trunk")
     if trunk and (file := split_source(trunk["source"])[1]):
-        print(f"its trunk is not in it: whoever uses it needs {file.name} beside it")
+        print(f"its trunk is not in it: whoever uses it needs {file.name} {where}")
+
+
+def write_for_hub(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> None:
+    """Writes --hub, after the model that comes out of it was found to be that of the checkpoint, bit for bit.
+
+    Raises:
+        ValueError: it is not; there is a file of this name.
+    """
+    target = args.hub
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"--hub {target}: is a file; name a folder")
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".export.") as folder:
+        write_folder(checkpoint, Path(folder), card_beside(args.checkpoint))
+        again = model_of(read_folder(Path(folder)) | {"trunk": checkpoint.get("trunk")}, weights_in(args.checkpoint))
+        state = again.state_dict()
+        if not all(torch.equal(values, state[name]) for name, values in model.state_dict().items()):
+            raise ValueError(f"{target}: differs from {args.checkpoint}; not written")
+        has_card = (target / FILES[-1]).exists()
+        for name in FILES[: -1 if has_card else None]:
+            os.replace(Path(folder, name), target / name)
+    size = weights_in(target).stat().st_size / 1e6
+    print(f"{target}: {', '.join(FILES)}; {size:.1f} MB" + (f"; the {FILES[-1]} that was there stays" * has_card))
+    tell_trunk(checkpoint, "in that folder")
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.weights:
-        if args.output_dir:
-            raise ValueError("--output_dir is for model.onnx and model.pt2; --weights names its file")
+    if args.weights or args.hub:
+        if args.output_dir or (args.weights and args.hub):
+            raise ValueError("--output_dir is for model.onnx and model.pt2; --weights names its file, --hub its folder")
         args.checkpoint = choose_checkpoint(args.checkpoint)
-        write_shipped(*load_checkpoint(args.checkpoint), args)
+        (write_for_hub if args.hub else write_shipped)(*load_checkpoint(args.checkpoint), args)
         return
     if lacking := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ValueError(f"{' and '.join(lacking)} not installed; pip install {' '.join(PACKAGES)}")
@@ -218,7 +256,7 @@ def main(args: argparse.Namespace) -> None:
         )
 
     # not beside the weights that ship: that folder is the repository's
-    output_dir = args.output_dir or (TRAINED if is_shipped(args.checkpoint) else args.checkpoint).parent
+    output_dir = args.output_dir or (TRAINED if is_shipped(args.checkpoint) else weights_in(args.checkpoint)).parent
     output_dir.mkdir(parents=True, exist_ok=True)
     check_space(output_dir / "model.onnx", 2 * (weights + GRAPH_BYTES))
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".export.") as folder:

@@ -26,7 +26,7 @@ dependencies = [
     "dlib",
     "h5py",
     "safetensors",
-    "sklearn",
+    "psutil",
     "tqdm",
 ]
 
@@ -53,7 +53,7 @@ def lamm_vit(pretrained: bool = True, checkpoint: str | None = None, device: str
         return model.LAMMViT(model.LAMMViTConfig(**config)).eval().to(device)
     if config:
         raise ValueError(f"{', '.join(config)}: only for pretrained=False; a checkpoint says what model it is")
-    weights = _ours("runtime.weights_file")
+    weights, _ = _ours("runtime.weights_file"), _ours("runtime.hub")  # which gives it save_pretrained, too
     chosen = weights.SHIPPED if checkpoint is None and weights.SHIPPED.exists() else checkpoint and Path(checkpoint)
     return _ours("runtime.checkpoint").load_checkpoint(weights.choose_checkpoint(chosen), device)[0]
 

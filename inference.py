@@ -45,6 +45,7 @@ from model import LAMMViT
 from runtime.checkpoint import load_checkpoint
 from runtime.devices import backend_for, pick_process_device
 from runtime.files import replacing
+from runtime.hub_folder import weights_in
 from runtime.processes import default_workers, gather, join_processes, under_torchrun
 from runtime.weights_file import choose_checkpoint
 
@@ -142,7 +143,7 @@ def write_scores(path: Path, test_set: TestSet, scores: np.ndarray, thresholds: 
 
 def describe_run(checkpoint: dict, test_set: TestSet, warnings: list[str], args: argparse.Namespace) -> dict:
     """How the results came about."""
-    with open(args.checkpoint, "rb") as file:
+    with open(weights_in(args.checkpoint), "rb") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     packages = ("torch", "torchvision", "numpy", "scikit-learn")
@@ -172,8 +173,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     option(
         "--checkpoint",
         type=Path,
-        help="model to test, of train.py or export.py --weights (default: output_model/best_model.pth; where there is"
-        " none, the weights that ship)",
+        help="model to test, of train.py, export.py --weights or export.py --hub (default: output_model/best_model.pth;"
+        " where there is none, the weights that ship)",
     )
     option("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
     option(

@@ -52,7 +52,8 @@ class Detector:
     Threads may share one: they take turns.
 
     Args:
-        checkpoint: of train.py or export.py --weights. None: output_model/best_model.pth, else the weights that ship.
+        checkpoint: of train.py, export.py --weights or --hub. None: output_model/best_model.pth, else the weights that
+            ship.
         device: "cpu", "cuda", "cuda:1", ...; "auto": the GPU where there is one.
         fpr: judge at this rate of false alarms alone: fake or real, nothing is uncertain.
         frames: of each video, evenly spread.

@@ -3,12 +3,14 @@
 import os
 import pickle
 import zipfile
+from collections.abc import Set
 from pathlib import Path
 
 import torch
 
 from model import LAMMViT, LAMMViTConfig
 from runtime.files import replacing
+from runtime.hub_folder import read_folder, weights_in
 from runtime.pretrained import load_trunk, read_trunk, split_source
 from runtime.start import Gate, start_method
 from runtime.trunk_files import INSTALL, PACKAGE, packaged_clip
@@ -16,6 +18,8 @@ from runtime.tuning import choose_trained, is_held, merge_lora
 from runtime.weights_file import SUFFIX, read_weights
 
 CHECKPOINT_VERSION = 5
+OF_A_MODEL = {"version", "config", "model"}  # in every checkpoint
+TO_JUDGE = {"mask_style", "val_threshold", "framing", "images"}  # in those that can judge pictures
 
 
 class CheckpointError(ValueError):
@@ -26,28 +30,39 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[LAM
     """Rebuilds the model that train.py saved, in eval mode, and returns it with everything else in the file.
 
     Args:
-        path: of train.py, or, where it ends in .safetensors, of export.py --weights.
+        path: of train.py; or, where it ends in .safetensors, of export.py --weights; or a folder of export.py --hub.
 
     Raises:
         CheckpointError: missing, damaged, foreign, or of another architecture than it says; or its trunk is missing.
     """
+    return load_model(path, device, TO_JUDGE)
+
+
+def load_model(path: Path, device: torch.device | str = "cpu", needed: Set[str] = frozenset()) -> tuple[LAMMViT, dict]:
+    """load_checkpoint for a model alone, too, which says nothing of thresholds and faces.
+
+    Args:
+        needed: what the checkpoint has to have beside the model.
+    """
     path = Path(path)
-    if not path.is_file():
+    is_old = path.is_file() and path.suffix != SUFFIX
+    if not is_old and not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint; run train.py first, or name one")
-    checkpoint = read_shipped(path) if path.suffix == SUFFIX else read_checkpoint(path, device)
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"version", "config", "model", "mask_style", "val_threshold", "framing", "images"} <= checkpoint.keys()
-    ):
+    checkpoint = read_checkpoint(path, device) if is_old else read_shipped(path)
+    if not is_old and not needed <= checkpoint.keys():
+        raise CheckpointError(
+            f"{path}: holds a model alone, and not how it judges pictures; take one of export.py --hub"
+        )
+    if not isinstance(checkpoint, dict) or not OF_A_MODEL | needed <= checkpoint.keys():
         raise CheckpointError(
             f"{path}: not a checkpoint of train.py: it does not say what model it is; run train.py again"
         )
     if checkpoint["version"] != CHECKPOINT_VERSION:
-        way_out = "run train.py again" if path.suffix != SUFFIX else "take weights and code of the same release"
+        way_out = "run train.py again" if is_old else "take weights and code of the same release"
         raise CheckpointError(
             f"{path}: checkpoint version {checkpoint['version']}, this program reads {CHECKPOINT_VERSION}; {way_out}"
         )
-    return model_of(checkpoint, path).to(device), checkpoint
+    return model_of(checkpoint, weights_in(path)).to(device), checkpoint
 
 
 def read_checkpoint(path: Path, device: torch.device | str) -> object:
@@ -73,9 +88,9 @@ def read_checkpoint(path: Path, device: torch.device | str) -> object:
 
 
 def read_shipped(path: Path) -> dict:
-    """read_weights, with the error of a checkpoint."""
+    """read_weights, or read_folder, with the error of a checkpoint."""
     try:
-        return read_weights(path)
+        return read_folder(path) if path.is_dir() else read_weights(path)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 

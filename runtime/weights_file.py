@@ -47,32 +47,47 @@ OF_THE_MACHINE = ("features", "device", "num_workers", "save_minutes")  # of the
 # ------------------------------------------------------------------------------------------------------------- the file
 
 
-def write_weights(checkpoint: dict, path: Path) -> None:
-    """A checkpoint of load_checkpoint as one file, whole or not at all: matrices in half precision, see in_half.
+def write_weights(checkpoint: dict, path: Path, exact: bool = False) -> None:
+    """A checkpoint of load_checkpoint as one file, whole or not at all.
+
+    Args:
+        exact: each number as it is; without, matrices in half precision, see in_half.
 
     Raises:
         OSError: the file cannot be written.
     """
-    tensors = {f"model.{name}": values for name, values in in_half(checkpoint["model"]).items()}
-    tensors["images"] = checkpoint["images"]
-    framing = checkpoint["framing"]
+    weights = checkpoint["model"] if exact else in_half(checkpoint["model"])
+    tensors = {f"model.{name}": values for name, values in weights.items()}
+    if "images" in checkpoint:
+        tensors["images"] = checkpoint["images"]
+    framing = checkpoint.get("framing", {})
     tensors |= {f"framing.{name}": value for name, value in framing.items() if isinstance(value, Tensor)}
     tensors = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
-    settings = {name: checkpoint[name] for name in SETTINGS if name in checkpoint}
-    settings["framing"] = {name: value for name, value in framing.items() if not isinstance(value, Tensor)}
-    settings["arguments"] = portable(settings["arguments"])
-    if settings.get("trunk"):
-        settings["trunk"] = settings["trunk"] | {"source": without_folder(settings["trunk"]["source"])}
-    text = json.dumps(settings, sort_keys=True)
-    content = save(tensors, {"settings": text, "sha256": digest_of(text, tensors)})
+    text = json.dumps(settings_of(checkpoint), sort_keys=True)
+    content = save(tensors, {"format": "pt", "settings": text, "sha256": digest_of(text, tensors)})
     path.parent.mkdir(parents=True, exist_ok=True)
     check_space(path, len(content))
     with replacing(path, sync=True) as partial:
         partial.write_bytes(content)
 
 
-def read_weights(path: Path) -> dict:
-    """The checkpoint that write_weights was given, on the CPU, its numbers in single precision or more.
+def settings_of(checkpoint: dict) -> dict:
+    """What of a checkpoint is text, as the file has it."""
+    settings = {name: checkpoint[name] for name in SETTINGS if name in checkpoint}
+    if framing := checkpoint.get("framing"):
+        settings["framing"] = {name: value for name, value in framing.items() if not isinstance(value, Tensor)}
+    if "arguments" in settings:
+        settings["arguments"] = portable(settings["arguments"])
+    if settings.get("trunk"):
+        settings["trunk"] = settings["trunk"] | {"source": without_folder(settings["trunk"]["source"])}
+    return settings
+
+
+def read_weights(path: Path, exact: bool = False) -> dict:
+    """The checkpoint that write_weights was given, on the CPU.
+
+    Args:
+        exact: its numbers as they are; without, in single precision or more.
 
     It lacks what is not in SETTINGS, and of files the folder.
 
@@ -95,18 +110,22 @@ def read_weights(path: Path) -> dict:
     if digest_of(text, tensors) != metadata["sha256"]:  # the format has no checksum of its own
         raise ValueError(f"{path}: damaged, its SHA-256 is another one; {again}")
     try:
-        return as_checkpoint(json.loads(text), tensors)
+        return as_checkpoint(json.loads(text), tensors, exact)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: lacks what a model needs ({type(error).__name__}: {error}); {again}") from error
 
 
-def as_checkpoint(settings: dict, tensors: dict[str, Tensor]) -> dict:
+def as_checkpoint(settings: dict, tensors: dict[str, Tensor], exact: bool = False) -> dict:
     """What was taken apart for the file, together again."""
-    checkpoint = settings | {"images": tensors["images"], "model": {}, "framing": dict(settings["framing"])}
+    checkpoint = settings | {"model": {}}
+    if "framing" in settings:
+        checkpoint["framing"] = dict(settings["framing"])
     for name, values in tensors.items():
         part, dot, rest = name.partition(".")
         if dot:
-            checkpoint[part][rest] = values.float() if values.dtype == torch.float16 else values
+            checkpoint[part][rest] = values.float() if values.dtype == torch.float16 and not exact else values
+        else:
+            checkpoint[part] = values
     # JSON has lists alone; LAMMViTConfig has tuples
     config = settings["config"].items()
     checkpoint["config"] = {name: tuple(value) if isinstance(value, list) else value for name, value in config}

@@ -33,8 +33,9 @@ runtime.start  runtime.trunk_files
 runtime.pretrained
 runtime.tuning
 runtime.weights_file
+runtime.hub_folder
 runtime.checkpoint  faces.loose  faces.prepare  samples.sources  dataset
-samples.splits  samples.extracted  samples.manifest
+samples.splits  samples.extracted  samples.manifest  runtime.hub
 samples.plan
 samples.shards
 evaluation.scoring  evaluation.metrics  evaluation.operating

@@ -1,0 +1,161 @@
+"""A model as a folder, as the Hugging Face Hub has them: weights, settings, how pictures are prepared, a card.
+
+    checkpoint  ->  model.safetensors, config.json, preprocessor_config.json, README.md  ->  the same checkpoint
+
+model.safetensors is a file of weights_file.py with each number as it is in the checkpoint. It has the settings, too;
+config.json says the same for people and other programs, and has to agree. A frozen trunk is not in it, but its name
+and SHA-256 are. preprocessor_config.json follows from the rest: nothing reads it here.
+"""
+
+import json
+from pathlib import Path
+
+from faces.regions import REGIONS
+from model import LAMMViTConfig
+from runtime.files import replacing
+from runtime.weights_file import CARD, read_weights, settings_of, write_weights
+
+WEIGHTS, CONFIG, PREPROCESSOR, README = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
+FILES = (WEIGHTS, CONFIG, PREPROCESSOR, README)
+LABELS = {"architectures": ["LAMMViT"], "model_type": "lamm_vit"}  # in config.json, for the Hub
+AGAIN = "take another copy, or write it again: python export.py --hub"
+LANCZOS = 1  # as Pillow numbers its filters
+FRONT = """---
+library_name: pytorch
+pipeline_tag: image-classification
+tags:
+- lamm-vit
+- ai-generated-image-detection
+- face
+---
+"""
+
+
+# ----------------------------------------------------------------------------------------------------------- the folder
+
+
+def write_folder(checkpoint: dict, folder: Path, card: str | None = None) -> None:
+    """A checkpoint of load_checkpoint, or a model alone: "version", "config", "model". Each file whole or not at all.
+
+    Args:
+        card: the text of README.md; None: what is known.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(checkpoint, folder / WEIGHTS, exact=True)
+    texts = {
+        CONFIG: json.dumps(LABELS | settings_of(checkpoint), indent=2) + "\n",
+        PREPROCESSOR: json.dumps(preprocessing(checkpoint), indent=2) + "\n",
+        README: with_front(card or card_of(checkpoint)),
+    }
+    for name, text in texts.items():
+        with replacing(folder / name, sync=True) as partial:
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_folder(folder: Path) -> dict:
+    """The checkpoint that write_folder was given, on the CPU, each number as it was. It lacks what read_weights lacks.
+
+    Raises:
+        ValueError: not such a folder, or a file of it damaged. The message names it and the way out.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: no folder of export.py --hub, there is no {name} in it; {AGAIN}")
+    try:
+        told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder / CONFIG}: cannot be read as JSON ({cause}); {AGAIN}") from error
+    checkpoint = read_weights(folder / WEIGHTS, exact=True)
+    # Through JSON, which knows no tuples
+    known = json.loads(json.dumps(settings_of(checkpoint)))
+    if not isinstance(told, dict) or {name: told[name] for name in told.keys() - LABELS.keys()} != known:
+        raise ValueError(f"{folder / CONFIG}: says something else than {WEIGHTS} beside it; {AGAIN}")
+    return checkpoint
+
+
+def weights_in(path: Path) -> Path:
+    """The file with the weights of a checkpoint: itself, or the one in a folder of write_folder."""
+    return path / WEIGHTS if path.is_dir() else path
+
+
+# ------------------------------------------------------------------------------------------------------------ its texts
+
+
+def preprocessing(checkpoint: dict) -> dict:
+    """How pictures become the model's input: as transformers says it, and what it has no words for."""
+    config = LAMMViTConfig(**checkpoint["config"])
+    settings = {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": config.img_size, "width": config.img_size},
+        "resample": LANCZOS,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+        "region_masks": {"regions": list(REGIONS), "height": config.grid_size, "width": config.grid_size},
+    }
+    if "mask_style" in checkpoint:
+        settings["region_masks"]["mask_style"] = checkpoint["mask_style"]
+    if framing := checkpoint.get("framing"):
+        settings["treatment"] = framing["treatment"]  # of preprocess.py; "": resized alone
+        # Landmarks (68, 2), x and y in units of the side: their mean over the faces of training, and the 1st and 99th
+        # percentile of face_frame, that is of size and of width over height
+        settings["framing"] = {name: framing[name].tolist() for name in ("mean_landmarks", "usual")}
+    return settings
+
+
+def card_beside(path: Path) -> str | None:
+    """The card that stands beside a checkpoint, or in its folder; None where there is none."""
+    card = path / README if path.is_dir() else path.with_name(CARD)
+    return card.read_text(encoding="utf-8") if card.is_file() else None
+
+
+def with_front(card: str) -> str:
+    return card if card.startswith("---\n") else f"{FRONT}\n{card}"
+
+
+def card_of(checkpoint: dict) -> str:
+    """What is known of a model, for people."""
+    config = LAMMViTConfig(**checkpoint["config"])
+    lines = [
+        f"- Input: a face of {config.img_size} x {config.img_size} pixels and masks of its {len(REGIONS)} regions;"
+        f" depth {config.depth}, width {config.embed_dim}."
+    ]
+    if trunk := checkpoint.get("trunk"):
+        source = settings_of(checkpoint)["trunk"]["source"]
+        lines.append(f"- Its trunk is not in these files: `{source}`, SHA-256 `{trunk['sha256']}`.")
+    if datasets := checkpoint.get("datasets"):
+        lines.append(f"- Trained on: {', '.join(f'`{name}`' for name in datasets)}.")
+    if "framing" in checkpoint:
+        lines.append(f"- Training images were: {checkpoint['framing']['treatment'] or 'resized alone'}.")
+    for name, title in (("val_auc", "AUC"), ("val_ap", "AP"), ("val_accuracy", "Accuracy")):
+        if isinstance(checkpoint.get(name), int | float):
+            lines.append(f"- {title} on its validation images: {checkpoint[name]:.4f}. Others may be harder.")
+    if thresholds := checkpoint.get("thresholds"):
+        known = ", ".join(f"{value:.4f} for {100 * float(rate):g} %" for rate, value in thresholds.items())
+        lines.append(f"- Thresholds, by the rate of false alarms that they were chosen for: {known}.")
+    facts = "\n".join(lines)
+    return f"""# LAMM-ViT
+
+Tells photographs of faces from generated ones. An open implementation of LAMM-ViT (Zhang et al., ECAI 2025,
+[arXiv 2505.07734](https://arxiv.org/abs/2505.07734)).
+
+{facts}
+
+**A score is no proof.** It holds for pictures like those of training. This card was written by a program; nobody has
+said under which terms these weights may be used.
+
+With the code, in its folder: `python inference.py --checkpoint FOLDER --images photo.jpg`, or
+
+```python
+from runtime.hub import LAMMViT
+
+model = LAMMViT.from_pretrained("FOLDER")
+```
+"""
