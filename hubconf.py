@@ -47,6 +47,7 @@ def lamm_vit(pretrained: bool = True, checkpoint: str | None = None, device: str
     Raises:
         ValueError: there is no such checkpoint, or it cannot be used; options that do not go together.
     """
+    _ours("runtime.hub")  # so that the model has save_pretrained, too
     if not pretrained:
         if checkpoint is not None:
             raise ValueError(f"checkpoint {checkpoint} is not for pretrained=False")
@@ -54,7 +55,7 @@ def lamm_vit(pretrained: bool = True, checkpoint: str | None = None, device: str
         return model.LAMMViT(model.LAMMViTConfig(**config)).eval().to(device)
     if config:
         raise ValueError(f"{', '.join(config)}: only for pretrained=False; a checkpoint says what model it is")
-    weights, _ = _ours("runtime.weights_file"), _ours("runtime.hub")  # which gives it save_pretrained, too
+    weights = _ours("runtime.weights_file")
     named = weights.SHIPPED if weights.SHIPPED.exists() else None
     if checkpoint is not None:
         named = pathlib.Path(checkpoint)
