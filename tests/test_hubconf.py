@@ -103,6 +103,11 @@ def test_refusals_are_one_line(tmp_path, trained, monkeypatch):
         load("lamm_vit", depth=3)
 
 
+def test_nothing_else_is_offered():
+    offered = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
+    assert offered == ["detector", "lamm_vit"], "torch.hub.list shows these"
+
+
 def test_ours_import_each_other_by_from_alone():
     """The form that hubconf.py knows how to read."""
     ours = {path.parts[0].removesuffix(".py") for path in python_files()}
