@@ -169,6 +169,5 @@ def test_the_notebook_runs(tmp_path, trained, monkeypatch):
         exec(compile(cell.replace('"demo_run/', f'"{tmp_path}/demo_run/'), "first_steps.ipynb", "exec"), names)
     assert len(names["rows"]) == 12 and len(list((tmp_path / "demo_run/twelve").iterdir())) == 12
     assert names["explanation"].width > 300
-    assert all(
-        cell["outputs"] for cell in cells if cell["cell_type"] == "code" and "import sys" not in cell["source"][1]
-    )
+    shown = [cell["outputs"] for cell in cells if cell["cell_type"] == "code"]
+    assert all(shown[1:]), "a page on the web shows what was printed; the first cell prints nothing"
