@@ -134,12 +134,12 @@ def card_of(checkpoint: dict) -> str:
         lines.append(f"- Trained on: {', '.join(f'`{name}`' for name in datasets)}.")
     if "framing" in checkpoint:
         lines.append(f"- Training images were: {checkpoint['framing']['treatment'] or 'resized alone'}.")
-    for name, title in (("val_auc", "AUC"), ("val_ap", "AP"), ("val_accuracy", "Accuracy")):
-        if isinstance(checkpoint.get(name), int | float):
-            lines.append(f"- {title} on its validation images: {checkpoint[name]:.4f}. Others may be harder.")
+    known = (("val_auc", "AUC"), ("val_ap", "AP"))
+    if measured := [f"{title} {checkpoint[name]:.4f}" for name, title in known if name in checkpoint]:
+        lines.append(f"- On its validation images: {', '.join(measured)}. Others may be harder.")
     if thresholds := checkpoint.get("thresholds"):
         known = ", ".join(f"{value:.4f} for {100 * float(rate):g} %" for rate, value in thresholds.items())
-        lines.append(f"- Thresholds, by the rate of false alarms that they were chosen for: {known}.")
+        lines.append(f"- Thresholds, by the rate of false alarms that they were chosen for in training: {known}.")
     facts = "\n".join(lines)
     return f"""# LAMM-ViT
 
