@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from training.probe import SHRINKAGES, balance, choose_shrinkage, fit, left_out
+from training.probe import SHRINKAGES, Known, balance, choose_shrinkage, left_out
 
 
 def drawn(seed: int = 1, sets: int = 18, size: int = 40, width: int = 200) -> tuple[np.ndarray, ...]:
@@ -37,10 +37,13 @@ def test_the_probe_is_fishers_discriminant(shrinkage):
     inside = np.mean([scaled[labels == label].var(axis=0).mean() for label in (0, 1)])
     part = shrinkage / (inside + shrinkage)  # scikit-learn's: (1 - part) * covariance + part * mean variance
     theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=part, priors=[0.5, 0.5]).fit(scaled, labels)
-    ours = fit(features, labels, weights, shrinkage).log_odds(features)
-    np.testing.assert_allclose(ours, theirs.decision_function(scaled) * (1 - part), rtol=1e-3, atol=1e-3)
+    (ours,) = Known(features[None], labels, labels, by_source=False).fit([shrinkage])
+    expected = theirs.decision_function(scaled) * (1 - part)
+    np.testing.assert_allclose(ours.log_odds(features), expected, rtol=1e-3, atol=1e-3)
     constant = np.column_stack([features, np.full(900, 7, np.float32)])
-    np.testing.assert_allclose(fit(constant, labels, weights, 0.5).weight[-1], 0, atol=1e-6)
+    (probe,) = Known(constant[None], labels, labels, by_source=False).fit([shrinkage])
+    assert probe.weight[-1] == 0
+    np.testing.assert_allclose(probe.log_odds(constant), ours.log_odds(features), rtol=1e-4, atol=1e-4)
 
 
 def test_on_data_sets_left_out_more_shrinkage_is_better():
@@ -48,13 +51,13 @@ def test_on_data_sets_left_out_more_shrinkage_is_better():
     rng = np.random.default_rng(1)
     inside = rng.random(len(labels)) < 0.7
     val = features[0, ~inside], labels[~inside]
-    known = features[:, inside], labels[inside], sources[inside]
-    chosen = choose_shrinkage(*known, True, val)
+    known = Known(features[:, inside], labels[inside], sources[inside], by_source=True)
+    chosen = choose_shrinkage(known, val)
 
     def unseen(shrinkage: float) -> float:
         """The AUC on further data sets, drawn likewise."""
         others, of_class, _ = drawn(seed=99, sets=40)
-        probe = fit(known[0][0], known[1], balance(known[1], known[2]), shrinkage)
+        (probe,) = known.fit([shrinkage])
         odds = probe.log_odds(others[0])
         return float(np.mean(odds[of_class == 1][:, None] > odds[of_class == 0][None]))
 
@@ -64,17 +67,35 @@ def test_on_data_sets_left_out_more_shrinkage_is_better():
 def test_where_a_class_has_one_data_set_validation_chooses():
     features, labels, sources = drawn(sets=2)
     val = np.array([[1.0] * 200, [-1.0] * 200], np.float32), np.array([1, 0])
-    assert choose_shrinkage(features, labels, sources, False, val) == SHRINKAGES[0], "the first of equals"
+    assert choose_shrinkage(Known(features, labels, sources, False), val) == SHRINKAGES[0], "the first of equals"
 
 
 def test_a_data_set_that_is_left_out_was_not_seen():
     features, labels, sources = drawn(sets=4)
-    found = left_out(features, labels, sources, 0.1, by_source=True)
+    found = left_out(Known(features, labels, sources, by_source=True), 0.1)
     assert sorted(found) == [0, 1, 2, 3]
     rest = sources != 2
-    probe = fit(features[0, rest], labels[rest], balance(labels[rest], sources[rest]), 0.1)
-    np.testing.assert_allclose(found[2], probe.log_odds(features[0, ~rest]), rtol=1e-4, atol=1e-5)
+    (probe,) = Known(features[:, rest], labels[rest], sources[rest], by_source=True).fit([0.1])
+    np.testing.assert_allclose(found[2], probe.log_odds(features[0, ~rest]), rtol=1e-4, atol=1e-4)
     alone = np.where(sources == 0, 0, 1)  # one data set of photographs, three of fakes
-    assert sorted(left_out(features, alone, sources, 0.1, by_source=False)) == [1, 2, 3]
-    with pytest.raises(ZeroDivisionError):
-        fit(features[0, alone == 1], alone[alone == 1], np.ones((alone == 1).sum()), 0.1)
+    assert sorted(left_out(Known(features, alone, sources, by_source=False), 0.1)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("by_source", [True, False])
+def test_views_and_unlike_sizes_weigh_as_they_should(by_source):
+    """Against the plain formula on all samples at once, each with its weight."""
+    features, labels, sources = drawn(sets=6, width=12)
+    some = np.random.default_rng(0).random(len(sources)) < np.array([1, 1, 0.5, 0.5, 0.2, 0.8])[sources]
+    features, labels, sources = features[:, some], labels[some], sources[some]
+    views = np.concatenate([features, features + 0.1])
+    (ours,) = Known(views, labels, sources, by_source).fit([0.3])
+    weights = np.tile(balance(labels, sources if by_source else None), 2).astype(float)
+    samples, of_class = views.reshape(-1, 12).astype(float), np.tile(labels, 2)
+    weights /= weights.sum()
+    means = [np.average(samples[of_class == label], axis=0, weights=weights[of_class == label]) for label in (0, 1)]
+    deviation = np.sqrt(np.average((samples - weights @ samples) ** 2, axis=0, weights=weights))
+    inside = (samples - np.stack(means)[of_class]) / deviation
+    covariance = (inside * weights[:, None]).T @ inside + 0.3 * np.eye(12)
+    expected = np.linalg.solve(covariance, (means[1] - means[0]) / deviation) / deviation
+    np.testing.assert_allclose(ours.weight, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ours.bias, -expected @ (means[0] + means[1]) / 2, rtol=1e-4, atol=1e-5)

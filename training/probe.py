@@ -8,6 +8,7 @@ wrong of unknown ones is less (docs/results.md): it distrusts each direction in 
 while a regression is free to use it as long as the known images are separated.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,96 +58,112 @@ class Probe(NamedTuple):
         return features @ self.weight + self.bias
 
 
-def fit(features: np.ndarray, labels: np.ndarray, weights: np.ndarray, shrinkage: float) -> Probe:
+class Moments(NamedTuple):
+    """What a discriminant has to know of samples of one class. Those of several data sets add up."""
+
+    weight: float
+    total: np.ndarray  # (D,) float64, the weighted sum of the samples
+    products: np.ndarray  # (D, D) float64, that of their outer products
+
+    def plus(self, other: "Moments", sign: int = 1) -> "Moments":
+        return Moments(*(mine + sign * theirs for mine, theirs in zip(self, other)))
+
+
+class Known:
+    """What a probe may learn from: samples in data sets, each of which may be left out.
+
+    Args:
+        features: (V, N, D) float32, V views of each image, as it is first.
+        labels, sources: (N,) the class of each image, and the number of its data set, which is of one class.
+        by_source: whether the data sets of a class weigh the same; else all images do.
+    """
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray, sources: np.ndarray, by_source: bool):
+        self.features, self.labels, self.sources, self.by_source = features, labels, sources, by_source
+        self.centre = features[0].mean(axis=0)  # near the means: products of large numbers would lose the variances
+        self.of_classes = [np.unique(sources[labels == label]).tolist() for label in (0, 1)]
+        self._whole = self._add(*self.of_classes)
+
+    def _moments(self, source: int) -> Moments:
+        samples = (self.features[:, self.sources == source] - self.centre).reshape(-1, len(self.centre))
+        weight = 1 / len(samples) if self.by_source else 1.0
+        total = samples.sum(axis=0, dtype=np.float64)
+        return Moments(weight * len(samples), weight * total, weight * (samples.T @ samples).astype(np.float64))
+
+    def _add(self, real: Sequence[int], fake: Sequence[int]) -> list[Moments]:
+        """Of each class the moments of these data sets, which are read one after another."""
+        D = len(self.centre)
+        sums = []
+        for of_class in (real, fake):
+            found = Moments(0.0, np.zeros(D), np.zeros((D, D)))
+            for source in of_class:
+                found = found.plus(self._moments(source))
+            sums.append(found)
+        return sums
+
+    def fit(self, shrinkages: Sequence[float], without: Sequence[int] = ()) -> list[Probe]:
+        """Probes of all data sets but some, one for each shrinkage. A data set has to be left of each class."""
+        out = self._add(*([one for one in of_class if one in without] for of_class in self.of_classes))
+        real, fake = (whole.plus(less, -1) for whole, less in zip(self._whole, out))
+        return [discriminant(real, fake, self.centre, shrinkage) for shrinkage in shrinkages]
+
+
+def discriminant(real: Moments, fake: Moments, centre: np.ndarray, shrinkage: float) -> Probe:
     """Fisher's linear discriminant of two classes that are as likely.
 
     The log odds of two normal distributions with one covariance, that inside of the classes. With data sets that weigh
     alike, it holds how their means differ.
 
     Args:
-        features: (N, D) float32.
-        labels, weights: (N,), the class of each sample and how much it counts.
-        shrinkage: added to the variances of the features, when these have mean 0 and deviation 1.
+        centre: (D,) what was taken off the samples before their moments.
+        shrinkage: added to the variances of the features, when these have deviation 1 over both classes.
     """
-    weights = (weights / weights.sum()).astype(np.float32)
-    mean = weights @ features
-    scaled = features - mean
-    deviation = np.sqrt(weights @ scaled**2)
-    deviation[deviation <= 1e-5 * np.abs(mean)] = 1  # a constant one: its rounding says nothing
-    scaled /= deviation
-    means = [np.average(scaled[labels == label], axis=0, weights=weights[labels == label]) for label in (0, 1)]
-    inside = scaled - np.stack(means)[labels.astype(int)]
-    inside *= np.sqrt(weights)[:, None]
-    covariance = (inside.T @ inside).astype(np.float64)
-    covariance[np.diag_indices_from(covariance)] += shrinkage
-    weight = solve(covariance, means[1] - means[0], assume_a="pos") / deviation
-    return Probe(weight, float(-weight @ (mean + deviation * (means[0] + means[1]) / 2)))
+    means = [of_class.total / of_class.weight for of_class in (real, fake)]
+    inside = [of.products / of.weight - np.outer(mean, mean) for of, mean in zip((real, fake), means)]
+    covariance, apart = (inside[0] + inside[1]) / 2, means[1] - means[0]
+    deviation = np.sqrt(np.maximum(covariance.diagonal() + (apart / 2) ** 2, 0))
+    deviation[deviation <= 1e-5 * np.abs(centre)] = np.inf  # a constant one: its rounding says nothing
+    scaled = covariance / np.outer(deviation, deviation)
+    scaled[np.diag_indices_from(scaled)] += np.where(np.isinf(deviation), 1, shrinkage)
+    weight = solve(scaled, apart / deviation, assume_a="pos") / deviation
+    return Probe(weight, float(-weight @ (centre + (means[0] + means[1]) / 2)))
 
 
-def fit_views(
-    features: np.ndarray, labels: np.ndarray, sources: np.ndarray, shrinkage: float, by_source: bool
-) -> Probe:
-    """The same on several views (V, N, D) of the images; labels and sources (N,), the number of each one's data set.
-
-    Args:
-        by_source: whether the data sets of a class weigh the same.
-    """
-    views = len(features)
-    tiled = np.tile(labels, views)
-    weights = balance(tiled, np.tile(sources, views) if by_source else None)
-    return fit(features.reshape(len(tiled), -1), tiled, weights, shrinkage)
-
-
-def choose_shrinkage(
-    features: np.ndarray, labels: np.ndarray, sources: np.ndarray, by_source: bool, val: tuple[np.ndarray, np.ndarray]
-) -> float:
+def choose_shrinkage(known: Known, val: tuple[np.ndarray, np.ndarray]) -> float:
     """The shrinkage of the best AUC on data sets that are left out, a third of each class at a time.
 
     One that is chosen on other images of the same sources is too small: with it the probe learns the sources. It is
     chosen so where a class has one data set alone.
 
     Args:
-        features, labels, sources, by_source: as for fit_views.
         val: features (M, D) and labels (M,) of validation.
     """
-    ranks = np.zeros(len(labels), int)  # of each image's data set in its class
-    for label in (0, 1):
-        ranks[labels == label] = np.unique(sources[labels == label], return_inverse=True)[1]
-    count = min(GROUPS, *(ranks[labels == label].max() + 1 for label in (0, 1)))
-
-    def aucs(shrinkage: float) -> list[float]:
-        if count < 2:
-            found = fit_views(features, labels, sources, shrinkage, by_source).log_odds(val[0])
-            return [roc_auc_score(val[1], found)]
-        of_groups = []
+    count = min(GROUPS, *map(len, known.of_classes))
+    if count < 2:
+        aucs = [[roc_auc_score(val[1], probe.log_odds(val[0])) for probe in known.fit(SHRINKAGES)]]
+    else:
+        aucs = []
         for group in range(count):
-            out, rest = np.flatnonzero(ranks % count == group), np.flatnonzero(ranks % count != group)
-            probe = fit_views(features[:, rest], labels[rest], sources[rest], shrinkage, by_source)
-            alike = balance(labels[out], sources[out] if by_source else None)
-            of_groups.append(roc_auc_score(labels[out], probe.log_odds(features[0, out]), sample_weight=alike))
-        return of_groups
+            without = [one for of_class in known.of_classes for one in of_class[group::count]]
+            out = np.isin(known.sources, without)
+            labels, features = known.labels[out], known.features[0, out]
+            alike = balance(labels, known.sources[out] if known.by_source else None)
+            probes = known.fit(SHRINKAGES, without)
+            aucs.append([roc_auc_score(labels, probe.log_odds(features), sample_weight=alike) for probe in probes])
+    return SHRINKAGES[int(np.argmax(np.mean(aucs, axis=0)))]
 
-    return max(SHRINKAGES, key=lambda shrinkage: np.mean(aucs(shrinkage)))
 
-
-def left_out(
-    features: np.ndarray, labels: np.ndarray, sources: np.ndarray, shrinkage: float, by_source: bool
-) -> dict[int, np.ndarray]:
+def left_out(known: Known, shrinkage: float) -> dict[int, np.ndarray]:
     """{data set: log odds of its images as they are}, each by a probe that has seen nothing of this data set.
 
     What a probe gives for the sources of its training is more certain than what it gives for others, and fewer of their
     photographs look like fakes. A data set that is alone in its class cannot be left out.
-
-    Args:
-        features, labels, sources, shrinkage, by_source: as for fit_views; of the images as they are first.
     """
+    kept = sorted(one for of_class in known.of_classes if len(of_class) > 1 for one in of_class)
     found = {}
-    of_classes = [np.unique(sources[labels == label]).tolist() for label in (0, 1)]
-    kept = sorted(one for of_class in of_classes if len(of_class) > 1 for one in of_class)
     for one in tqdm(kept, desc="probe without a data set", leave=False, disable=None):
-        rest, mine = np.flatnonzero(sources != one), np.flatnonzero(sources == one)
-        probe = fit_views(features[:, rest], labels[rest], sources[rest], shrinkage, by_source)
-        found[one] = probe.log_odds(features[0, mine])
+        (probe,) = known.fit([shrinkage], [one])
+        found[one] = probe.log_odds(known.features[0, known.sources == one])
     return found
 
 
@@ -172,12 +189,12 @@ def probe_head(run: Run) -> None:
         views.append(read(seen, f"probe, view {view + 1} of {args.probe_views}"))
     outside, found = read(run.val_set, "probe, validation"), None
     if run.rank == 0:
-        known = np.stack(views), plain.labels, sources
-        shrinkage = choose_shrinkage(*known, by_source, (outside, run.val_set.labels))
-        probe = fit_views(*known, shrinkage, by_source)
+        known = Known(np.stack(views), plain.labels, sources, by_source)
+        shrinkage = choose_shrinkage(known, (outside, run.val_set.labels))
+        (probe,) = known.fit([shrinkage])
         auc = float(roc_auc_score(run.val_set.labels, probe.log_odds(outside)))
         # After it, there is training: then it says nothing about what comes out
-        others = {} if args.epochs else left_out(*known, shrinkage, by_source)
+        others = {} if args.epochs else left_out(known, shrinkage)
         found = probe, auc, others
     probe, auc, others = gather(found)[0]
     run.left_out = {one: torch.from_numpy(values) for one, values in others.items()}

@@ -25,7 +25,7 @@ from runtime.files import replacing
 from runtime.pretrained import load_trunk, read_trunk
 from samples.transforms import TrainTransform
 from training.options import PARTS
-from training.probe import choose_shrinkage, fit_views, left_out, read_features
+from training.probe import Known, choose_shrinkage, left_out, read_features
 from training.setup import build_model, config_of
 
 LAST_CLASS_TOKEN, PROBE = "probe, last class token", "probe"
@@ -156,9 +156,9 @@ def fit_probe(stock: Stock, fold: Fold, views: np.ndarray, for_others: bool) -> 
     """
     inside, outside = stock.known(fold, TRAIN), stock.known(fold, VAL)
     names, sources = np.unique(stock.names[inside], return_inverse=True)
-    labels, known = stock.labels[inside], views[:, inside].astype(np.float32)
+    known = Known(views[:, inside].astype(np.float32), stock.labels[inside], sources, by_source=True)
     val = views[0, outside].astype(np.float32), stock.labels[outside]
-    shrinkage = choose_shrinkage(known, labels, sources, True, val)
-    probe = fit_views(known, labels, sources, shrinkage, by_source=True)
-    others = left_out(known, labels, sources, shrinkage, by_source=True) if for_others else {}
+    shrinkage = choose_shrinkage(known, val)
+    (probe,) = known.fit([shrinkage])
+    others = left_out(known, shrinkage) if for_others else {}
     return probe.log_odds(views[0].astype(np.float64)), {str(names[one]): values for one, values in others.items()}
