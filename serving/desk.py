@@ -35,6 +35,8 @@ VIDEO_STARTS = (
 KEPT_FACES, KEPT_SECONDS = 512, 600  # at most so many, so long; a face is about 0.2 MB
 STALE_SECONDS = 600  # after which an upload that nobody asked about is thrown away
 
+DAMAGED = "The file cannot be read as a picture: it is no JPEG, PNG, BMP or WebP, or it is damaged or cut off."
+
 
 class Refused(Exception):
     """A picture that is not taken. The message is a sentence for its sender.
@@ -120,7 +122,7 @@ class Desk:
         except (*UNREADABLE, MemoryError) as error:
             if isinstance(error, Image.DecompressionBombError):
                 raise Refused(f"The picture has more than {MOST_MEGAPIXELS} megapixels: too many.", 413) from error
-            raise Refused("The file cannot be read as a picture: it is no JPEG, PNG, BMP or WebP, or damaged.") from error
+            raise Refused(DAMAGED) from error
         if width * height > MOST_MEGAPIXELS * 1e6:
             raise Refused(
                 f"The picture has {width * height / 1e6:.0f} megapixels, more than the {MOST_MEGAPIXELS} that are"
@@ -172,6 +174,8 @@ def as_sentence(reason: str) -> str:
         return ""
     if reason.startswith("no face found"):
         return "No face was found in it."
+    if reason.startswith("cannot be read as an image"):  # and what Pillow said of it
+        return DAMAGED
     text = reason if reason.startswith(("no ", "could ")) else f"The file {reason}"
     return f"{text[0].upper()}{text[1:].rstrip('.')}."
 

@@ -70,11 +70,19 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
                     files = gr.File(
                         label=f"Pictures or a video, up to {desk.megabytes} MB each",
                         file_count="multiple",
+                        file_types=["image", "video"],
                         elem_id="files",
                         height=180,
                     )
                 with gr.Tab("Camera"):
-                    camera = gr.Image(label="Camera", sources=["webcam"], type="filepath", elem_id="camera", height=300)
+                    camera = gr.Image(
+                        label="Camera",
+                        sources=["webcam"],
+                        type="filepath",
+                        elem_id="camera",
+                        height=300,
+                        webcam_options=gr.WebcamOptions(mirror=False),
+                    )
             with gr.Column():
                 drawn = gr.HTML(show_examples(examples), js_on_load=CLICKS, elem_id="examples")
         answer = gr.HTML(js_on_load=CLICKS, elem_id="answer", min_height=20)
@@ -97,13 +105,13 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
                 return show_explanation(kept, desk.detector.explain(kept.row))
 
         # One after another, in one queue; preprocess=False: the file itself, not a copy
-        turn: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        turn: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private", "show_progress_on": answer}
         for event, source in ((files.upload, files), (camera.input, camera)):
             event(score_files, source, [answer, why, source], preprocess=False, **turn).then(
                 None, js=SCROLL % "answer"
             )
         drawn.click(score_example, None, [answer, why], **turn).then(None, js=SCROLL % "answer")
-        answer.click(explain, None, why, **turn).then(None, js=SCROLL % "why")
+        answer.click(explain, None, why, **turn | {"show_progress_on": why}).then(None, js=SCROLL % "why")
     return page.queue(max_size=desk.places)
 
 
@@ -167,7 +175,7 @@ def legend_of(desk: Desk) -> str:
     between = ", uncertain between" if len(set(thresholds.values())) > 1 else ""
     calibrated = "calibrated" if desk.detector.checkpoint.get("temperature") else "not calibrated"
     return (
-        f"The number is the model's probability that the face was generated, {calibrated}. Verdicts:"
+        f"P(fake) is the model's probability that the face was generated, {calibrated}. Verdicts:"
         f" {describe_thresholds(thresholds)}{between}: {describe_rates(thresholds)}."
     )
 

@@ -6,6 +6,7 @@ All pictures are in the page itself, as data: addresses. Names of files are a st
 import base64
 import csv
 import io
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -16,13 +17,13 @@ from PIL import Image
 
 from evaluation.detector import Judged
 from evaluation.operating import FAKE, UNCERTAIN
+from evaluation.operating import VERDICTS
 from evaluation.pictures import COLUMNS, Row
 from faces.images import ORIENTATION, UNREADABLE, is_video, turn_upright
 from serving.desk import Kept
 
 SHOWN_SIDE = 1200  # of a picture in the page, in pixels
 FACE_SIDE = 96  # of a face beside its verdict
-TITLES = {"fake": "Generated", "real": "Photograph", "uncertain": "Uncertain"}
 FILL_COLOUR = (230, 0, 150)
 HOW_FRAMED = {
     "whole": "the picture was taken whole",
@@ -68,10 +69,11 @@ def small_picture(path: Path) -> tuple[str, tuple[int, int]] | None:
         return None
 
 
-def percent(probability: float) -> str:
-    if 0.0005 <= probability < 0.9995:
-        return f"{100 * probability:.1f} %"
-    return "over 99.9 %" if probability > 0.5 else "under 0.1 %"
+def chance(row: Row) -> str:
+    """The probability, with no more certainty than four digits have."""
+    bounded = min(max(row.probability, 0.0001), 0.9999)
+    sign = "over " if row.probability > 0.99995 else "under " if row.probability < 0.00005 else ""
+    return f"P(fake)\N{NO-BREAK SPACE}{sign}{bounded:.4f}"
 
 
 def rows_of(judged: Judged) -> list[Row]:
@@ -107,12 +109,10 @@ def show_picture(judged: Judged, picture: tuple[str, tuple[int, int]] | None, to
         boxes = "".join(show_box(row, i, asked[i], size) for i, row in enumerate(judged.faces) if row.face.box)
         parts.append(f'<div class="frame"><img src="{source}" alt="{name}">{boxes}</div>')
     for row in judged.followed:
-        faces = [face for face in judged.faces if face.face.number == row.number]
-        spread = f" ± {100 * row.spread:.1f}" if row.frames > 1 else ""
+        spread = f" ± {row.spread:.4f}" if row.frames > 1 else ""
         parts.append(
             f'<p class="followed {row.verdict}">Face {row.number}, in {row.frames} frames:'
-            f" <strong>{TITLES[row.verdict]}</strong>, {percent(row.probability)}{spread}"
-            f" in the mean over {len(faces)} frames</p>"
+            f" <strong>{row.verdict}</strong>, in the mean {chance(row)}{spread}</p>"
         )
     parts.append('<ul class="faces">')
     parts += [show_face(row, i, asked[i]) for i, row in enumerate(judged.faces)]
@@ -127,8 +127,8 @@ def show_box(row: Row, i: int, asked: str, size: tuple[int, int]) -> str:
     return (
         f'<button type="button" class="box {row.verdict} {sides}" data-ask="{asked}"'
         f' style="left:{100 * x:.2f}%;top:{100 * y:.2f}%;width:{100 * w:.2f}%;height:{100 * h:.2f}%"'
-        f' aria-label="Face {i + 1}: {TITLES[row.verdict]}, {percent(row.probability)}. Why?">'
-        f"<span>{i + 1} {TITLES[row.verdict]} {percent(row.probability)}</span></button>"
+        f' aria-label="Face {i + 1}: {row.verdict}, {chance(row)}. Why?">'
+        f"<span>{i + 1}<b> {row.verdict}</b><i> {chance(row)}</i></span></button>"
     )
 
 
@@ -142,7 +142,7 @@ def show_face(row: Row, i: int, asked: str) -> str:
         notes.append(f"{100 * face.filled:.0f} % of the cut lies beyond the picture, and was filled")
     return (
         f'<li class="{row.verdict}"><img src="{jpeg_url(crop)}" alt="" width="{FACE_SIDE}" height="{FACE_SIDE}">'
-        f'<div><strong>{i + 1} {TITLES[row.verdict]}</strong> <span class="share">{percent(row.probability)}</span>'
+        f'<div><strong>{i + 1} {row.verdict}</strong> <span class="share">{chance(row)}</span>'
         f"<small>{'; '.join(notes)}</small></div>"
         f'<button type="button" class="why" data-ask="{asked}">Why?</button></li>'
     )
@@ -151,12 +151,9 @@ def show_face(row: Row, i: int, asked: str) -> str:
 def show_answer(answers: Sequence[Judged], sections: Sequence[str], legend: str) -> str:
     """All of it, a sentence about it, and the table."""
     table = data_url(as_csv(answers).encode("utf-8", "surrogateescape"), "text/csv")
-    counts = {title: 0 for title in TITLES}
-    for judged in answers:
-        for row in judged.faces:
-            counts[row.verdict] += 1
-    faces = sum(counts.values())
-    verdicts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    counts = Counter(row.verdict for judged in answers for row in judged.faces)
+    faces = counts.total()
+    verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
     summary = f"{faces} face{'s' if faces != 1 else ''}: {verdicts}" if faces else "No face has a score"
     return (
         f'<div class="answer"><p class="summary" role="status">{summary}. '
@@ -199,7 +196,7 @@ def show_explanation(kept: Kept, drawn: Image.Image) -> str:
     else:
         filled = "<p>Nothing was filled: all that the model saw is in the picture.</p>"
     return (
-        f'<div class="explanation"><h3>Why {TITLES[row.verdict].lower()}, {percent(row.probability)}:'
+        f'<div class="explanation"><h3>Why {row.verdict}, {chance(row)}:'
         f" {escape(row.path.name)}</h3>"
         f'<div class="wide" tabindex="0"><img src="{png_url(drawn)}" alt="The face with its eight regions, the'
         ' attention over it, and the weight of each head in each layer"></div>'
