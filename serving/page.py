@@ -44,6 +44,11 @@ CLICKS = """element.addEventListener('click', event => {
 });"""
 SCROLL = "() => { document.getElementById('%s').scrollIntoView({behavior: 'smooth', block: 'start'}); }"
 CSS = Path(__file__).with_name("page.css")
+# What is left of a label over a small face; css= would lose it
+NARROW = """<style>
+@container (max-width: 110px) { .gradio-container .answer .box i { display: none; } }
+@container (max-width: 30px) { .gradio-container .answer .box b { display: none; } }
+</style>"""
 
 
 class OwnFolder(route_utils.GradioUploadFile):
@@ -191,6 +196,7 @@ def mount_page(app: FastAPI, page: gr.Blocks, desk: Desk) -> FastAPI:
         path="/",
         theme=theme,
         css=CSS.read_text(encoding="utf-8"),
+        head=NARROW,
         footer_links=[],
         run_history=False,
         max_file_size=desk.most_bytes,

@@ -151,7 +151,7 @@ def show_face(row: Row, i: int, asked: str) -> str:
 def show_answer(answers: Sequence[Judged], sections: Sequence[str], legend: str) -> str:
     """All of it, a sentence about it, and the table."""
     table = data_url(as_csv(answers).encode("utf-8", "surrogateescape"), "text/csv")
-    counts = Counter(row.verdict for judged in answers for row in judged.faces)
+    counts = Counter(row.verdict for judged in answers for row in judged.followed or judged.faces)
     faces = counts.total()
     verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
     summary = f"{faces} face{'s' if faces != 1 else ''}: {verdicts}" if faces else "No face has a score"
