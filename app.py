@@ -1,4 +1,4 @@
-"""A page in the browser: pictures in, for each face a verdict, a probability and why. POST /score is the same for programs.
+"""A page in the browser: pictures in, for each face a verdict, a probability and why; and POST /score for programs.
 
     a model + a browser  ->  http://127.0.0.1:7860, a page
     a model + curl       ->  JSON, the columns of inference.py --images
@@ -7,23 +7,21 @@
     python app.py --checkpoint mine.safetensors --port 8000
     curl -F file=@photo.jpg http://127.0.0.1:7860/score     a picture or a video; a row for each face
 
-It listens on this machine alone. Nothing is sent anywhere, and nothing of a picture stays on the disk: a file is removed
-when it was scored, and the faces of an answer are kept in memory for ten minutes, so that a click can ask why. One
-picture is scored at a time, some more wait, and who comes then is told so (docs/app.md).
+It listens for this machine alone. Nothing is sent anywhere, and nothing of a picture stays on the disk: a file is
+removed when it was scored, and the faces of an answer are kept in memory for ten minutes, so that a click can ask why.
+One picture is scored at a time, some more wait, and who comes then is told so (docs/app.md).
 
 Needs Gradio: `make app` installs it (requirements-app.txt).
 """
 
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 import threading
 import warnings
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from drawing.face import GENERATORS
@@ -35,9 +33,9 @@ from serving.desk import Desk, sweep
 EXAMPLES = (("Consistent", None), *((name, name) for name in GENERATORS))
 EXAMPLE_SIDE = 448  # pixels
 SWEEP_SECONDS = 60
-LIMITS = """**What it cannot do.** It looks for faces that were generated whole. It was not made for swapped or retouched
-faces, nor for documents, and knows the generators that it was trained on best. A verdict is no proof in either
-direction, and nothing to decide by about people."""
+LIMITS = """**What it cannot do.** It looks for faces that were generated whole. It was not made for swapped or
+retouched faces, nor for documents, and knows best the generators that it was trained on. A verdict is no proof in
+either direction, and nothing by which to judge people."""
 
 
 def limits_of(checkpoint: Path) -> str:
@@ -83,7 +81,9 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
     from serving.page import build_page, mount_page
     from serving.score import add_score
 
-    detector = Detector(args.checkpoint, args.device, args.fpr, args.frames, without_cnn=args.without_cnn, predictor=args.predictor)
+    detector = Detector(
+        args.checkpoint, args.device, args.fpr, args.frames, without_cnn=args.without_cnn, predictor=args.predictor
+    )
     desk = Desk(detector, args.megabytes, args.waiting)
     app = FastAPI(title="LAMM-ViT", docs_url=None, redoc_url=None, openapi_url=None)
     add_score(app, desk, uploads)

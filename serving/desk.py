@@ -99,9 +99,7 @@ class Desk:
         """
         self._check(path)
         judged = self.detector(path)
-        faces, followed = (
-            [row._replace(path=Path(name)) for row in rows] for rows in (judged.faces, judged.followed)
-        )
+        faces, followed = ([row._replace(path=Path(name)) for row in rows] for rows in (judged.faces, judged.followed))
         return Judged(Path(name), faces, as_sentence(judged.reason), followed)
 
     def _check(self, path: Path) -> None:

@@ -21,7 +21,6 @@ from gradio import route_utils
 
 from evaluation.detector import Judged
 from evaluation.operating import describe_rates, describe_thresholds
-from faces.images import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from serving.desk import Desk, Kept, Refused
 from serving.show import (
     show_answer,
@@ -110,11 +109,14 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
                 return show_explanation(kept, desk.detector.explain(kept.row))
 
         # One after another, in one queue; preprocess=False: the file itself, not a copy
-        turn: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private", "show_progress_on": answer}
+        turn: dict[str, Any] = {
+            "concurrency_id": "model",
+            "concurrency_limit": 1,
+            "api_visibility": "private",
+            "show_progress_on": answer,
+        }
         for event, source in ((files.upload, files), (camera.input, camera)):
-            event(score_files, source, [answer, why, source], preprocess=False, **turn).then(
-                None, js=SCROLL % "answer"
-            )
+            event(score_files, source, [answer, why, source], preprocess=False, **turn).then(None, js=SCROLL % "answer")
         drawn.click(score_example, None, [answer, why], **turn).then(None, js=SCROLL % "answer")
         answer.click(explain, None, why, **turn | {"show_progress_on": why}).then(None, js=SCROLL % "why")
     return page.queue(max_size=desk.places)
@@ -164,9 +166,7 @@ def answer_files(desk: Desk, files: Sequence[tuple[Path, str]], progress: Callab
             answers.append(Judged(Path(name), [], str(refused), []))
             pictures.append(None)
     faces = [
-        Kept(row, picture[1] if picture else None)
-        for judged, picture in zip(answers, pictures)
-        for row in judged.faces
+        Kept(row, picture[1] if picture else None) for judged, picture in zip(answers, pictures) for row in judged.faces
     ]
     token, first, sections = desk.keep(faces), 0, []
     for judged, picture in zip(answers, pictures):

@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 
 from evaluation.detector import Judged
-from evaluation.operating import FAKE, UNCERTAIN
 from evaluation.operating import VERDICTS
 from evaluation.pictures import COLUMNS, Row
 from faces.images import ORIENTATION, UNREADABLE, is_video, turn_upright
@@ -192,7 +191,8 @@ def show_explanation(kept: Kept, drawn: Image.Image) -> str:
         )
         marked = mark_filled(kept)
         image = f'<img src="{png_url(marked)}" alt="the filled part, tinted" width="192">' if marked else ""
-        filled = f'<div class="filled">{image}<p><strong>What was filled</strong>{": tinted." if image else "."} {text}</p></div>'
+        where = ": tinted." if image else "."
+        filled = f'<div class="filled">{image}<p><strong>What was filled</strong>{where} {text}</p></div>'
     else:
         filled = "<p>Nothing was filled: all that the model saw is in the picture.</p>"
     return (
@@ -200,7 +200,7 @@ def show_explanation(kept: Kept, drawn: Image.Image) -> str:
         f" {escape(row.path.name)}</h3>"
         f'<div class="wide" tabindex="0"><img src="{png_url(drawn)}" alt="The face with its eight regions, the'
         ' attention over it, and the weight of each head in each layer"></div>'
-        f"{filled}<p>A hint at where the model looked, and no proof: no bright patch is a fault in the picture.</p></div>"
+        f"{filled}<p>A hint at where the model looked, and no proof: a bright patch is no fault in it.</p></div>"
     )
 
 
