@@ -16,11 +16,14 @@ Needs Gradio: `make app` installs it (requirements-app.txt).
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -29,6 +32,9 @@ from drawing.render import draw_file
 from evaluation.detector import Detector
 from runtime.weights_file import is_shipped, shown_card
 from serving.desk import Desk, sweep
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 EXAMPLES = (("Consistent", None), *((name, name) for name in GENERATORS))
 EXAMPLE_SIDE = 448  # pixels
@@ -63,20 +69,12 @@ def draw_examples(folder: Path) -> list[tuple[str, Path]]:
     return drawn
 
 
-def keep_clean(folder: Path, desk: Desk, stop: threading.Event) -> None:
-    """Throws away what nobody asks for any more, until it is told to stop."""
-    while not stop.wait(SWEEP_SECONDS):
-        sweep(folder)
-        desk.forget_old()
-
-
-def serve(args: argparse.Namespace, folder: Path) -> None:
-    """Until Ctrl-C. All that is written goes to the folder."""
+def make_app(args: argparse.Namespace, folder: Path) -> tuple["FastAPI", Desk]:
+    """The page and POST /score. All that is written goes to the folder: uploads/ for a moment, examples/."""
     uploads = folder / "uploads"
     uploads.mkdir()
     os.environ |= {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_ANALYTICS_ENABLED": "False"}
-    import uvicorn  # what follows reads the environment when it is imported
-    from fastapi import FastAPI
+    from fastapi import FastAPI  # what follows reads the environment when it is imported
 
     from serving.page import build_page, mount_page
     from serving.score import add_score
@@ -85,17 +83,18 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
         args.checkpoint, args.device, args.fpr, args.frames, without_cnn=args.without_cnn, predictor=args.predictor
     )
     desk = Desk(detector, args.megabytes, args.waiting)
-    app = FastAPI(title="LAMM-ViT", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_score(app, desk, uploads)
     page = build_page(desk, uploads, draw_examples(folder / "examples"), limits_of(detector.path))
-    app = mount_page(app, page, desk)
-    stop = threading.Event()
-    threading.Thread(target=keep_clean, args=(uploads, desk, stop), daemon=True).start()
-    print(f"http://{args.host}:{args.port} judges with {detector.path}; Ctrl-C ends it", flush=True)
-    try:
-        uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5)
-    finally:
-        stop.set()
+    return mount_page(app, page, desk), desk
+
+
+def keep_clean(uploads: Path, desk: Desk) -> None:
+    """Throws away what nobody asks for any more, for ever."""
+    while True:
+        time.sleep(SWEEP_SECONDS)
+        sweep(uploads)
+        desk.forget_old()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -117,9 +116,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     if min(args.megabytes, args.waiting) < 1:
         raise ValueError("--megabytes and --waiting have to be at least 1")
+    import uvicorn
+
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the desk has bounds of its own
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and not at once: the folder is removed first
     with tempfile.TemporaryDirectory(prefix="lamm_vit_app_") as folder:
-        serve(args, Path(folder))
+        app, desk = make_app(args, Path(folder))
+        threading.Thread(target=keep_clean, args=(Path(folder, "uploads"), desk), daemon=True).start()
+        print(f"http://{args.host}:{args.port} judges with {desk.detector.path}; Ctrl-C ends it", flush=True)
+        uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import shutil
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
 
@@ -36,6 +37,8 @@ KEPT_FACES, KEPT_SECONDS = 512, 600  # at most so many, so long; a face is about
 STALE_SECONDS = 600  # after which an upload that nobody asked about is thrown away
 
 DAMAGED = "The file cannot be read as a picture: it is no JPEG, PNG, BMP or WebP, or it is damaged or cut off."
+
+Result = TypeVar("Result")
 
 
 class Refused(Exception):
@@ -67,6 +70,8 @@ class Desk:
     def __init__(self, detector: Detector, megabytes: int = 50, places: int = 8):
         self.detector, self.megabytes, self.places = detector, megabytes, places
         self._free = threading.BoundedSemaphore(places)
+        # In many threads, each with a heap of its own, the memory of large pictures would add up
+        self._worker = ThreadPoolExecutor(1, "desk")
         self._kept: OrderedDict[str, tuple[float, list[Kept]]] = OrderedDict()  # by token: until when, faces
         self._lock = threading.Lock()
 
@@ -91,14 +96,18 @@ class Desk:
         finally:
             self._free.release()
 
+    def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Has something done with pictures: one after another, in the order of asking."""
+        return self._worker.submit(function, *arguments).result()
+
     def judge(self, path: Path, name: str) -> Judged:
         """As Detector, for a file that a stranger sent. The rows have its own name instead of the path.
 
         Raises:
             Refused: it is too large, or nothing that could be scored.
         """
-        self._check(path)
-        judged = self.detector(path)
+        self.run(self._check, path)
+        judged = self.run(self.detector, path)
         faces, followed = ([row._replace(path=Path(name)) for row in rows] for rows in (judged.faces, judged.followed))
         return Judged(Path(name), faces, as_sentence(judged.reason), followed)
 

@@ -106,7 +106,7 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
             with said():
                 token, _, number = str(event.ask).partition(":")
                 kept = desk.take(token, int(number))
-                return show_explanation(kept, desk.detector.explain(kept.row))
+                return desk.run(show_explanation, kept, desk.run(desk.detector.explain, kept.row))
 
         # One after another, in one queue; preprocess=False: the file itself, not a copy
         turn: dict[str, Any] = {
@@ -116,10 +116,23 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
             "show_progress_on": answer,
         }
         for event, source in ((files.upload, files), (camera.input, camera)):
+            local_only(source)
             event(score_files, source, [answer, why, source], preprocess=False, **turn).then(None, js=SCROLL % "answer")
         drawn.click(score_example, None, [answer, why], **turn).then(None, js=SCROLL % "answer")
         answer.click(explain, None, why, **turn | {"show_progress_on": why}).then(None, js=SCROLL % "why")
     return page.queue(max_size=desk.places)
+
+
+def local_only(component: gr.components.Component) -> None:
+    """Of an upload whose path is an address Gradio would fetch what is there. Nothing is fetched here."""
+    move = component.async_move_resource_to_block_cache
+
+    async def moved(path: Any) -> Any:
+        if "://" in str(path):
+            raise gr.Error("Only files are taken, no addresses.", print_exception=False)
+        return await move(path)
+
+    component.async_move_resource_to_block_cache = moved
 
 
 @contextlib.contextmanager
@@ -161,7 +174,7 @@ def answer_files(desk: Desk, files: Sequence[tuple[Path, str]], progress: Callab
             if i >= MOST_FILES:
                 raise Refused(f"Was left out: more than {MOST_FILES} files at a time are too many.")
             answers.append(desk.judge(path, name))
-            pictures.append(small_picture(path))
+            pictures.append(desk.run(small_picture, path))
         except Refused as refused:
             answers.append(Judged(Path(name), [], str(refused), []))
             pictures.append(None)
