@@ -1,4 +1,5 @@
 # make demo         a first run, from nothing to a table of generators
+# make app          the page in the browser, APP="--checkpoint mine.safetensors --port 8000" (docs/app.md)
 # make test         all tests
 # make test-quick   those that start no program and take no seconds: after an edit
 # make check        ruff: lint and format
@@ -25,7 +26,7 @@ RECIPE := --init_from clip --depth 8 --read_blocks 6 8 --pool patches --head pro
 
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 3 --dist worksteal
 
-.PHONY: demo weights test test-quick check clean
+.PHONY: demo weights app test test-quick check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -74,6 +75,13 @@ weights: $(VENV)/installed
 	@[ -e $(WEIGHTS_RUN)/output_model/training_curves.png ] || [ -e $(WEIGHTS_RUN)/output_model/lamm_weights.png ] \
 		|| { echo "the training was stopped; the same command goes on" >&2; exit 1; }
 	$(RUN) export.py --checkpoint $(WEIGHTS_RUN)/output_model/best_model.pth --weights $(WEIGHTS)
+
+$(VENV)/app-installed: $(VENV)/installed requirements-app.txt
+	$(RUN) -m pip install --disable-pip-version-check -r requirements-app.txt
+	touch $@
+
+app: $(VENV)/app-installed
+	$(RUN) app.py $(APP)
 
 test: $(VENV)/installed
 	$(PYTEST)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("preprocess", "feature_extraction", "train", "inference", "export", "demo", "hubconf")
+SCRIPTS = ("preprocess", "feature_extraction", "train", "inference", "export", "demo", "app", "hubconf")
 BENCHMARKS = (
     "ablation",
     "data_speed",
@@ -43,6 +43,9 @@ evaluation.tables  evaluation.intervals  evaluation.figures  evaluation.protocol
 evaluation.summary  evaluation.traces  evaluation.masks  evaluation.mistakes  evaluation.explain  evaluation.groups
 evaluation.robustness  evaluation.report  evaluation.pictures
 evaluation.detector
+serving.desk
+serving.show
+serving.score  serving.page
 training.options  training.data  training.run
 training.schedule  training.record  training.cache
 training.setup  training.step  training.probe

@@ -1,0 +1,220 @@
+"""The page in the browser, of Gradio's blocks: files or the camera in, an answer, and why.
+
+    build_page(desk, examples)  ->  gr.Blocks; mount_page puts it on the FastAPI app that also has POST /score
+
+An answer is HTML of serving/show.py, so nothing of it is in Gradio's folder of files; what was uploaded is removed from
+there as soon as it was scored.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from gradio import route_utils
+
+from evaluation.detector import Judged
+from evaluation.operating import describe_rates, describe_thresholds
+from serving.desk import Desk, Kept, Refused
+from serving.show import (
+    show_answer,
+    show_examples,
+    show_explanation,
+    show_picture,
+    show_refusal,
+    small_picture,
+)
+
+MOST_FILES = 50  # in one answer
+TITLE = "Photograph, or generated?"
+INTRODUCTION = """# Photograph, or generated?
+Hand in pictures with faces, or a video. Each face gets a verdict, with the probability that it was generated. Pictures
+stay on this machine: they are removed after the answer, and the faces in it after ten minutes."""
+# What was clicked on, or inside of
+CLICKS = """element.addEventListener('click', event => {
+    const found = event.target.closest('[data-ask]');
+    if (found) trigger('click', {ask: found.dataset.ask});
+});"""
+SCROLL = "() => { document.getElementById('%s').scrollIntoView({behavior: 'smooth', block: 'start'}); }"
+CSS = Path(__file__).with_name("page.css")
+# What is left of a label over a small face; css= would lose it
+NARROW = """<style>
+@container (max-width: 110px) { .gradio-container .answer .box i { display: none; } }
+@container (max-width: 30px) { .gradio-container .answer .box b { display: none; } }
+</style>"""
+
+
+class OwnFolder(route_utils.GradioUploadFile):
+    """An upload whose folder no other one has. Gradio names folders by what is in the file: of two people who hand in
+    the same picture, one would lose it when that of the other is removed."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.sha = hashlib.sha256(secrets.token_bytes(32))
+
+
+def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], limits: str) -> gr.Blocks:
+    """
+    Args:
+        folder: Gradio's for uploads.
+        examples: what each is, and its file.
+        limits: Markdown, shown under every answer.
+    """
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column():
+                with gr.Tab("Files"):
+                    files = gr.File(
+                        label=f"Pictures or a video, up to {desk.megabytes} MB each",
+                        file_count="multiple",
+                        file_types=["image", "video"],
+                        elem_id="files",
+                        height=180,
+                    )
+                with gr.Tab("Camera"):
+                    camera = gr.Image(
+                        label="Camera",
+                        sources=["webcam"],
+                        type="filepath",
+                        elem_id="camera",
+                        height=300,
+                        webcam_options=gr.WebcamOptions(mirror=False),
+                    )
+            with gr.Column():
+                drawn = gr.HTML(show_examples(examples), js_on_load=CLICKS, elem_id="examples")
+        answer = gr.HTML(js_on_load=CLICKS, elem_id="answer", min_height=20)
+        gr.Markdown(limits, elem_id="limits")
+        why = gr.HTML(elem_id="why", js_on_load=None)
+
+        def score_files(uploads: Any, progress: gr.Progress = gr.Progress()) -> tuple[str, str, None]:  # noqa: B008
+            return answer_uploads(desk, folder, uploads, progress), "", None
+
+        def score_example(event: gr.EventData) -> tuple[str, str]:
+            with said():
+                number = int(event.ask)
+                title, path = examples[number]
+                return answer_files(desk, [(path, f"{title}{path.suffix}")]), ""
+
+        def explain(event: gr.EventData) -> str:
+            with said():
+                token, _, number = str(event.ask).partition(":")
+                kept = desk.take(token, int(number))
+                return desk.run(show_explanation, kept, desk.run(desk.detector.explain, kept.row))
+
+        # One after another, in one queue; preprocess=False: the file itself, not a copy
+        turn: dict[str, Any] = {
+            "concurrency_id": "model",
+            "concurrency_limit": 1,
+            "api_visibility": "private",
+            "show_progress_on": answer,
+        }
+        for event, source in ((files.upload, files), (camera.input, camera)):
+            local_only(source)
+            event(score_files, source, [answer, why, source], preprocess=False, **turn).then(None, js=SCROLL % "answer")
+        drawn.click(score_example, None, [answer, why], **turn).then(None, js=SCROLL % "answer")
+        answer.click(explain, None, why, **turn | {"show_progress_on": why}).then(None, js=SCROLL % "why")
+    return page.queue(max_size=desk.places)
+
+
+def local_only(component: gr.components.Component) -> None:
+    """Of an upload whose path is an address Gradio would fetch what is there. Nothing is fetched here."""
+    move = component.async_move_resource_to_block_cache
+
+    async def moved(path: Any) -> Any:
+        if "://" in str(path):
+            raise gr.Error("Only files are taken, no addresses.", print_exception=False)
+        return await move(path)
+
+    component.async_move_resource_to_block_cache = moved
+
+
+@contextlib.contextmanager
+def said():
+    """Shows a refusal as a sentence in the corner of the page."""
+    try:
+        yield
+    except Refused as refused:
+        raise gr.Error(str(refused), title="Not possible", print_exception=False) from refused
+    except (ValueError, IndexError, AttributeError) as error:  # not of this page
+        raise gr.Error("This is nothing that can be asked here.", print_exception=False) from error
+
+
+def answer_uploads(desk: Desk, folder: Path, uploads: Any, progress: Callable | None = None) -> str:
+    """The answer for what Gradio says of uploads: one dict, or a list of them. The files are removed."""
+    given = [uploads] if isinstance(uploads, dict) else list(uploads or [])
+    files = []
+    for upload in given:
+        path = Path(os.path.realpath(str(upload.get("path"))))
+        if path.is_relative_to(folder.resolve()) and path.is_file():  # and no other file of this machine
+            files.append((path, str(upload.get("orig_name") or path.name)))
+    try:
+        if not files:
+            return show_refusal("No file has arrived. Hand it in again.")
+        return answer_files(desk, files, progress)
+    finally:
+        for path, _ in files:
+            shutil.rmtree(path.parent) if path.parent != folder.resolve() else path.unlink(missing_ok=True)
+
+
+def answer_files(desk: Desk, files: Sequence[tuple[Path, str]], progress: Callable | None = None) -> str:
+    """The answer for files, each with the name that its owner gave it."""
+    answers, pictures = [], []
+    for i, (path, name) in enumerate(files):
+        if progress and len(files) > 1:
+            progress((i, len(files)), unit="files")
+        name = Path(name).name
+        try:
+            if i >= MOST_FILES:
+                raise Refused(f"Was left out: more than {MOST_FILES} files at a time are too many.")
+            answers.append(desk.judge(path, name))
+            pictures.append(desk.run(small_picture, path))
+        except Refused as refused:
+            answers.append(Judged(Path(name), [], str(refused), []))
+            pictures.append(None)
+    faces = [
+        Kept(row, picture[1] if picture else None) for judged, picture in zip(answers, pictures) for row in judged.faces
+    ]
+    token, first, sections = desk.keep(faces), 0, []
+    for judged, picture in zip(answers, pictures):
+        sections.append(show_picture(judged, picture, token, first))
+        first += len(judged.faces)
+    return show_answer(answers, sections, legend_of(desk))
+
+
+def legend_of(desk: Desk) -> str:
+    thresholds = desk.detector.thresholds
+    between = ", uncertain between" if len(set(thresholds.values())) > 1 else ""
+    calibrated = "calibrated" if desk.detector.checkpoint.get("temperature") else "not calibrated"
+    return (
+        f"P(fake) is the model's probability that the face was generated, {calibrated}. Verdicts:"
+        f" {describe_thresholds(thresholds)}{between}: {describe_rates(thresholds)}."
+    )
+
+
+def mount_page(app: FastAPI, page: gr.Blocks, desk: Desk) -> FastAPI:
+    """The page at / of the app, without fonts or scripts of other hosts."""
+    route_utils.GradioUploadFile = OwnFolder
+    system = ("system-ui", "sans-serif")
+    theme = gr.themes.Default(primary_hue="blue", font=system, font_mono=("ui-monospace", "monospace"))
+    return gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        theme=theme,
+        css=CSS.read_text(encoding="utf-8"),
+        head=NARROW,
+        footer_links=[],
+        run_history=False,
+        max_file_size=desk.most_bytes,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        show_error=False,
+    )

@@ -1,0 +1,363 @@
+"""The page and POST /score: answers, refusals, and that nothing of a picture stays behind."""
+
+import asyncio
+import csv
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conftest import ROOT, decompression_bomb, error_line, picture, run_script
+from PIL import Image
+
+pytest.importorskip("gradio", reason="without requirements-app.txt")
+requests = pytest.importorskip("requests", reason="without requirements-app.txt")
+
+import app  # noqa: E402
+from drawing.render import draw_face  # noqa: E402
+from serving import desk as desk_module  # noqa: E402
+from serving.desk import Desk, Kept, Refused, sweep  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+MEGABYTES, WAITING = 2, 3
+
+
+class Served(NamedTuple):
+    url: str
+    desk: Desk
+    uploads: Path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(5)
+    Image.fromarray(draw_face(rng, None, 300)).save(folder / "one.png")
+    group = Image.new("RGB", (1000, 460), "gray")
+    for i, generator in enumerate((None, "IrisMismatch")):
+        group.paste(Image.fromarray(draw_face(rng, generator, 400)), (30 + 500 * i, 30))
+    group.save(folder / "group.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(trained, tmp_path_factory) -> Served:
+    """app.py's server, in a thread of this process."""
+    import uvicorn
+
+    options = ("--checkpoint", trained / "best_model.pth", "--device", "cpu")
+    bounds = ("--megabytes", MEGABYTES, "--waiting", WAITING)
+    folder = tmp_path_factory.mktemp("served")
+    made, desk = app.make_app(app.get_args_parser().parse_args([str(part) for part in options + bounds]), folder)
+    server = uvicorn.Server(uvicorn.Config(made, port=0, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield Served(f"http://127.0.0.1:{port}", desk, folder / "uploads")
+    server.should_exit = True
+    thread.join()
+
+
+def left_over(served: Served) -> list[Path]:
+    """Gradio has an empty folder of its own there."""
+    return [path for path in served.uploads.rglob("*") if path.is_file()]
+
+
+def test_a_picture_has_the_rows_of_inference(served, trained, pictures, tmp_path):
+    names = ("one.png", "group.jpg")
+    checkpoint = ("--checkpoint", trained / "best_model.pth", "--device", "cpu")
+    paths = [pictures / name for name in names]
+    run_script("inference.py", *checkpoint, "--output", "rows.csv", "--workers", 1, "--images", *paths, cwd=tmp_path)
+    with open(tmp_path / "rows.csv", newline="") as file:
+        expected = list(csv.DictReader(file))
+    rows = []
+    for path in paths:
+        answer = requests.post(f"{served.url}/score", files={"file": (path.name, path.read_bytes())})
+        assert answer.status_code == 200
+        rows += answer.json()["rows"]
+    assert [row["path"] for row in rows] == [Path(row["path"]).name for row in expected]
+    assert list(rows[0]) == list(expected[0])
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row["probability"] == pytest.approx(float(wanted["probability"]), abs=1e-6)
+        assert [str(row[name]) for name in ("left", "bottom", "verdict")] == [
+            wanted[name] for name in ("left", "bottom", "verdict")
+        ]
+    assert left_over(served) == []
+
+
+def jpeg() -> bytes:
+    stream = io.BytesIO()
+    picture(300, 200).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def form(name: str, content: bytes, field: str = "file") -> dict:
+    return {"files": {field: (name, content)}}
+
+
+HOSTILE = {
+    "empty": (form("a.jpg", b""), 422, "The file is empty."),
+    "text": (form("a.jpg", b"no picture " * 50), 422, "is no JPEG"),
+    "cut off": (form("a.jpg", jpeg()[:3000]), 422, "cut off"),
+    "without a face": (form("a.jpg", jpeg()), 422, "No face was found in it."),
+    "bomb": (form("a.png", decompression_bomb(20000, 20000)), 413, "megapixels"),
+    "smaller bomb": (form("a.png", decompression_bomb(12000, 12000)), 413, "144 megapixels"),
+    "bomb within the bounds": (form("a.png", decompression_bomb(9000, 9000)), 422, "cut off"),
+    "PostScript": (form("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), 422, "is no JPEG"),
+    "playlist": (form("a.mp4", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:1/x.ts\n"), 422, "none of MP4"),
+    "no video": (form("a.mp4", b"\0\0\0\x18ftypmp42" + bytes(900)), 422, "no video stream"),
+    "name with folders": (form("../../../etc/passwd", b"x"), 422, "is no JPEG"),
+    "other field": (form("a.jpg", jpeg(), "picture"), 400, "no such file"),
+    "too large": (form("a.jpg", bytes((MEGABYTES + 1) * 2**20)), 413, f"larger than {MEGABYTES} MB"),
+    "far too large": (form("a.jpg", bytes(10 * MEGABYTES * 2**20)), 413, f"larger than {MEGABYTES} MB"),
+    "no form": ({"data": jpeg()}, 415, "curl -F file=@photo.jpg"),
+    "JSON": ({"json": {"file": "a.jpg"}}, 415, "curl -F file=@photo.jpg"),
+    "two files": ({"files": [("file", ("a.jpg", jpeg())), ("file", ("b.jpg", jpeg()))]}, 400, "Too many files"),
+    "garbage": (
+        {"data": b"garbage", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+        400,
+        "cannot be read",
+    ),
+    "no boundary": ({"data": b"garbage", "headers": {"content-type": "multipart/form-data"}}, 400, "boundary"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_body_gets_a_sentence(served, kind):
+    request, status, words = HOSTILE[kind]
+    if kind == "far too large":  # more than is read to the end: the answer, or a connection that is closed
+        try:
+            answer = requests.post(f"{served.url}/score", **request)
+        except requests.ConnectionError:
+            answer = None
+    else:
+        answer = requests.post(f"{served.url}/score", **request)
+    if answer is not None:
+        assert (answer.status_code, list(answer.json())) == (status, ["detail"])
+        assert words in answer.json()["detail"] and answer.json()["detail"][0].isupper()
+    assert left_over(served) == []
+
+
+def test_a_sender_who_hangs_up_leaves_nothing(served):
+    host, port = served.url.removeprefix("http://").split(":")
+    head = f"POST /score HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            f'{head}Content-Length: 99999\r\n\r\n--x\r\nContent-Disposition: form-data; name="file"'.encode()
+        )
+    deadline = time.monotonic() + 5
+    while served.desk._free._value < WAITING and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert served.desk._free._value == WAITING and left_over(served) == []
+
+
+def test_when_all_places_are_taken_it_says_so(served, pictures):
+    content, go_on, codes = (pictures / "one.png").read_bytes(), threading.Event(), []
+    busy = threading.Thread(target=served.desk.run, args=(go_on.wait,))
+    busy.start()
+
+    def send() -> None:
+        codes.append(requests.post(f"{served.url}/score", **form("one.png", content)).status_code)
+
+    senders = [threading.Thread(target=send) for _ in range(WAITING)]
+    for sender in senders:
+        sender.start()
+    while served.desk._free._value:
+        time.sleep(0.02)
+    refused = requests.post(f"{served.url}/score", **form("one.png", content))
+    go_on.set()
+    for thread in (*senders, busy):
+        thread.join()
+    assert refused.status_code == 503 and refused.headers["Retry-After"]
+    assert f"{WAITING} pictures are waiting" in refused.json()["detail"]
+    assert codes == [200] * WAITING and left_over(served) == []
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def test_two_who_hand_in_the_same_picture_do_not_lose_it(served, pictures):
+    from serving.page import answer_uploads
+
+    content = (pictures / "group.jpg").read_bytes()
+    paths = [
+        requests.post(f"{served.url}/gradio_api/upload", files={"files": ("group.jpg", content)}).json()[0]
+        for _ in range(2)
+    ]
+    assert len(set(paths)) == 2 and len(left_over(served)) == 2
+    first = answer_uploads(served.desk, served.uploads, [{"path": paths[0], "orig_name": "group.jpg"}])
+    assert not Path(paths[0]).exists() and Path(paths[1]).exists()
+    second = answer_uploads(served.desk, served.uploads, {"path": paths[1], "orig_name": "group.jpg"})
+    assert left_over(served) == []
+    for answer in (first, second):
+        assert len(re.findall(r'class="box (?:fake|real|uncertain) ', answer)) == 2 and "data:text/csv" in answer
+
+
+def test_no_other_file_of_the_machine_is_read(served, pictures):
+    from serving.page import answer_uploads
+
+    kept = pictures / "one.png"
+    (served.uploads / "link.png").symlink_to(kept)
+    for path in (str(kept), str(served.uploads / "link.png"), str(served.uploads / ".." / "examples" / "x.png"), None):
+        assert "No file has arrived" in answer_uploads(served.desk, served.uploads, [{"path": path}])
+    assert kept.exists()
+    (served.uploads / "link.png").unlink()
+
+
+def test_no_address_is_fetched():
+    import gradio as gr
+
+    from serving.page import local_only
+
+    with gr.Blocks():
+        file = gr.File()
+    local_only(file)
+    with pytest.raises(gr.Error, match="no addresses"):
+        asyncio.run(file.async_move_resource_to_block_cache("https://127.0.0.1/x.png"))
+
+
+def test_names_are_text_and_a_bad_file_among_good_ones_is_named(served, pictures, tmp_path):
+    from serving.page import answer_files
+
+    (tmp_path / "broken.png").write_bytes((pictures / "one.png").read_bytes()[:5000])
+    name = '"><img src=x onerror=alert(1)>.png'
+    answer = answer_files(served.desk, [(pictures / "one.png", name), (tmp_path / "broken.png", "broken.png")])
+    assert "<img src=x" not in answer and "&lt;img src=x onerror=alert(1)&gt;.png" in answer
+    assert "broken.png</h3>" in answer and desk_module.DAMAGED in answer and "1 face:" in answer
+
+
+def test_faces_are_kept_for_a_click_and_not_for_longer(served, pictures, monkeypatch):
+    desk = Desk(served.desk.detector)
+    (face,) = served.desk.judge(pictures / "one.png", "one.png").faces
+    token = desk.keep([Kept(face, (300, 300))])
+    assert desk.take(token, 0).row is face
+    for asked in ((token, 1), (token, -1), ("other", 0)):
+        with pytest.raises(Refused, match="no longer here"):
+            desk.take(*asked)
+    monkeypatch.setattr(desk_module, "KEPT_FACES", 3)
+    later = [desk.keep([Kept(face, None)] * 2) for _ in range(2)]
+    with pytest.raises(Refused):
+        desk.take(token, 0)
+    assert desk.take(later[1], 1)
+    much_later = time.monotonic() + desk_module.KEPT_SECONDS + 1
+    monkeypatch.setattr(time, "monotonic", lambda: much_later)
+    desk.forget_old()
+    assert not desk._kept
+
+
+def test_what_was_filled_is_tinted(served, pictures):
+    from serving.show import FILL_COLOUR, mark_filled
+
+    (row,) = served.desk.judge(pictures / "one.png", "one.png").faces
+    side = row.face.image.shape[0]
+    face = row.face._replace(place=row.face.landmarks + [-side / 2, 0], image=np.zeros_like(row.face.image))
+    marked = np.asarray(mark_filled(Kept(row._replace(face=face), (side, side))))
+    tinted = (marked[..., 0] > 0.4 * FILL_COLOUR[0]).mean(axis=0)
+    assert tinted[: side // 2 - 2].min() == 1 and tinted[side // 2 + 2 :].max() == 0
+
+
+def test_the_page_asks_no_other_host(served):
+    page = requests.get(served.url).text
+    assert "Photograph, or generated?" in page
+    assert re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:https?:)?//[^"]*', page) == []
+    assert "https://fonts" not in page + requests.get(f"{served.url}/theme.css").text
+
+
+def test_limits_are_those_of_the_card_for_the_weights_that_ship(tmp_path, monkeypatch):
+    assert app.limits_of(tmp_path / "mine.pth") == app.LIMITS
+    card = tmp_path / "MODEL_CARD.md"
+    card.write_text("# Card\n\n## Use\n\nFor this.\n\n## Limits\n\n- not for that\n\n## Data\n\nThese.\n")
+    monkeypatch.setattr(app, "is_shipped", lambda path: True)
+    monkeypatch.setattr(app, "shown_card", lambda: card)
+    assert app.limits_of(tmp_path / "shipped") == "**Limits**\n\n- not for that"
+    card.write_text("# Card\n")
+    assert app.limits_of(tmp_path / "shipped") == app.LIMITS
+
+
+def test_old_uploads_are_swept(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photo.jpg").touch()
+    (tmp_path / "partial").touch()
+    for name in ("old", "partial"):
+        os.utime(tmp_path / name, (0, 0))
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.slow
+def test_the_script_cleans_up_and_says_where_a_model_comes_from(trained, tmp_path):
+    refused = run_script("app.py", "--port", 0, cwd=tmp_path, expect=1, processes=0)
+    if "weights" not in refused.stderr.split("no such checkpoint")[0]:
+        assert "train.py" in error_line(refused)
+    command = [sys.executable, str(ROOT / "app.py"), "--checkpoint", str(trained / "best_model.pth"), "--port", "0"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("http://127.0.0.1:0 judges with")
+    (folder,) = tmp_path.glob("lamm_vit_app_*")
+    assert len(list((folder / "examples").iterdir())) == 5
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode and not folder.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="without Debian's chromium")
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_in_a_browser(served, pictures, tmp_path, scheme, width):
+    api = pytest.importorskip("playwright.sync_api", reason="without requirements-app.txt")
+    large = Image.new("RGB", (6500, 4700), "gray")  # 30 megapixels
+    large.paste(Image.open(pictures / "one.png").resize((2400, 2400)), (2000, 1000))
+    large.save(tmp_path / "large.jpg")
+    (tmp_path / "broken.jpg").write_bytes((pictures / "group.jpg").read_bytes()[:5000])
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        pages, foreign = [], []
+        for _ in range(2):
+            context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+            page = context.new_page()
+            page.set_default_timeout(60000)
+            page.on("request", lambda request: foreign.append(request.url))
+            page.goto(served.url)
+            pages.append(page)
+        box = "#files input[type=file]"
+        for page, name in zip(pages, ("group.jpg", "one.png")):  # two people at once
+            page.wait_for_selector(box, state="attached")
+            page.set_input_files(box, str(pictures / name))
+        for page, name, faces in zip(pages, ("group.jpg", "one.png"), (2, 1)):
+            page.wait_for_selector("#answer .summary")
+            assert page.inner_text("#answer h3") == name and page.locator("#answer .box").count() == faces
+            assert page.locator("#limits").is_visible()
+        page = pages[0]
+        page.locator("#answer .box").nth(1).click()
+        page.wait_for_selector("#why .explanation")
+        page.set_input_files(box, [str(tmp_path / "broken.jpg"), str(tmp_path / "large.jpg")])
+        page.wait_for_selector("#answer h3:has-text('large.jpg')")
+        assert desk_module.DAMAGED in page.inner_text("#answer") and page.locator("#answer .box").count() == 1
+        page.locator("#answer .why").click()
+        page.wait_for_selector("#why h3:has-text('large.jpg')")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+        browser.close()
+    assert [url for url in foreign if not url.startswith((served.url, "data:", "blob:"))] == []
+    assert left_over(served) == []
