@@ -45,7 +45,7 @@ SCROLL = "() => { document.getElementById('%s').scrollIntoView({behavior: 'smoot
 CSS = Path(__file__).with_name("page.css")
 # What is left of a label over a small face; css= would lose it
 NARROW = """<style>
-@container (max-width: 110px) { .gradio-container .answer .box i { display: none; } }
+@container (max-width: 90px) { .gradio-container .answer .box i { display: none; } }
 @container (max-width: 30px) { .gradio-container .answer .box b { display: none; } }
 </style>"""
 
