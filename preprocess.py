@@ -43,10 +43,10 @@ from faces.images import (
     list_images,
     video_of,
 )
-from faces.originals import originals_folder
+from faces.originals import check_originals, is_alone, originals_folder
 from faces.prepare import Outcome, prepare_file
 from faces.prepared import plan_outputs
-from faces.rejection import BEYOND, NO_FACE, REJECTED_SUFFIX, SET_ASIDE, read_reasons, write_reasons
+from faces.rejection import BEYOND, NO_FACE, REJECTED_SUFFIX, is_set_aside, read_reasons, write_reasons
 from faces.treatment import ALIGNED_CROP, treatment_of
 from runtime.files import free_path, replacing
 from runtime.processes import default_workers, gather, join_processes, lock, map_ahead, scatter
@@ -128,6 +128,8 @@ def check_options(args: argparse.Namespace, directory: Path) -> None:
     if treatment_of(args) and args.output_dir is None:
         sys.exit("--align and --recompress need --output_dir, a folder for each crop and quality")
     if args.output_dir is None:
+        if not args.discard_originals:
+            check_originals(directory)
         return
     output = args.output_dir.resolve()
     if directory in (output, *output.parents):
@@ -335,8 +337,7 @@ def main(args: argparse.Namespace) -> None:
     # from twice as many pixels on it is an error, and stays one
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     directory = args.directory.resolve()
-    # The README's loop comes to them, too. Originals may be prepared anew, elsewhere
-    if directory.name.endswith(REJECTED_SUFFIX if args.output_dir else SET_ASIDE):
+    if is_set_aside(directory) and not is_alone(directory):  # the README's loop comes to them, too
         print(f"{args.directory}: set aside by an earlier run, left alone")
         return
     rank, world, _ = join_processes()

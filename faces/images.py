@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from faces.rejection import Rejected
+from faces.rejection import ORIGINALS_NOTE, REASONS, Rejected, is_set_aside
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -82,12 +82,16 @@ UPRIGHT = {
 def list_files(directory: Path) -> tuple[list[Path], list[Path]]:
     """All files below the directory: those with an image's extension, and the others, each sorted.
 
-    Follows links to folders, each folder once; skips hidden names. A folder that cannot be read is an error: its images
-    would be missed without a word.
+    Follows links to folders, each folder once; skips hidden names, and what preprocess.py has set aside. A folder that
+    cannot be read is an error: its images would be missed without a word.
     """
 
     def stop(error: OSError) -> None:
         raise error
+
+    def aside(folder: str, name: str) -> bool:  # by a run over a part of the directory
+        path = Path(folder, name)
+        return is_set_aside(path) and any((path / listing).is_file() for listing in (REASONS, ORIGINALS_NOTE))
 
     images, others, seen = [], [], set()
     for folder, subfolders, names in os.walk(directory, onerror=stop, followlinks=True):
@@ -95,7 +99,7 @@ def list_files(directory: Path) -> tuple[list[Path], list[Path]]:
             subfolders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and not aside(folder, name))
         for name in names:
             if not name.startswith("."):
                 (images if name.lower().endswith(IMAGE_EXTENSIONS) else others).append(Path(folder, name))

@@ -5,23 +5,51 @@
 A hard link first, so that no moment is without a whole original; the PNG then takes the place of the other name.
 """
 
+import contextlib
 import filecmp
-import itertools
+import functools
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from PIL import Image
 
 from faces.images import IMAGE_EXTENSIONS, ORIGINAL, TREATMENT, load_rgb
 from faces.prepared import is_prepared
-from faces.rejection import ORIGINALS_SUFFIX, Rejected
+from faces.rejection import ORIGINALS_NOTE, ORIGINALS_SUFFIX, Rejected
 from runtime.files import free_path, replacing
+
+NOTE = """The originals of {directory}, which preprocess.py replaced by images of one size. Keep this folder beside it:
+images of another size or crop are made of these. Without this file it would be taken for a data set.
+"""
 
 
 def originals_folder(directory: Path) -> Path:
     return directory.with_name(directory.name + ORIGINALS_SUFFIX)
+
+
+def check_originals(directory: Path) -> None:
+    """Ends the program where the place of the originals is taken by something else."""
+    kept_by_stem.cache_clear()
+    folder = originals_folder(directory)
+    if os.path.lexists(folder) and not (folder.is_dir() and ((folder / ORIGINALS_NOTE).is_file() or is_empty(folder))):
+        sys.exit(
+            f"{folder}: is not of preprocess.py, and the originals of {directory} would go there; rename it, or leave"
+            " the originals where they are with --output_dir"
+        )
+
+
+def is_alone(folder: Path) -> bool:
+    """Whether it holds originals of a directory that is no longer beside it."""
+    return folder.name.endswith(ORIGINALS_SUFFIX) and not os.path.lexists(
+        folder.with_name(folder.name.removesuffix(ORIGINALS_SUFFIX))
+    )
+
+
+def is_empty(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None
 
 
 def keep_original(source: Path, directory: Path) -> Path:
@@ -29,7 +57,11 @@ def keep_original(source: Path, directory: Path) -> Path:
 
     A file that is there under that name stays: it is this one, of a run that was stopped, or the new one gets a number.
     """
-    place = (originals_folder(directory) / source.relative_to(directory)).parent
+    folder = originals_folder(directory)
+    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError), open(folder / ORIGINALS_NOTE, "x", encoding="utf-8") as note:
+        note.write(NOTE.format(directory=directory.name))  # before the first original: it tells what the folder is
+    place = (folder / source.relative_to(directory)).parent
     place.mkdir(parents=True, exist_ok=True)
 
     def is_taken(path: Path) -> bool:
@@ -60,12 +92,8 @@ def find_original(source: Path, image: Image.Image, directory: Path) -> tuple[Pa
     if image.info[ORIGINAL] == f"PNG {image.width}x{image.height}" or not is_prepared(source, image.size):
         return None  # an original itself
     place = (originals_folder(directory) / source.relative_to(directory)).parent
-    stems = dict.fromkeys((source.stem, re.sub(r"_(jpe?g|bmp|webp)(_\d+)?$", "", source.stem)))  # of plan_names
-    suffixes = [case(suffix) for suffix in IMAGE_EXTENSIONS for case in (str.lower, str.upper)]
-    for stem, suffix in itertools.product(stems, suffixes):
-        path = place / f"{stem}{suffix}"
-        if not path.is_file():
-            continue
+    stems = {source.stem.lower(), re.sub(r"_(jpe?g|png|bmp|webp)(_\d+)?$", "", source.stem.lower())}  # of plan_names
+    for path in (path for stem in sorted(stems) for path in kept_by_stem(place).get(stem, ())):
         try:
             original = load_rgb(path)
         except Rejected:
@@ -75,3 +103,17 @@ def find_original(source: Path, image: Image.Image, directory: Path) -> tuple[Pa
         if original.resize(image.size, Image.Resampling.LANCZOS).tobytes() == image.tobytes():
             return path, original
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def kept_by_stem(place: Path) -> dict[str, list[Path]]:
+    """{lower-case stem: kept originals}; one that got a number stands under its name without it, too.
+
+    Read once: what is looked for was made by an earlier run, so its original was there before this one began.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted(place.iterdir()) if place.is_dir() else ():
+        if path.name.lower().endswith(IMAGE_EXTENSIONS):
+            for stem in {path.stem.lower(), re.sub(r"_\d+$", "", path.stem.lower())}:
+                found.setdefault(stem, []).append(path)
+    return found

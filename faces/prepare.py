@@ -45,11 +45,11 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
         return Outcome(source, "unchanged", filled=filled_of(target) if args.align else 0.0)
     try:
         image = load_rgb(source)  # in full, a prepared one too: its end may be missing
-        check_size(image, args)
         prepared = is_prepared(source, size) and not treatment_of(args)
+        kept = None if prepared else find_original(source, image, directory)  # better than what was made of it
+        original, image = kept or (source, image)
+        check_size(image, args)
         if not prepared:
-            kept = find_original(source, image, directory)  # better than what an earlier run has made of it
-            original, image = kept or (source, image)
             image = treat(image, original, args)
     except Rejected as error:
         if not in_place:

@@ -19,12 +19,20 @@ from pathlib import Path
 
 from runtime.files import replacing
 
-REJECTED_SUFFIX, ORIGINALS_SUFFIX = SET_ASIDE = "_rejected", "_originals"  # of the folders beside a data set
+REJECTED_SUFFIX, ORIGINALS_SUFFIX = "_rejected", "_originals"  # of the folders beside a data set
+REASONS, ORIGINALS_NOTE = "rejected.csv", "originals.txt"  # what lies in them, besides files that were set aside
 NO_FACE, BEYOND = "no face found", "too much of the crop lies beyond the border"  # of --align, by their beginnings
 
 
 class Rejected(Exception):
     """A file that cannot be used as an image. The message is the reason."""
+
+
+def is_set_aside(folder: Path) -> bool:
+    """Whether it has what preprocess.py put aside. A data set may be called something_originals, too."""
+    if folder.name.endswith(ORIGINALS_SUFFIX):
+        return (folder / ORIGINALS_NOTE).is_file()
+    return folder.name.endswith(REJECTED_SUFFIX)
 
 
 def read_reasons(listing: Path) -> dict[str, str]:

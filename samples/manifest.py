@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from faces.rejection import SET_ASIDE
+from faces.rejection import REJECTED_SUFFIX
 from samples.feature_files import CLASSES, SPLITS
 from samples.sources import Source, state
 
@@ -71,7 +71,7 @@ def read_row(row: dict, data_root: Path, place: str) -> Source:
     path = os.path.normpath(path)  # one spelling of each
     if label not in LABELS:
         raise ValueError(f"{place}: the label is {label!r}, it has to be real or fake, 0 or 1")
-    if not dataset or dataset[0] == "." or "/" in dataset or "\\" in dataset or dataset.endswith(SET_ASIDE):
+    if not dataset or dataset[0] == "." or "/" in dataset or "\\" in dataset or dataset.endswith(REJECTED_SUFFIX):
         raise ValueError(f"{place}: the data set {dataset!r} cannot be the name of a folder of features; give another")
     split = (row.get("split") or "").strip()
     if split and split not in SPLITS:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from faces.images import IMAGE_EXTENSIONS, list_files
-from faces.rejection import SET_ASIDE
+from faces.rejection import is_set_aside
 from samples.feature_files import CLASSES
 
 
@@ -38,7 +38,7 @@ def state(path: Path) -> tuple[int, int]:
 def data_set_folders(data_root: Path, kind: str) -> list[Path]:
     """The folders of the "real" or "fake" data sets, by name; not hidden ones, nor what preprocess.py has set aside."""
     folders = sorted(path for path in (data_root / kind).glob("*") if path.is_dir() and not path.name.startswith("."))
-    return [folder for folder in folders if not folder.name.endswith(SET_ASIDE)]
+    return [folder for folder in folders if not is_set_aside(folder)]
 
 
 def is_named(data_set: str, names: Sequence[str]) -> bool:

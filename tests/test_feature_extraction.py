@@ -658,6 +658,7 @@ def test_copies_and_identities_share_a_split_and_unusable_files_are_named(datase
     for folder in ("fake/Copies_rejected", "fake/Copies_originals"):  # of preprocess.py, not data sets
         (root / folder).mkdir()
         shutil.copy(path, root / folder)
+    (root / "fake/Copies_originals/originals.txt").touch()
 
     done = run_script(
         "feature_extraction.py", "--data_root", root, "--output_dir", "features", "--group_by_folder", cwd=tmp_path

@@ -37,10 +37,11 @@ from faces.alignment import CORNERS, align_face, alignment_square, cut_aligned, 
 from faces.finder import FaceFinder, find_face, finder_files
 from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, VIDEO, list_images, load_noted, load_rgb
 from faces.prepared import plan_names
-from faces.rejection import BEYOND, NO_FACE, Rejected
+from faces.rejection import BEYOND, NO_FACE, ORIGINALS_NOTE, Rejected
 from faces.treatment import parse_treatment, treatment_of
 from preprocess import get_args_parser
 from runtime.processes import agree_on_start, map_ahead
+from samples.sources import data_set_folders
 
 
 @functools.cache
@@ -54,6 +55,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def visible(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if not Path(name).name.startswith(".")}
+
+
+def kept_in(folder: Path) -> dict[str, bytes]:
+    """What is kept in a folder of originals: all but the note that says what it is."""
+    kept = visible(folder)
+    return {name: data for name, data in kept.items() if name != ORIGINALS_NOTE}
 
 
 def rejections(folder: Path) -> dict[str, str]:
@@ -79,7 +86,7 @@ def test_in_place(tmp_path):
     results = contents(folder)
     kept = {name: data for name, data in before.items() if name not in unusable and results.get(name) != data}
     assert kept.keys() > {"same.jpg", "same.bmp", "a b/ç/new\nline é.webp"} and "same.png" not in kept
-    assert contents(tmp_path / "D_originals") == kept
+    assert kept_in(tmp_path / "D_originals") == kept
     assert f"originals are in {tmp_path / 'D_originals'}, with their tree" in done.stdout
     for name in NO_IMAGES_BY_NAME:
         assert results.pop(name) == originals[name], "left where it is"
@@ -101,7 +108,7 @@ def test_in_place(tmp_path):
     assert f"0 written, {count} unchanged, 0 rejected" in again.stdout
     # byte for byte
     assert contents(folder).items() >= results.items() and contents(tmp_path / "D_rejected") == rejected
-    assert contents(tmp_path / "D_originals") == kept
+    assert kept_in(tmp_path / "D_originals") == kept
 
 
 def test_output_dir_leaves_the_source_untouched_and_gives_the_same(tmp_path):
@@ -156,13 +163,13 @@ def test_an_original_never_overwrites_an_earlier_one(tmp_path):
         if i == 1:
             picture(60, 40, 9).save(tmp_path / "D/a_2.jpg")  # its name is not free: it goes there itself
         run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
-        assert data in contents(tmp_path / "D_originals").values()
-    kept = contents(tmp_path / "D_originals")
+        assert data in kept_in(tmp_path / "D_originals").values()
+    kept = kept_in(tmp_path / "D_originals")
     assert kept.keys() == {"a.jpg", "a_2.jpg", "a_3.jpg", "a_2_2.jpg", "a_4.jpg"} and len(set(kept.values())) == 5
     assert len(contents(tmp_path / "D")) == 5
     (tmp_path / "D/a.jpg").write_bytes(kept["a.jpg"])  # once more the same file
     run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
-    assert contents(tmp_path / "D_originals") == kept
+    assert kept_in(tmp_path / "D_originals") == kept
 
 
 def test_what_links_lead_to_is_kept(tmp_path):
@@ -174,7 +181,7 @@ def test_what_links_lead_to_is_kept(tmp_path):
     os.link(tmp_path / "elsewhere.jpg", tmp_path / "D/b.jpg")
     run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
     assert contents(tmp_path / "D").keys() == {"b.png", "sub/a.png"}
-    assert contents(tmp_path / "D_originals") == {"b.jpg": data, "sub/a.jpg": data}
+    assert kept_in(tmp_path / "D_originals") == {"b.jpg": data, "sub/a.jpg": data}
     assert not (tmp_path / "D_originals/sub/a.jpg").is_symlink()
     assert (tmp_path / "elsewhere.jpg").read_bytes() == data
 
@@ -202,7 +209,7 @@ def test_later_runs_take_the_kept_originals(tmp_path):
     for name, options in (("small", small), ("aligned", align)):
         run_script("preprocess.py", "--directory", "raw", "--output_dir", name, *options, cwd=tmp_path)
     run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
-    kept = contents(tmp_path / "D_originals")
+    kept = kept_in(tmp_path / "D_originals")
     assert kept.keys() == {"a.jpg", "a.JPG", "b.png"}
     for name, options in (("small", small), ("aligned", align)):
         run_script("preprocess.py", "--directory", "D", "--output_dir", f"{name}_later", *options, cwd=tmp_path)
@@ -210,10 +217,10 @@ def test_later_runs_take_the_kept_originals(tmp_path):
     run_script("preprocess.py", "--directory", "D", *small, cwd=tmp_path)
     assert contents(tmp_path / "D") == visible(tmp_path / "small")
     kept["c.png"] = (tmp_path / "raw/c.png").read_bytes()  # the size fitted before
-    assert contents(tmp_path / "D_originals") == kept
+    assert kept_in(tmp_path / "D_originals") == kept
     picture(96, 96, 5).save(tmp_path / "D/b.png")  # another picture of that name is taken itself
     run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
-    assert len(contents(tmp_path / "D_originals")) == 5 and (tmp_path / "D_originals/b_2.png").exists()
+    assert len(kept_in(tmp_path / "D_originals")) == 5 and (tmp_path / "D_originals/b_2.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -366,13 +373,13 @@ def test_killed_at_each_step_and_run_again(tmp_path, way, side, steps):
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
     assert done.stdout.split() == ["-9"] * steps + ["0"], done.stderr
     for name in names:
-        images, kept = contents(tmp_path / name), visible(tmp_path / f"{name}_originals")
+        images, kept = contents(tmp_path / name), kept_in(tmp_path / f"{name}_originals")
         assert all(data in (images.get(path), kept.get(path)) for path, data in raw.items())
         assert kept.items() <= raw.items()
         assert name != names[-1] or kept == raw
         run_script("preprocess.py", "--directory", name, *sides, cwd=tmp_path)
         assert visible(tmp_path / name) == visible(tmp_path / "made")
-        assert visible(tmp_path / f"{name}_originals") == raw
+        assert kept_in(tmp_path / f"{name}_originals") == raw
 
 
 @pytest.mark.slow
@@ -394,11 +401,11 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
         for path in (tmp_path / "D").iterdir():
             if not path.name.startswith("."):
                 load_rgb(path)  # whole, under its old name or its new one
-        images, kept = contents(tmp_path / "D"), contents(tmp_path / "D_originals")
+        images, kept = contents(tmp_path / "D"), kept_in(tmp_path / "D_originals")
         assert all(data in (images.get(name), kept.get(name)) for name, data in raw.items())
     run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
     assert visible(tmp_path / "D") == contents(tmp_path / "E")
-    assert contents(tmp_path / "D_originals") == contents(tmp_path / "E_originals") == raw
+    assert kept_in(tmp_path / "D_originals") == kept_in(tmp_path / "E_originals") == raw
 
 
 @pytest.mark.slow
@@ -435,7 +442,7 @@ def test_torchrun_restarts_a_worker_that_is_killed(tmp_path):
     [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"][0].kill()
     assert process.wait(timeout=120) == 0
     assert visible(tmp_path / "D") == contents(tmp_path / "E")
-    assert contents(tmp_path / "D_originals") == contents(tmp_path / "E_originals")
+    assert kept_in(tmp_path / "D_originals") == kept_in(tmp_path / "E_originals")
 
 
 def test_processes_agree_on_how_often_they_were_started(monkeypatch):
@@ -519,8 +526,9 @@ def test_what_was_set_aside_is_left_alone(tmp_path):
     for folder in ("D_rejected", "D_originals"):
         assert "left alone" in run_script("preprocess.py", "--directory", folder, cwd=tmp_path).stdout
     assert contents(tmp_path) == before
+    (tmp_path / "D").rename(tmp_path / "Elsewhere")  # then they are all there is
     done = run_script("preprocess.py", "--directory", "D_originals", "--output_dir", "O", cwd=tmp_path)
-    assert "1 written" in done.stdout and visible(tmp_path / "O") == contents(tmp_path / "D")
+    assert "1 written" in done.stdout and visible(tmp_path / "O") == contents(tmp_path / "Elsewhere")
 
 
 def test_a_folder_that_is_linked_twice_is_listed_once(tmp_path):
@@ -855,3 +863,51 @@ def test_recompression_depends_on_the_content_alone(tmp_path):
             "a JPEG quality"
             in run_script("preprocess.py", "--directory", "D", "--recompress", wrong, cwd=tmp_path, expect=2).stderr
         )
+
+
+def test_a_folder_of_the_users_own_is_no_folder_of_originals(tmp_path):
+    """Not filled with originals, not taken for set aside, and not left out of the data sets."""
+    for name in ("faces", "faces_originals"):
+        (tmp_path / f"fake/{name}").mkdir(parents=True)
+        picture(300, 200, len(name)).save(tmp_path / f"fake/{name}/x.jpg")
+    message = error_line(run_script("preprocess.py", "--directory", "fake/faces", cwd=tmp_path, expect=None))
+    assert "faces_originals: is not of preprocess.py" in message and "--output_dir" in message
+    assert sorted(path.name for path in (tmp_path / "fake/faces").iterdir()) == ["x.jpg"]
+    done = run_script("preprocess.py", "--directory", "fake/faces_originals", cwd=tmp_path)
+    assert "1 written" in done.stdout
+    assert (tmp_path / "fake/faces_originals_originals/x.jpg").exists()
+    assert [path.name for path in data_set_folders(tmp_path, "fake")] == ["faces", "faces_originals"]
+
+
+def test_what_a_part_of_a_data_set_has_set_aside_is_no_image_of_the_whole(tmp_path):
+    (tmp_path / "G/part").mkdir(parents=True)
+    picture(300, 200, 1).save(tmp_path / "G/part/a.jpg")
+    (tmp_path / "G/part/b.jpg").write_text("not an image")
+    run_script("preprocess.py", "--directory", "G/part", cwd=tmp_path)
+    done = run_script("preprocess.py", "--directory", "G", cwd=tmp_path)
+    assert "0 written, 1 unchanged, 0 rejected" in done.stdout
+    assert (tmp_path / "G/part_originals/a.jpg").exists() and (tmp_path / "G/part_rejected/b.jpg").exists()
+    # a data set beside which originals lie is prepared anew from there; they are no data set of their own
+    done = run_script("preprocess.py", "--directory", "G/part_originals", "--output_dir", "out", cwd=tmp_path)
+    assert "left alone" in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_numbered_originals_and_mixed_endings_are_found_again(tmp_path):
+    """Another size is made of the original, and nothing that was made is kept as one."""
+    folder = tmp_path / "G"
+    folder.mkdir()
+    picture(600, 500, 1).save(folder / "a.jpg")
+    picture(600, 500, 2).save(folder / "c.Jpg", "JPEG")
+    run_script("preprocess.py", "--directory", folder, cwd=tmp_path)
+    picture(600, 500, 3).save(folder / "a.jpg")
+    run_script("preprocess.py", "--directory", folder, cwd=tmp_path)
+    kept = sorted((tmp_path / "G_originals").glob("*.[jJ]*"))
+    assert [path.name for path in kept] == ["a.jpg", "a_2.jpg", "c.Jpg"]
+    size = ("--target_height", 256, "--target_width", 256, "--min_height", 250, "--min_width", 250)
+    done = run_script("preprocess.py", "--directory", folder, *size, cwd=tmp_path)
+    assert "3 written, 0 unchanged, 0 rejected" in done.stdout
+    assert sorted((tmp_path / "G_originals").glob("*.[jJpP]*")) == kept
+    made = {np.asarray(Image.open(path)).tobytes() for path in folder.glob("*.png")}
+    assert made == {
+        np.asarray(Image.open(path).resize((256, 256), Image.Resampling.LANCZOS)).tobytes() for path in kept
+    }
