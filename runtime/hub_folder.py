@@ -38,7 +38,7 @@ def write_folder(checkpoint: dict, folder: Path, card: str | None = None) -> Non
     """A checkpoint of load_checkpoint, or a model alone: "version", "config", "model". Each file whole or not at all.
 
     Args:
-        card: the text of README.md; None: what is known.
+        card: the text of README.md; None: the one that is there stays, else what is known.
 
     Raises:
         OSError: a file cannot be written.
@@ -48,8 +48,9 @@ def write_folder(checkpoint: dict, folder: Path, card: str | None = None) -> Non
     texts = {
         CONFIG: json.dumps(LABELS | settings_of(checkpoint), indent=2) + "\n",
         PREPROCESSOR: json.dumps(preprocessing(checkpoint), indent=2) + "\n",
-        README: with_front(card or card_of(checkpoint)),
     }
+    if card or not (folder / README).exists():  # somebody may have written a better one
+        texts[README] = with_front(card or card_of(checkpoint))
     for name, text in texts.items():
         with replacing(folder / name, sync=True) as partial:
             partial.write_text(text, encoding="utf-8", errors="backslashreplace")

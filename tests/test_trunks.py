@@ -516,7 +516,7 @@ def test_a_head_starts_as_a_discriminant(features, tmp_path, vit, capsys, more):
     said = capsys.readouterr().out
     auc = float(said.split("probe  validation AUC ")[1].split()[0])
     log = json.loads((tmp_path / "out/log.jsonl").read_text())
-    assert log["val_auc"] == pytest.approx(auc, abs=0.001)
+    assert log["val_auc"] == pytest.approx(auc, abs=0.005)  # a pair of near scores may change places
     model, _ = load_checkpoint(tmp_path / "out/best_model.pth")
     assert model.head.weight.shape == (2, 24 * 10 * (2 if more else 1))
     torch.testing.assert_close(model.head.weight[0], -model.head.weight[1])
