@@ -116,20 +116,34 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
             "show_progress_on": answer,
         }
         for event, source in ((files.upload, files), (camera.input, camera)):
-            local_only(source)
+            local_only(source, folder)
             event(score_files, source, [answer, why, source], preprocess=False, **turn).then(None, js=SCROLL % "answer")
         drawn.click(score_example, None, [answer, why], **turn).then(None, js=SCROLL % "answer")
         answer.click(explain, None, why, **turn | {"show_progress_on": why}).then(None, js=SCROLL % "why")
+    page.has_launched = True  # Gradio's own check of paths does nothing before; a mounted page is never launched
     return page.queue(max_size=desk.places)
 
 
-def local_only(component: gr.components.Component) -> None:
-    """Of an upload whose path is an address Gradio would fetch what is there. Nothing is fetched here."""
+def is_upload(path: Any, folder: Path) -> bool:
+    """Whether it is a regular file below the folder, and no link to somewhere else. No byte of it is read."""
+    try:
+        real = Path(os.path.realpath(str(path)))
+        return real.is_relative_to(folder.resolve()) and real.is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
+
+
+def local_only(component: gr.components.Component, folder: Path) -> None:
+    """Gradio would fetch an upload whose path is an address, and copy one that is any file of this machine: to where
+    the sender can read it, and after reading it to its end, which /dev/zero has not. What is not below the folder is
+    refused before that."""
     move = component.async_move_resource_to_block_cache
 
     async def moved(path: Any) -> Any:
         if "://" in str(path):
             raise gr.Error("Only files are taken, no addresses.", print_exception=False)
+        if path is not None and not is_upload(path, folder):
+            raise gr.Error("Only files that were handed in here are taken.", print_exception=False)
         return await move(path)
 
     component.async_move_resource_to_block_cache = moved
@@ -151,8 +165,8 @@ def answer_uploads(desk: Desk, folder: Path, uploads: Any, progress: Callable | 
     given = [uploads] if isinstance(uploads, dict) else list(uploads or [])
     files = []
     for upload in given:
-        path = Path(os.path.realpath(str(upload.get("path"))))
-        if path.is_relative_to(folder.resolve()) and path.is_file():  # and no other file of this machine
+        if isinstance(upload, dict) and is_upload(upload.get("path"), folder):  # and no other file of this machine
+            path = Path(os.path.realpath(str(upload.get("path"))))
             files.append((path, str(upload.get("orig_name") or path.name)))
     try:
         if not files:

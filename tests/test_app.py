@@ -5,6 +5,7 @@ import csv
 import io
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -224,14 +225,77 @@ def test_no_other_file_of_the_machine_is_read(served, pictures):
     (served.uploads / "link.png").unlink()
 
 
-def test_no_address_is_fetched():
+def ask_queue(served: Served, number: int, data: list, event: object = None) -> str:
+    """What Gradio's queue answers to a program that calls one of the page's functions."""
+    session = secrets.token_hex(8)
+    body = {"fn_index": number, "session_hash": session, "event_data": event, "data": data}
+    joined = requests.post(f"{served.url}/gradio_api/queue/join", json=body, timeout=20)
+    if joined.status_code != 200:
+        return joined.text
+    told = requests.get(f"{served.url}/gradio_api/queue/data?session_hash={session}", stream=True, timeout=20)
+    lines = []
+    for line in told.iter_lines(decode_unicode=True):
+        lines.append(line)
+        if "process_completed" in line or "unexpected_error" in line or "close_stream" in line:
+            break
+    return "\n".join(lines)
+
+
+def upload_of(path: Path | str, **more: object) -> dict:
+    return {"path": str(path), "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}, **more}
+
+
+FORMS = {
+    "single": lambda upload: upload,
+    "list": lambda upload: [upload],
+    "nested": lambda upload: {"value": {"of": [upload]}},
+    "upload that is a stream": lambda upload: {**upload, "is_stream": True},
+    "with an address": lambda upload: {**upload, "url": "http://127.0.0.1:1/x.png"},
+}
+
+
+@pytest.mark.parametrize("shape", FORMS)
+def test_a_program_gets_no_file_of_the_machine_through_the_queue(served, pictures, shape):
+    secret = pictures / "secret.png"
+    secret.write_bytes((pictures / "one.png").read_bytes())
+    drawing = pictures / "secret.svg"
+    drawing.write_text("<svg/>")
+    link, folder_link = served.uploads / "link.png", served.uploads / "folder"
+    link.symlink_to(secret)
+    folder_link.symlink_to(pictures)
+    dots = f"{served.uploads}/../../../{os.path.relpath(secret, served.uploads.parents[2])}"
+    paths = (secret, drawing, link, folder_link / "secret.png", dots, served.uploads, "/dev/zero", "a\0b", "x" * 5000)
+    numbers = [of["id"] for of in requests.get(f"{served.url}/config").json()["dependencies"]]
+    assert len(numbers) > 3
+    before = set(left_over(served))
+    for number in numbers if shape == "single" else numbers[:3]:
+        for path in paths:
+            told = ask_queue(served, number, [FORMS[shape](upload_of(path))])
+            assert "data:image" not in told and 'class=\\"box' not in told
+            assert set(left_over(served)) == before
+    for path in (secret, drawing, link):
+        assert requests.get(f"{served.url}/gradio_api/file={path}").status_code == 403
+    for path in (link, folder_link):
+        path.unlink()
+    assert requests.get(served.url, timeout=20).status_code == 200 and secret.exists()
+
+
+def test_what_was_handed_in_is_scored_through_the_queue(served, pictures):
+    files = {"files": ("one.png", (pictures / "one.png").read_bytes())}
+    for number, shape in ((0, "list"), (2, "single")):  # the files, the camera
+        (path,) = requests.post(f"{served.url}/gradio_api/upload", files=files).json()
+        told = ask_queue(served, number, [FORMS[shape](upload_of(path))])
+        assert "1 face:" in told and left_over(served) == []
+
+
+def test_no_address_is_fetched(tmp_path):
     import gradio as gr
 
     from serving.page import local_only
 
     with gr.Blocks():
         file = gr.File()
-    local_only(file)
+    local_only(file, tmp_path)
     with pytest.raises(gr.Error, match="no addresses"):
         asyncio.run(file.async_move_resource_to_block_cache("https://127.0.0.1/x.png"))
 
