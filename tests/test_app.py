@@ -9,14 +9,17 @@ import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, decompression_bomb, error_line, picture, run_script
@@ -116,6 +119,22 @@ def form(name: str, content: bytes, field: str = "file") -> dict:
     return {"files": {field: (name, content)}}
 
 
+def gif(width: int, height: int) -> bytes:
+    """One of 35 bytes, whose only frame has a pixel."""
+    screen = struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    return b"GIF89a" + screen + b",\0\0\0\0\1\0\1\0\0" + b"\2\2\x44\1\0" + b";"
+
+
+def motion_jpeg(width: int, height: int) -> bytes:
+    """An AVI with a frame of so many black pixels."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.avi")
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (width, height))
+        writer.write(np.zeros((height, width, 3), np.uint8))
+        writer.release()
+        return path.read_bytes()
+
+
 HOSTILE = {
     "empty": (form("a.jpg", b""), 422, "The file is empty."),
     "text": (form("a.jpg", b"no picture " * 50), 422, "is no JPEG"),
@@ -127,6 +146,12 @@ HOSTILE = {
     "PostScript": (form("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), 422, "is no JPEG"),
     "playlist": (form("a.mp4", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:1/x.ts\n"), 422, "none of MP4"),
     "no video": (form("a.mp4", b"\0\0\0\x18ftypmp42" + bytes(900)), 422, "no video stream"),
+    "GIF with a large screen": (form("a.gif", gif(12000, 12000)), 413, "144 megapixels, more than the 40"),
+    "such a GIF as a film": (form("a.mp4", gif(12000, 12000)), 413, "144 megapixels, more than the 40"),
+    "such a GIF as a photo": (form("a.png", gif(12000, 12000)), 413, "144 megapixels"),
+    "GIF within the bounds": (form("a.gif", gif(600, 600)), 422, "No face was found"),
+    "GIF cut off": (form("a.gif", b"GIF89a"), 422, "cannot be read"),
+    "film with large frames": (form("a.avi", motion_jpeg(8000, 6000)), 413, "48 megapixels, more than the 40"),
     "name with folders": (form("../../../etc/passwd", b"x"), 422, "is no JPEG"),
     "other field": (form("a.jpg", jpeg(), "picture"), 400, "no such file"),
     "too large": (form("a.jpg", bytes((MEGABYTES + 1) * 2**20)), 413, f"larger than {MEGABYTES} MB"),
