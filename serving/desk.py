@@ -202,6 +202,11 @@ def frame_size(path: Path, start: bytes) -> tuple[int, int]:
     return int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
 
 
+def as_text(name: str) -> str:
+    """A stranger's name of a file, without the halves of characters that no answer can be written with."""
+    return name.encode("utf-8", "replace").decode()
+
+
 def as_sentence(reason: str) -> str:
     """A reason of a row, for people who have not called inference.py."""
     if not reason:

@@ -21,7 +21,7 @@ from gradio import route_utils
 
 from evaluation.detector import Judged
 from evaluation.operating import describe_rates, describe_thresholds
-from serving.desk import Desk, Kept, Refused
+from serving.desk import Desk, Kept, Refused, as_text
 from serving.show import (
     show_answer,
     show_examples,
@@ -99,6 +99,8 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
         def score_example(event: gr.EventData) -> tuple[str, str]:
             with said():
                 number = int(event.ask)
+                if number < 0:
+                    raise IndexError(number)  # examples[-1] is one, too
                 title, path = examples[number]
                 return answer_files(desk, [(path, f"{title}{path.suffix}")]), ""
 
@@ -156,7 +158,7 @@ def said():
         yield
     except Refused as refused:
         raise gr.Error(str(refused), title="Not possible", print_exception=False) from refused
-    except (ValueError, IndexError, AttributeError) as error:  # not of this page
+    except (ValueError, IndexError, AttributeError, TypeError, OverflowError) as error:  # not of this page
         raise gr.Error("This is nothing that can be asked here.", print_exception=False) from error
 
 
@@ -183,7 +185,7 @@ def answer_files(desk: Desk, files: Sequence[tuple[Path, str]], progress: Callab
     for i, (path, name) in enumerate(files):
         if progress and len(files) > 1:
             progress((i, len(files)), unit="files")
-        name = Path(name).name
+        name = Path(as_text(name)).name
         try:
             if i >= MOST_FILES:
                 raise Refused(f"Was left out: more than {MOST_FILES} files at a time are too many.")

@@ -184,6 +184,20 @@ def test_a_hostile_body_gets_a_sentence(served, kind):
     assert left_over(served) == []
 
 
+@pytest.mark.parametrize("charset", ["unicode_escape", "raw_unicode_escape", "utf-7", "undefined", "idna", "hex", "no"])
+@pytest.mark.parametrize("name", [b"\\ud800.png", b"+2AA-.png", b"\xff\xfe.png"])
+def test_a_name_in_any_charset_is_no_error_of_the_server(served, pictures, charset, name):
+    part = b'--BB\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\n%s\r\n--BB--\r\n'
+    kind = {"content-type": f"multipart/form-data; boundary=BB; charset={charset}"}
+    body = part % (name, (pictures / "one.png").read_bytes())
+    answer = requests.post(f"{served.url}/score", data=body, headers=kind)
+    if answer.status_code == 200:
+        assert answer.json()["rows"][0]["path"].endswith(".png")
+    else:
+        assert answer.status_code == 400 and "cannot be read" in answer.json()["detail"]
+    assert left_over(served) == []
+
+
 def test_a_sender_who_hangs_up_leaves_nothing(served):
     host, port = served.url.removeprefix("http://").split(":")
     head = f"POST /score HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
@@ -303,6 +317,31 @@ def test_a_program_gets_no_file_of_the_machine_through_the_queue(served, picture
     for path in (link, folder_link):
         path.unlink()
     assert requests.get(served.url, timeout=20).status_code == 200 and secret.exists()
+
+
+EVENTS = (None, [], {}, *({"ask": ask} for ask in (None, {}, [], -1, "-1", "x:y", "a:b:c", 99, "a:-1", "1e9")))
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=str)
+def test_what_nobody_can_ask_is_refused_with_a_sentence(served, capfd, event):
+    functions = [of for of in requests.get(f"{served.url}/config").json()["dependencies"] if of["targets"][0][0]]
+    clicks = [of["id"] for of in functions if of["targets"][0][1] == "click"]
+    assert len(clicks) == 2  # an example, a face
+    for number in clicks:
+        told = ask_queue(served, number, [], event)
+        assert '"success":false' in told and 'class=\\"box' not in told
+        assert "nothing that can be asked" in told or "no longer here" in told
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["\ud800.png", 7, None, ["x"], "a\0b.png"])
+def test_a_name_that_is_no_text_is_no_error_of_the_page(served, pictures, name):
+    from serving.page import answer_uploads
+
+    files = {"files": ("one.png", (pictures / "one.png").read_bytes())}
+    (path,) = requests.post(f"{served.url}/gradio_api/upload", files=files).json()
+    answer = answer_uploads(served.desk, served.uploads, [{"path": path, "orig_name": name}, "no dict"])
+    assert "1 face:" in answer and answer.encode() and left_over(served) == []
 
 
 def test_what_was_handed_in_is_scored_through_the_queue(served, pictures):
