@@ -223,6 +223,7 @@ def mount_page(app: FastAPI, page: gr.Blocks, desk: Desk) -> FastAPI:
         app,
         page,
         path="/",
+        app_kwargs={"openapi_url": None},
         theme=theme,
         css=CSS.read_text(encoding="utf-8"),
         head=NARROW,

@@ -411,6 +411,10 @@ def test_the_page_asks_no_other_host(served):
     assert "https://fonts" not in page + requests.get(f"{served.url}/theme.css").text
 
 
+def test_no_list_of_addresses_is_served(served):
+    assert [requests.get(f"{served.url}/{name}").status_code for name in ("openapi.json", "docs", "redoc")] == [404] * 3
+
+
 def test_limits_are_those_of_the_card_for_the_weights_that_ship(tmp_path, monkeypatch):
     assert app.limits_of(tmp_path / "mine.pth") == app.LIMITS
     card = tmp_path / "MODEL_CARD.md"
