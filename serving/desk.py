@@ -202,6 +202,11 @@ def frame_size(path: Path, start: bytes) -> tuple[int, int]:
     return int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
 
 
+def rows_of(judged: Judged) -> list[Row]:
+    """All that inference.py --images writes of a file."""
+    return [*judged.faces, *judged.followed] or [Row(judged.path, reason=judged.reason)]
+
+
 def as_text(name: str) -> str:
     """A stranger's name of a file, without the halves of characters that no answer can be written with."""
     return name.encode("utf-8", "replace").decode()

@@ -20,8 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from faces.images import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from serving.desk import Desk, Refused, as_text
-from serving.show import rows_of
+from serving.desk import Desk, Refused, as_text, rows_of
 
 SECONDS = 60  # for a request to arrive, and for what is left of one that was refused
 HOW = 'Send one file in the field "file": curl -F file=@photo.jpg'
