@@ -9,6 +9,7 @@ are kept, in memory, for as long as a click may ask why.
 import contextlib
 import secrets
 import shutil
+import struct
 import threading
 import time
 from collections import OrderedDict
@@ -17,14 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import cv2
 from PIL import Image
 
 from evaluation.detector import Detector, Judged
 from evaluation.pictures import Row
 from faces.images import UNREADABLE, is_video
+from faces.rejection import Rejected
+from faces.videos import open_video
 
 MEGABYTE = 2**20
-MOST_MEGAPIXELS = 100
+MOST_MEGAPIXELS, MOST_OF_A_FRAME = 100, 40  # of a picture; of a frame of a video, of which 8K ones have 33
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # Pillow knows more, some with programs behind them
 # How files of faces.images.VIDEO_EXTENSIONS begin: (offset, bytes). FFmpeg also opens lists of other files
 VIDEO_STARTS = (
@@ -122,6 +126,13 @@ class Desk:
                 start = file.read(16)
             if not any(start.startswith(kind, offset) for offset, kind in VIDEO_STARTS):
                 raise Refused("The file is called a video, but is none of MP4, MOV, MKV, WebM, AVI and GIF.")
+            width, height = frame_size(path, start)
+            if width * height > MOST_OF_A_FRAME * 1e6:
+                raise Refused(
+                    f"The frames of the video have {width * height / 1e6:.0f} megapixels, more than the"
+                    f" {MOST_OF_A_FRAME} that are taken here.",
+                    413,
+                )
             return
         try:
             with Image.open(path, formats=FORMATS) as image:
@@ -173,6 +184,32 @@ class Desk:
                 break
             self._kept.popitem(last=False)
             count -= len(faces)
+
+
+def frame_size(path: Path, start: bytes) -> tuple[int, int]:
+    """The (width, height) of a video's frames, by what it says of itself; (0, 0) where it cannot be opened, and has no
+    score either.
+
+    Args:
+        start: its first bytes. Of a GIF they are enough: FFmpeg decodes a frame of it only to open it.
+    """
+    if start.startswith(b"GIF8"):
+        return struct.unpack_from("<HH", start.ljust(10, b"\0"), 6)
+    try:
+        capture = open_video(path)
+    except Rejected:
+        return 0, 0
+    return int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+
+
+def rows_of(judged: Judged) -> list[Row]:
+    """All that inference.py --images writes of a file."""
+    return [*judged.faces, *judged.followed] or [Row(judged.path, reason=judged.reason)]
+
+
+def as_text(name: str) -> str:
+    """A stranger's name of a file, without the halves of characters that no answer can be written with."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def as_sentence(reason: str) -> str:

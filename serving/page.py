@@ -21,7 +21,7 @@ from gradio import route_utils
 
 from evaluation.detector import Judged
 from evaluation.operating import describe_rates, describe_thresholds
-from serving.desk import Desk, Kept, Refused
+from serving.desk import Desk, Kept, Refused, as_text
 from serving.show import (
     show_answer,
     show_examples,
@@ -99,6 +99,8 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
         def score_example(event: gr.EventData) -> tuple[str, str]:
             with said():
                 number = int(event.ask)
+                if number < 0:
+                    raise IndexError(number)  # examples[-1] is one, too
                 title, path = examples[number]
                 return answer_files(desk, [(path, f"{title}{path.suffix}")]), ""
 
@@ -116,20 +118,34 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
             "show_progress_on": answer,
         }
         for event, source in ((files.upload, files), (camera.input, camera)):
-            local_only(source)
+            local_only(source, folder)
             event(score_files, source, [answer, why, source], preprocess=False, **turn).then(None, js=SCROLL % "answer")
         drawn.click(score_example, None, [answer, why], **turn).then(None, js=SCROLL % "answer")
         answer.click(explain, None, why, **turn | {"show_progress_on": why}).then(None, js=SCROLL % "why")
+    page.has_launched = True  # Gradio's own check of paths does nothing before; a mounted page is never launched
     return page.queue(max_size=desk.places)
 
 
-def local_only(component: gr.components.Component) -> None:
-    """Of an upload whose path is an address Gradio would fetch what is there. Nothing is fetched here."""
+def is_upload(path: Any, folder: Path) -> bool:
+    """Whether it is a regular file below the folder, and no link to somewhere else. No byte of it is read."""
+    try:
+        real = Path(os.path.realpath(str(path)))
+        return real.is_relative_to(folder.resolve()) and real.is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
+
+
+def local_only(component: gr.components.Component, folder: Path) -> None:
+    """Gradio would fetch an upload whose path is an address, and copy one that is any file of this machine: to where
+    the sender can read it, and after reading it to its end, which /dev/zero has not. What is not below the folder is
+    refused before that."""
     move = component.async_move_resource_to_block_cache
 
     async def moved(path: Any) -> Any:
         if "://" in str(path):
             raise gr.Error("Only files are taken, no addresses.", print_exception=False)
+        if path is not None and not is_upload(path, folder):
+            raise gr.Error("Only files that were handed in here are taken.", print_exception=False)
         return await move(path)
 
     component.async_move_resource_to_block_cache = moved
@@ -142,7 +158,7 @@ def said():
         yield
     except Refused as refused:
         raise gr.Error(str(refused), title="Not possible", print_exception=False) from refused
-    except (ValueError, IndexError, AttributeError) as error:  # not of this page
+    except (ValueError, IndexError, AttributeError, TypeError, OverflowError) as error:  # not of this page
         raise gr.Error("This is nothing that can be asked here.", print_exception=False) from error
 
 
@@ -151,8 +167,8 @@ def answer_uploads(desk: Desk, folder: Path, uploads: Any, progress: Callable | 
     given = [uploads] if isinstance(uploads, dict) else list(uploads or [])
     files = []
     for upload in given:
-        path = Path(os.path.realpath(str(upload.get("path"))))
-        if path.is_relative_to(folder.resolve()) and path.is_file():  # and no other file of this machine
+        if isinstance(upload, dict) and is_upload(upload.get("path"), folder):  # and no other file of this machine
+            path = Path(os.path.realpath(str(upload.get("path"))))
             files.append((path, str(upload.get("orig_name") or path.name)))
     try:
         if not files:
@@ -169,7 +185,7 @@ def answer_files(desk: Desk, files: Sequence[tuple[Path, str]], progress: Callab
     for i, (path, name) in enumerate(files):
         if progress and len(files) > 1:
             progress((i, len(files)), unit="files")
-        name = Path(name).name
+        name = Path(as_text(name)).name
         try:
             if i >= MOST_FILES:
                 raise Refused(f"Was left out: more than {MOST_FILES} files at a time are too many.")
@@ -207,6 +223,7 @@ def mount_page(app: FastAPI, page: gr.Blocks, desk: Desk) -> FastAPI:
         app,
         page,
         path="/",
+        app_kwargs={"openapi_url": None},
         theme=theme,
         css=CSS.read_text(encoding="utf-8"),
         head=NARROW,

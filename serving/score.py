@@ -20,8 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from faces.images import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from serving.desk import Desk, Refused
-from serving.show import rows_of
+from serving.desk import Desk, Refused, as_text, rows_of
 
 SECONDS = 60  # for a request to arrive, and for what is left of one that was refused
 HOW = 'Send one file in the field "file": curl -F file=@photo.jpg'
@@ -84,6 +83,8 @@ async def answer(request: Request, desk: Desk, folder: Path) -> dict:
         form = await asyncio.wait_for(request.form(max_files=1, max_fields=4), SECONDS)
     except HTTPException as error:
         raise Refused(f"The form cannot be read: {error.detail.rstrip('.')}. {HOW}", 400) from error
+    except (UnicodeError, LookupError) as error:
+        raise Refused(f"The form cannot be read: its charset does not fit its text. {HOW}", 400) from error
     except asyncio.TimeoutError as error:
         raise Refused(f"The file did not arrive within {SECONDS} seconds.", 408) from error
     except ClientDisconnect as error:
@@ -99,7 +100,7 @@ async def answer(request: Request, desk: Desk, folder: Path) -> dict:
 
 def judge(file: UploadFile, desk: Desk, folder: Path) -> dict:
     """The answer for one file; in a thread. A video has to be on the disk to be read, so pictures are, too."""
-    name = PurePath((file.filename or "").replace("\\", "/")).name[-NAME_LENGTH:] or "picture"
+    name = PurePath(as_text(file.filename or "").replace("\\", "/")).name[-NAME_LENGTH:] or "picture"
     ending = PurePath(name).suffix.lower()
     ending = ending if ending in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS) else ""
     with tempfile.TemporaryDirectory(dir=folder) as own:

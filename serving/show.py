@@ -19,7 +19,7 @@ from evaluation.detector import Judged
 from evaluation.operating import VERDICTS
 from evaluation.pictures import COLUMNS, Row
 from faces.images import ORIENTATION, UNREADABLE, is_video, turn_upright
-from serving.desk import Kept
+from serving.desk import Kept, rows_of
 
 SHOWN_SIDE = 1200  # of a picture in the page, in pixels
 FACE_SIDE = 96  # of a face beside its verdict
@@ -73,11 +73,6 @@ def chance(row: Row) -> str:
     bounded = min(max(row.probability, 0.0001), 0.9999)
     sign = "over " if row.probability > 0.99995 else "under " if row.probability < 0.00005 else ""
     return f"P(fake)\N{NO-BREAK SPACE}{sign}{bounded:.4f}"
-
-
-def rows_of(judged: Judged) -> list[Row]:
-    """All that inference.py --images writes of a file."""
-    return [*judged.faces, *judged.followed] or [Row(judged.path, reason=judged.reason)]
 
 
 def as_csv(answers: Sequence[Judged]) -> str:

@@ -5,17 +5,21 @@ import csv
 import io
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, decompression_bomb, error_line, picture, run_script
@@ -115,6 +119,22 @@ def form(name: str, content: bytes, field: str = "file") -> dict:
     return {"files": {field: (name, content)}}
 
 
+def gif(width: int, height: int) -> bytes:
+    """One of 35 bytes, whose only frame has a pixel."""
+    screen = struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    return b"GIF89a" + screen + b",\0\0\0\0\1\0\1\0\0" + b"\2\2\x44\1\0" + b";"
+
+
+def motion_jpeg(width: int, height: int) -> bytes:
+    """An AVI with a frame of so many black pixels."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.avi")
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (width, height))
+        writer.write(np.zeros((height, width, 3), np.uint8))
+        writer.release()
+        return path.read_bytes()
+
+
 HOSTILE = {
     "empty": (form("a.jpg", b""), 422, "The file is empty."),
     "text": (form("a.jpg", b"no picture " * 50), 422, "is no JPEG"),
@@ -126,6 +146,12 @@ HOSTILE = {
     "PostScript": (form("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), 422, "is no JPEG"),
     "playlist": (form("a.mp4", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:1/x.ts\n"), 422, "none of MP4"),
     "no video": (form("a.mp4", b"\0\0\0\x18ftypmp42" + bytes(900)), 422, "no video stream"),
+    "GIF with a large screen": (form("a.gif", gif(12000, 12000)), 413, "144 megapixels, more than the 40"),
+    "such a GIF as a film": (form("a.mp4", gif(12000, 12000)), 413, "144 megapixels, more than the 40"),
+    "such a GIF as a photo": (form("a.png", gif(12000, 12000)), 413, "144 megapixels"),
+    "GIF within the bounds": (form("a.gif", gif(600, 600)), 422, "No face was found"),
+    "GIF cut off": (form("a.gif", b"GIF89a"), 422, "cannot be read"),
+    "film with large frames": (form("a.avi", motion_jpeg(8000, 6000)), 413, "48 megapixels, more than the 40"),
     "name with folders": (form("../../../etc/passwd", b"x"), 422, "is no JPEG"),
     "other field": (form("a.jpg", jpeg(), "picture"), 400, "no such file"),
     "too large": (form("a.jpg", bytes((MEGABYTES + 1) * 2**20)), 413, f"larger than {MEGABYTES} MB"),
@@ -155,6 +181,20 @@ def test_a_hostile_body_gets_a_sentence(served, kind):
     if answer is not None:
         assert (answer.status_code, list(answer.json())) == (status, ["detail"])
         assert words in answer.json()["detail"] and answer.json()["detail"][0].isupper()
+    assert left_over(served) == []
+
+
+@pytest.mark.parametrize("charset", ["unicode_escape", "raw_unicode_escape", "utf-7", "undefined", "idna", "hex", "no"])
+@pytest.mark.parametrize("name", [b"\\ud800.png", b"+2AA-.png", b"\xff\xfe.png"])
+def test_a_name_in_any_charset_is_no_error_of_the_server(served, pictures, charset, name):
+    part = b'--BB\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\n%s\r\n--BB--\r\n'
+    kind = {"content-type": f"multipart/form-data; boundary=BB; charset={charset}"}
+    body = part % (name, (pictures / "one.png").read_bytes())
+    answer = requests.post(f"{served.url}/score", data=body, headers=kind)
+    if answer.status_code == 200:
+        assert answer.json()["rows"][0]["path"].endswith(".png")
+    else:
+        assert answer.status_code == 400 and "cannot be read" in answer.json()["detail"]
     assert left_over(served) == []
 
 
@@ -224,14 +264,102 @@ def test_no_other_file_of_the_machine_is_read(served, pictures):
     (served.uploads / "link.png").unlink()
 
 
-def test_no_address_is_fetched():
+def ask_queue(served: Served, number: int, data: list, event: object = None) -> str:
+    """What Gradio's queue answers to a program that calls one of the page's functions."""
+    session = secrets.token_hex(8)
+    body = {"fn_index": number, "session_hash": session, "event_data": event, "data": data}
+    joined = requests.post(f"{served.url}/gradio_api/queue/join", json=body, timeout=20)
+    if joined.status_code != 200:
+        return joined.text
+    told = requests.get(f"{served.url}/gradio_api/queue/data?session_hash={session}", stream=True, timeout=20)
+    lines = []
+    for line in told.iter_lines(decode_unicode=True):
+        lines.append(line)
+        if "process_completed" in line or "unexpected_error" in line or "close_stream" in line:
+            break
+    return "\n".join(lines)
+
+
+def upload_of(path: Path | str, **more: object) -> dict:
+    return {"path": str(path), "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}, **more}
+
+
+FORMS = {
+    "single": lambda upload: upload,
+    "list": lambda upload: [upload],
+    "nested": lambda upload: {"value": {"of": [upload]}},
+    "upload that is a stream": lambda upload: {**upload, "is_stream": True},
+    "with an address": lambda upload: {**upload, "url": "http://127.0.0.1:1/x.png"},
+}
+
+
+@pytest.mark.parametrize("shape", FORMS)
+def test_a_program_gets_no_file_of_the_machine_through_the_queue(served, pictures, shape):
+    secret = pictures / "secret.png"
+    secret.write_bytes((pictures / "one.png").read_bytes())
+    drawing = pictures / "secret.svg"
+    drawing.write_text("<svg/>")
+    link, folder_link = served.uploads / "link.png", served.uploads / "folder"
+    link.symlink_to(secret)
+    folder_link.symlink_to(pictures)
+    dots = f"{served.uploads}/../../../{os.path.relpath(secret, served.uploads.parents[2])}"
+    paths = (secret, drawing, link, folder_link / "secret.png", dots, served.uploads, "/dev/zero", "a\0b", "x" * 5000)
+    numbers = [of["id"] for of in requests.get(f"{served.url}/config").json()["dependencies"]]
+    assert len(numbers) > 3
+    before = set(left_over(served))
+    for number in numbers if shape == "single" else numbers[:3]:
+        for path in paths:
+            told = ask_queue(served, number, [FORMS[shape](upload_of(path))])
+            assert "data:image" not in told and 'class=\\"box' not in told
+            assert set(left_over(served)) == before
+    for path in (secret, drawing, link):
+        assert requests.get(f"{served.url}/gradio_api/file={path}").status_code == 403
+    for path in (link, folder_link):
+        path.unlink()
+    assert requests.get(served.url, timeout=20).status_code == 200 and secret.exists()
+
+
+EVENTS = (None, [], {}, *({"ask": ask} for ask in (None, {}, [], -1, "-1", "x:y", "a:b:c", 99, "a:-1", "1e9")))
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=str)
+def test_what_nobody_can_ask_is_refused_with_a_sentence(served, capfd, event):
+    functions = [of for of in requests.get(f"{served.url}/config").json()["dependencies"] if of["targets"][0][0]]
+    clicks = [of["id"] for of in functions if of["targets"][0][1] == "click"]
+    assert len(clicks) == 2  # an example, a face
+    for number in clicks:
+        told = ask_queue(served, number, [], event)
+        assert '"success":false' in told and 'class=\\"box' not in told
+        assert "nothing that can be asked" in told or "no longer here" in told
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["\ud800.png", 7, None, ["x"], "a\0b.png"])
+def test_a_name_that_is_no_text_is_no_error_of_the_page(served, pictures, name):
+    from serving.page import answer_uploads
+
+    files = {"files": ("one.png", (pictures / "one.png").read_bytes())}
+    (path,) = requests.post(f"{served.url}/gradio_api/upload", files=files).json()
+    answer = answer_uploads(served.desk, served.uploads, [{"path": path, "orig_name": name}, "no dict"])
+    assert "1 face:" in answer and answer.encode() and left_over(served) == []
+
+
+def test_what_was_handed_in_is_scored_through_the_queue(served, pictures):
+    files = {"files": ("one.png", (pictures / "one.png").read_bytes())}
+    for number, shape in ((0, "list"), (2, "single")):  # the files, the camera
+        (path,) = requests.post(f"{served.url}/gradio_api/upload", files=files).json()
+        told = ask_queue(served, number, [FORMS[shape](upload_of(path))])
+        assert "1 face:" in told and left_over(served) == []
+
+
+def test_no_address_is_fetched(tmp_path):
     import gradio as gr
 
     from serving.page import local_only
 
     with gr.Blocks():
         file = gr.File()
-    local_only(file)
+    local_only(file, tmp_path)
     with pytest.raises(gr.Error, match="no addresses"):
         asyncio.run(file.async_move_resource_to_block_cache("https://127.0.0.1/x.png"))
 
@@ -281,6 +409,10 @@ def test_the_page_asks_no_other_host(served):
     assert "Photograph, or generated?" in page
     assert re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:https?:)?//[^"]*', page) == []
     assert "https://fonts" not in page + requests.get(f"{served.url}/theme.css").text
+
+
+def test_no_list_of_addresses_is_served(served):
+    assert [requests.get(f"{served.url}/{name}").status_code for name in ("openapi.json", "docs", "redoc")] == [404] * 3
 
 
 def test_limits_are_those_of_the_card_for_the_weights_that_ship(tmp_path, monkeypatch):
