@@ -38,6 +38,7 @@ VIDEO_STARTS = (
     (0, b"GIF8"),
 )
 KEPT_FACES, KEPT_SECONDS = 512, 600  # at most so many, so long; a face is about 0.2 MB
+MORE_ARRIVING = 8  # requests whose body is on its way, beside those that have a place
 STALE_SECONDS = 600  # after which an upload that nobody asked about is thrown away
 
 DAMAGED = "The file cannot be read as a picture: it is no JPEG, PNG, BMP or WebP, or it is damaged or cut off."
@@ -68,12 +69,13 @@ class Desk:
     """
     Args:
         megabytes: of a file, at most.
-        places: how many requests to /score are taken at a time: one is scored, the others wait.
+        places: how many requests to /score are taken at a time, once they have arrived: one is scored, the others wait.
     """
 
     def __init__(self, detector: Detector, megabytes: int = 50, places: int = 8):
         self.detector, self.megabytes, self.places = detector, megabytes, places
         self._free = threading.BoundedSemaphore(places)
+        self._free_arrivals = threading.BoundedSemaphore(places + MORE_ARRIVING)
         # In many threads, each with a heap of its own, the memory of large pictures would add up
         self._worker = ThreadPoolExecutor(1, "desk")
         self._kept: OrderedDict[str, tuple[float, list[Kept]]] = OrderedDict()  # by token: until when, faces
@@ -88,17 +90,24 @@ class Desk:
         return f"The file is larger than {self.megabytes} MB, which is the most that is taken here."
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
+    def arrival(self) -> Iterator[None]:
+        """From the first byte of a request to its answer: bounds what lies in memory and on the disk.
+
+        Raises:
+            Refused: too many are arriving.
         """
+        with held(self._free_arrivals, "Too many pictures are arriving. Try again in a few seconds."):
+            yield
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """For a picture that has arrived.
+
         Raises:
             Refused: all are taken.
         """
-        if not self._free.acquire(blocking=False):
-            raise Refused(f"{self.places} pictures are waiting already. Try again in a few seconds.", 503)
-        try:
+        with held(self._free, f"{self.places} pictures are waiting already. Try again in a few seconds."):
             yield
-        finally:
-            self._free.release()
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Has something done with pictures: one after another, in the order of asking."""
@@ -184,6 +193,16 @@ class Desk:
                 break
             self._kept.popitem(last=False)
             count -= len(faces)
+
+
+@contextlib.contextmanager
+def held(free: threading.BoundedSemaphore, sentence: str) -> Iterator[None]:
+    if not free.acquire(blocking=False):
+        raise Refused(sentence, 503)
+    try:
+        yield
+    finally:
+        free.release()
 
 
 def frame_size(path: Path, start: bytes) -> tuple[int, int]:

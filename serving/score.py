@@ -22,21 +22,23 @@ from starlette.types import Message, Receive
 from faces.images import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from serving.desk import Desk, Refused, as_text, rows_of
 
-SECONDS = 60  # for a request to arrive, and for what is left of one that was refused
+# For a request to arrive, and for what is left of one that was refused: one for each MB that is taken beyond these; and
+# until its next bytes
+SECONDS, SILENT_SECONDS = 20, 15
 HOW = 'Send one file in the field "file": curl -F file=@photo.jpg'
 FORM_BYTES = 8192  # around the file
 NAME_LENGTH = 120
 
 
 class Bounded:
-    """What a request is received by: no more than so many bytes of its body."""
+    """What a request is received by: no more than so many bytes of its body, and no long silence between them."""
 
     def __init__(self, receive: Receive, most: int, sentence: str):
         self._receive, self.most, self.sentence = receive, most, sentence
         self.read, self.more = 0, True
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        message = await asyncio.wait_for(self._receive(), SILENT_SECONDS)
         self.more = message.get("more_body", False)
         self.read += len(message.get("body", b""))
         if self.read > self.most:
@@ -61,11 +63,12 @@ def add_score(app: FastAPI, desk: Desk, folder: Path) -> None:
     async def score(request: Request) -> JSONResponse:
         body = Bounded(request.receive, desk.most_bytes + FORM_BYTES, desk.too_large)
         try:
-            with desk.place():  # before a byte of it is read
+            with desk.arrival():  # before a byte of it is read
                 return JSONResponse(await answer(Request(request.scope, body), desk, folder))
         except Refused as refused:
             try:
-                await asyncio.wait_for(body.drain(), SECONDS)
+                if refused.status != 408:
+                    await asyncio.wait_for(body.drain(), SECONDS + desk.megabytes)
             except (asyncio.TimeoutError, ClientDisconnect):
                 pass
             headers = {"Retry-After": "5"} if refused.status == 503 else {}
@@ -79,21 +82,26 @@ async def answer(request: Request, desk: Desk, folder: Path) -> dict:
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise Refused(f"The request holds no form. {HOW}", 415)
+    seconds = SECONDS + desk.megabytes
     try:
-        form = await asyncio.wait_for(request.form(max_files=1, max_fields=4), SECONDS)
+        form = await asyncio.wait_for(request.form(max_files=1, max_fields=4), seconds)
     except HTTPException as error:
         raise Refused(f"The form cannot be read: {error.detail.rstrip('.')}. {HOW}", 400) from error
     except (UnicodeError, LookupError) as error:
         raise Refused(f"The form cannot be read: its charset does not fit its text. {HOW}", 400) from error
     except asyncio.TimeoutError as error:
-        raise Refused(f"The file did not arrive within {SECONDS} seconds.", 408) from error
+        raise Refused(
+            f"The file did not arrive in time: within {seconds} seconds, and never {SILENT_SECONDS} without a byte.",
+            408,
+        ) from error
     except ClientDisconnect as error:
         raise Refused("The request broke off.", 400) from error
     try:
         file = form.get("file")
         if not isinstance(file, UploadFile):
             raise Refused(f"There is no such file in the form. {HOW}", 400)
-        return await run_in_threadpool(judge, file, desk, folder)
+        with desk.place():  # who is slow to send holds none
+            return await run_in_threadpool(judge, file, desk, folder)
     finally:
         await form.close()
 

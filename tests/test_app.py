@@ -198,17 +198,70 @@ def test_a_name_in_any_charset_is_no_error_of_the_server(served, pictures, chars
     assert left_over(served) == []
 
 
-def test_a_sender_who_hangs_up_leaves_nothing(served):
+def send_head(served: Served) -> socket.socket:
+    """A connection on which a request has begun, and does not go on."""
     host, port = served.url.removeprefix("http://").split(":")
     head = f"POST /score HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(
-            f'{head}Content-Length: 99999\r\n\r\n--x\r\nContent-Disposition: form-data; name="file"'.encode()
-        )
-    deadline = time.monotonic() + 5
-    while served.desk._free._value < WAITING and time.monotonic() < deadline:
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    part = '--x\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n'
+    connection.sendall(f"{head}Content-Length: 99999\r\n\r\n{part}".encode())
+    return connection
+
+
+def wait_for_arrivals(served: Served, free: int) -> None:
+    deadline = time.monotonic() + 10
+    while served.desk._free_arrivals._value != free and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert served.desk._free_arrivals._value == free
+
+
+ARRIVALS = WAITING + desk_module.MORE_ARRIVING
+
+
+def test_a_sender_who_hangs_up_leaves_nothing(served):
+    with send_head(served):
+        wait_for_arrivals(served, ARRIVALS - 1)
+    wait_for_arrivals(served, ARRIVALS)
     assert served.desk._free._value == WAITING and left_over(served) == []
+
+
+def test_who_is_slow_to_send_takes_nobodys_place(served, pictures, monkeypatch):
+    from serving import score
+
+    good = form("one.png", (pictures / "one.png").read_bytes())
+    monkeypatch.setattr(score, "SILENT_SECONDS", 4)
+    silent = [send_head(served) for _ in range(desk_module.MORE_ARRIVING)]
+    wait_for_arrivals(served, WAITING)
+    assert served.desk._free._value == WAITING
+    assert requests.post(f"{served.url}/score", **good).status_code == 200
+    silent += [send_head(served) for _ in range(WAITING)]
+    wait_for_arrivals(served, 0)
+    monkeypatch.setattr(score, "SILENT_SECONDS", 0.2)  # for those that come now
+    refused = requests.post(f"{served.url}/score", **good)
+    assert refused.status_code == 503 and refused.headers["Retry-After"] and "arriving" in refused.json()["detail"]
+    for connection in silent:
+        with connection:
+            assert connection.recv(99).startswith(b"HTTP/1.1 408 ")
+    wait_for_arrivals(served, ARRIVALS)
+    assert requests.post(f"{served.url}/score", **good).status_code == 200
+
+
+def test_a_request_that_drips_ends(served, monkeypatch):
+    from serving import score
+
+    monkeypatch.setattr(score, "SECONDS", 1 - MEGABYTES)
+    begun = time.monotonic()
+    with send_head(served) as connection:
+        connection.settimeout(0.1)
+        answer = b""
+        while not answer and time.monotonic() < begun + 10:
+            connection.sendall(b"x")
+            try:
+                answer = connection.recv(99)
+            except TimeoutError:
+                pass
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    wait_for_arrivals(served, ARRIVALS)
 
 
 def test_when_all_places_are_taken_it_says_so(served, pictures):
