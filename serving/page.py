@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from gradio import route_utils
 
 from evaluation.detector import Judged
@@ -214,11 +214,18 @@ def legend_of(desk: Desk) -> str:
     )
 
 
+async def nothing_there(request: Request) -> Response:
+    return Response(status_code=404)
+
+
 def mount_page(app: FastAPI, page: gr.Blocks, desk: Desk) -> FastAPI:
     """The page at / of the app, without fonts or scripts of other hosts."""
     route_utils.GradioUploadFile = OwnFolder
     system = ("system-ui", "sans-serif")
     theme = gr.themes.Default(primary_hue="blue", font=system, font_mono=("ui-monospace", "monospace"))
+    # Gradio would fetch these for whoever asks
+    for fetched in ("file=http:{rest:path}", "file=https:{rest:path}", "proxy={rest:path}"):
+        app.add_route(f"/gradio_api/{fetched}", nothing_there, methods=["GET", "HEAD"])
     return gr.mount_gradio_app(
         app,
         page,

@@ -468,6 +468,11 @@ def test_no_list_of_addresses_is_served(served):
     assert [requests.get(f"{served.url}/{name}").status_code for name in ("openapi.json", "docs", "redoc")] == [404] * 3
 
 
+def test_nothing_is_fetched_from_elsewhere(served):
+    for address in ("file=http://example.com/a.png", "file=https%3A//example.com", "proxy=https://example.com"):
+        assert requests.get(f"{served.url}/gradio_api/{address}", timeout=5).status_code == 404
+
+
 def test_limits_are_those_of_the_card_for_the_weights_that_ship(tmp_path, monkeypatch):
     assert app.limits_of(tmp_path / "mine.pth") == app.LIMITS
     card = tmp_path / "MODEL_CARD.md"
