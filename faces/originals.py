@@ -21,8 +21,8 @@ from faces.prepared import is_prepared
 from faces.rejection import ORIGINALS_NOTE, ORIGINALS_SUFFIX, Rejected
 from runtime.files import free_path, replacing
 
-NOTE = """The originals of {directory}, which preprocess.py replaced by images of one size. Keep this folder beside it:
-images of another size or crop are made of these. Without this file it would be taken for a data set.
+NOTE = """Originals of the folder beside, where preprocess.py replaced them by images of one size. Leave this one there: images
+of another size or crop are made of these. Without this file it would be taken for a data set.
 """
 
 
@@ -60,7 +60,7 @@ def keep_original(source: Path, directory: Path) -> Path:
     folder = originals_folder(directory)
     folder.mkdir(exist_ok=True)
     with contextlib.suppress(FileExistsError), open(folder / ORIGINALS_NOTE, "x", encoding="utf-8") as note:
-        note.write(NOTE.format(directory=directory.name))  # before the first original: it tells what the folder is
+        note.write(NOTE)  # before the first original: it tells what the folder is
     place = (folder / source.relative_to(directory)).parent
     place.mkdir(parents=True, exist_ok=True)
 
