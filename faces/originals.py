@@ -21,8 +21,8 @@ from faces.prepared import is_prepared
 from faces.rejection import ORIGINALS_NOTE, ORIGINALS_SUFFIX, Rejected
 from runtime.files import free_path, replacing
 
-NOTE = """Originals of the folder beside, where preprocess.py replaced them by images of one size. Leave this one there: images
-of another size or crop are made of these. Without this file it would be taken for a data set.
+NOTE = """Originals of the folder beside, where preprocess.py replaced them by images of one size. Leave this one there:
+images of another size or crop are made of these. Without this file it would be taken for a data set.
 """
 
 
