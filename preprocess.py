@@ -43,10 +43,10 @@ from faces.images import (
     list_images,
     video_of,
 )
-from faces.originals import check_originals, is_alone, originals_folder
+from faces.originals import check_originals, is_alone, kept_by_stem, originals_folder
 from faces.prepare import Outcome, prepare_file
 from faces.prepared import plan_outputs
-from faces.rejection import BEYOND, NO_FACE, REJECTED_SUFFIX, is_set_aside, read_reasons, write_reasons
+from faces.rejection import BEYOND, NO_FACE, REJECTED_LIST, REJECTED_SUFFIX, is_set_aside, read_reasons, write_reasons
 from faces.treatment import ALIGNED_CROP, treatment_of
 from runtime.files import free_path, replacing
 from runtime.processes import default_workers, gather, join_processes, lock, map_ahead, scatter
@@ -181,7 +181,7 @@ def set_aside(
     """
     # Who has removed one meanwhile knows
     rejected = [outcome for outcome in rejected if os.path.lexists(outcome.source)]
-    listing = folder / "rejected.csv"
+    listing = folder / REJECTED_LIST
     if not rejected and not others:
         if not move:
             listing.unlink(missing_ok=True)  # an earlier run's
@@ -336,6 +336,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     # from twice as many pixels on it is an error, and stays one
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    kept_by_stem.cache_clear()  # of an earlier run in this process
     directory = args.directory.resolve()
     if is_set_aside(directory) and not is_alone(directory):  # the README's loop comes to them, too
         print(f"{args.directory}: set aside by an earlier run, left alone")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from faces.rejection import ORIGINALS_NOTE, REASONS, Rejected, is_set_aside
+from faces.rejection import ORIGINALS_NOTE, REJECTED_LIST, Rejected, is_set_aside
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -91,7 +91,7 @@ def list_files(directory: Path) -> tuple[list[Path], list[Path]]:
 
     def aside(folder: str, name: str) -> bool:  # by a run over a part of the directory
         path = Path(folder, name)
-        return is_set_aside(path) and any((path / listing).is_file() for listing in (REASONS, ORIGINALS_NOTE))
+        return is_set_aside(path) and any((path / listing).is_file() for listing in (REJECTED_LIST, ORIGINALS_NOTE))
 
     images, others, seen = [], [], set()
     for folder, subfolders, names in os.walk(directory, onerror=stop, followlinks=True):

@@ -32,7 +32,6 @@ def originals_folder(directory: Path) -> Path:
 
 def check_originals(directory: Path) -> None:
     """Ends the program where the place of the originals is taken by something else."""
-    kept_by_stem.cache_clear()
     folder = originals_folder(directory)
     if os.path.lexists(folder) and not (folder.is_dir() and ((folder / ORIGINALS_NOTE).is_file() or is_empty(folder))):
         sys.exit(

@@ -20,7 +20,7 @@ from pathlib import Path
 from runtime.files import replacing
 
 REJECTED_SUFFIX, ORIGINALS_SUFFIX = "_rejected", "_originals"  # of the folders beside a data set
-REASONS, ORIGINALS_NOTE = "rejected.csv", "originals.txt"  # what lies in them, besides files that were set aside
+REJECTED_LIST, ORIGINALS_NOTE = "rejected.csv", "originals.txt"  # what lies in them, besides files that were set aside
 NO_FACE, BEYOND = "no face found", "too much of the crop lies beyond the border"  # of --align, by their beginnings
 
 

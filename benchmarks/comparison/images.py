@@ -15,7 +15,7 @@ from benchmarks.comparison.variants import command, run
 from dataset import FaceDataset
 from faces.images import list_images
 from faces.prepared import plan_outputs
-from faces.rejection import BEYOND, NO_FACE, REJECTED_SUFFIX, read_reasons, write_reasons
+from faces.rejection import BEYOND, NO_FACE, REJECTED_LIST, REJECTED_SUFFIX, read_reasons, write_reasons
 from samples.feature_files import CLASSES, SPLITS, find_feature_files, open_features
 from samples.sources import data_set_folders
 
@@ -81,7 +81,7 @@ def sift(
     for data_set, folder in data_sets.items():
         reasons: dict[str, str] = {}
         for treatment in treatments:
-            reasons |= read_reasons(prepared / treatment / f"{data_set}{REJECTED_SUFFIX}" / "rejected.csv")
+            reasons |= read_reasons(prepared / treatment / f"{data_set}{REJECTED_SUFFIX}" / REJECTED_LIST)
         for path, source in sources_of(data_set, folder).items():
             if all((prepared / treatment / path).exists() for treatment in treatments):
                 paths.append(path)
