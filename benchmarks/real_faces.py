@@ -40,6 +40,7 @@ from benchmarks.comparison.jobs import RECIPE, announce, plan_jobs, train_all, t
 from benchmarks.comparison.probes import probe
 from benchmarks.comparison.tables import write_tables
 from benchmarks.comparison.variants import one_line_of_what_went_wrong
+from faces.treatment import ALIGNED_CROP
 from runtime.processes import default_workers, lock
 
 SET_HERE = ("--features", "--output_dir", "--patch_size", "--seed", "--datasets", "--resume", "--without", "--device")
@@ -66,11 +67,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=int, default=3, help="runs of each model, with the seeds 0, 1, ... (default: 3)"
     )
+    parser.add_argument(
+        "--align",
+        type=float,
+        default=ALIGNED_CROP,
+        metavar="CROP",
+        help=f"how much of a face is seen, as of preprocess.py --align (default: {ALIGNED_CROP})",
+    )
     parser.add_argument("--img_size", type=int, default=112, help="side of the images in pixels (default: 112)")
     parser.add_argument("--patch_size", type=int, default=16, help="side of a patch in pixels (default: 16)")
     parser.add_argument(
         "--main_only", action="store_true", help="LAMM-ViT and plain ViT alone, without the single ablations"
     )
+    parser.add_argument("--without_raw", action="store_true", help="no models of raw images")
     parser.add_argument(
         "--device", default="auto", help="for the training: cpu, cuda (default: the GPU where there is one)"
     )
@@ -104,6 +113,7 @@ def check_options(args: argparse.Namespace, options: list[str], data_sets: dict[
     now = {
         "data_root": str(args.data_root.resolve()),
         "train_on": args.train_on,
+        "align": args.align,
         "img_size": args.img_size,
         "patch_size": args.patch_size,
         "options": options,

@@ -53,7 +53,7 @@ from benchmarks.comparison.detectors import (
 from benchmarks.comparison.fold_tables import judge_all, write_tables
 from benchmarks.comparison.folds import FOLDS, Fold, check_images, load_stock, read_folds
 from benchmarks.comparison.frozen import PROBES
-from benchmarks.comparison.images import check_splits, data_sets_of, extract, features_of, prepare, sift
+from benchmarks.comparison.images import EQUALISED, check_splits, data_sets_of, extract, features_of, prepare, sift
 from benchmarks.comparison.jobs import train_options
 from benchmarks.comparison.variants import VARIANTS, one_line_of_what_went_wrong
 from faces.treatment import ALIGNED_CROP
@@ -78,8 +78,6 @@ RECIPE = {
     "--dropout": "0",
     "--without": "diversity",
 }
-TREATMENT = "equalised"
-QUALITIES = "75-95"  # of the JPEG that all images go through
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -182,11 +180,10 @@ def compare(
     train_args: argparse.Namespace,
 ) -> dict:
     """From files to tables."""
-    treatments = {TREATMENT: ("--align", f"{args.align:g}", "--recompress", QUALITIES)}
-    prepare(args, data_sets, treatments)
-    kept, dropped = sift(args, data_sets, tuple(treatments))
-    extract(args, treatments=tuple(treatments))
-    args.features = features_of(args, TREATMENT)
+    prepare(args, data_sets, [EQUALISED])
+    kept, dropped = sift(args, data_sets, [EQUALISED])
+    extract(args, treatments=[EQUALISED])
+    args.features = features_of(args, EQUALISED)
     sizes = check_splits(args.features, kept)
     stock = load_stock(args.features)
     check_images(stock, folds, dropped)

@@ -275,6 +275,10 @@ def test_from_files_to_tables(tmp_path, calls, capsys):
     assert compare(data_root, output, *OPTIONS) == summary, "the same numbers, trained again"
     assert calls.count("train") == 2, "to foretell the time, and the model that was missing"
 
+    calls.clear()
+    assert list(compare(data_root, output, *OPTIONS, "--without_raw")["detectors"]) == ["equalised"]
+    assert "train" not in calls
+
     calls.clear(), capsys.readouterr()
     go_on_with_other_images(data_root, output, summary)
     assert "4 models, 0 of them are there already" in capsys.readouterr().out and calls.count("train") == 5

@@ -19,7 +19,8 @@ from faces.rejection import BEYOND, NO_FACE, REJECTED_LIST, REJECTED_SUFFIX, rea
 from samples.feature_files import CLASSES, SPLITS, find_feature_files, open_features
 from samples.sources import data_set_folders
 
-TREATMENTS = {"raw": (), "equalised": ("--align", "--recompress", "75-95")}  # options of preprocess.py
+RAW, EQUALISED = TREATMENTS = ("raw", "equalised")
+QUALITIES = "75-95"  # of the JPEG that all equalised images go through
 NOT_AGAIN = "no face found in the aligned crop"
 # of the images that are left out, by their beginnings; and what the table calls them
 REASONS = {
@@ -48,16 +49,15 @@ def data_sets_of(*roots: Path) -> dict[str, Path]:
     return found
 
 
-def prepare(
-    args: argparse.Namespace, data_sets: Mapping[str, Path], treatments: Mapping[str, Sequence[str]] = TREATMENTS
-) -> None:
+def prepare(args: argparse.Namespace, data_sets: Mapping[str, Path], treatments: Sequence[str] = TREATMENTS) -> None:
     """Every image in each of the treatments, in prepared/<treatment>/."""
-    for treatment, options in treatments.items():
+    options_of = {RAW: (), EQUALISED: ("--align", f"{args.align:g}", "--recompress", QUALITIES)}
+    for treatment in treatments:
         for data_set, folder in tqdm(data_sets.items(), desc=f"prepare, {treatment}", unit="data set"):
             target = args.output_dir / "prepared" / treatment / data_set
             side = {"target_height": args.img_size, "target_width": args.img_size}
             given = {"directory": folder, "output_dir": target, "workers": args.workers}
-            run(command("preprocess.py", *options, **given, **side))
+            run(command("preprocess.py", *options_of[treatment], **given, **side))
 
 
 def sources_of(data_set: str, folder: Path) -> dict[str, Path]:
@@ -66,12 +66,12 @@ def sources_of(data_set: str, folder: Path) -> dict[str, Path]:
 
 
 def sift(
-    args: argparse.Namespace, data_sets: Mapping[str, Path], treatments: Sequence[str] = tuple(TREATMENTS)
+    args: argparse.Namespace, data_sets: Mapping[str, Path], treatments: Sequence[str] = TREATMENTS
 ) -> tuple[dict[str, Fingerprint], dict[str, Counter]]:
     """Which of the prepared images are used: links in data/<treatment>/, the same for all; all others in dropped.csv.
 
     Args:
-        treatments: of prepare; "equalised", in which images are compared, is one of them.
+        treatments: of prepare; EQUALISED, in which images are compared, is one of them.
 
     Returns:
         {path of an image: its fingerprint} and {data set: how many were left out for which reason}.
@@ -89,7 +89,7 @@ def sift(
             else:
                 dropped[path] = reasons.get(str(source.relative_to(folder)), "could not be prepared")
     paths.sort()
-    fingerprints = take_fingerprints(prepared / "equalised", paths, args)
+    fingerprints = take_fingerprints(prepared / EQUALISED, paths, args)
     seen = [i for i, one in enumerate(fingerprints) if np.isfinite(one.face).all()]
     dropped |= {paths[i]: NOT_AGAIN for i in set(range(len(paths))) - set(seen)}
     # The smaller a data set, the more its images are worth
@@ -123,9 +123,7 @@ def kind_of(reason: str) -> str:
     return next((kind for kind in sorted(REASONS, key=len, reverse=True) if reason.startswith(kind)), "unusable")
 
 
-def extract(
-    args: argparse.Namespace, test_only: Sequence[str] = (), treatments: Sequence[str] = tuple(TREATMENTS)
-) -> None:
+def extract(args: argparse.Namespace, test_only: Sequence[str] = (), treatments: Sequence[str] = TREATMENTS) -> None:
     """Feature files of each treatment; the data sets of test_only are not dealt, but go to the test split whole."""
     for treatment in tqdm(treatments, desc="extract"):
         folders = {"data_root": args.output_dir / "data" / treatment, "output_dir": features_of(args, treatment)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.comparison.images import TREATMENTS, data_sets_of, features_of
+from benchmarks.comparison.images import EQUALISED, RAW, TREATMENTS, data_sets_of, features_of
 from benchmarks.comparison.variants import VARIANTS, command, run, train_and_test
 from dataset import FaceDataset
 from samples.feature_files import find_feature_files
@@ -64,9 +64,9 @@ def train_options(
 def plan_jobs(args: argparse.Namespace) -> list[tuple[str, str, int, Path]]:
     """(treatment, variant, seed, folder) of all models, the comparison that matters first."""
     others = [] if args.main_only else [name for name in VARIANTS if name not in MAIN]
-    jobs = [("equalised", name, seed) for seed in range(args.seeds) for name in MAIN]
-    jobs += [("equalised", name, seed) for seed in range(args.seeds) for name in others]
-    jobs += [("raw", name, seed) for seed in range(args.seeds) for name in MAIN]
+    jobs = [(EQUALISED, name, seed) for seed in range(args.seeds) for name in MAIN]
+    jobs += [(EQUALISED, name, seed) for seed in range(args.seeds) for name in others]
+    jobs += [(RAW, name, seed) for seed in range(0 if args.without_raw else args.seeds) for name in MAIN]
     # Other images, other models: those of earlier ones stay beside them
     prints = {
         treatment: FaceDataset(list(find_feature_files(features_of(args, treatment), "test").values())).fingerprint
@@ -90,7 +90,7 @@ def announce(args: argparse.Namespace, jobs: list, options: list[str]) -> None:
     epochs = train_parser().parse_args(options).epochs
     with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
         one_epoch = {"epochs": 1, "warmup_epochs": 0, "schedule": "cosine"}
-        features = features_of(args, "equalised")
+        features = features_of(args, EQUALISED)
         run(command("train.py", *options, features=features, output_dir=folder, **one_epoch))
         seconds = json.loads(Path(folder, "timing.jsonl").read_text().splitlines()[-1])["seconds"]
     total = seconds * epochs * len(left) / args.jobs
@@ -106,7 +106,7 @@ def train_all(args: argparse.Namespace, jobs: list, options: list[str]) -> dict[
     results: dict[tuple[str, str], list] = {(treatment, name): [None] * args.seeds for treatment, name, *_ in jobs}
     trained_on = [
         data_set
-        for data_set in data_sets_of(args.output_dir / "data/equalised")
+        for data_set in data_sets_of(args.output_dir / "data" / EQUALISED)
         if data_set.startswith("real/") or data_set.split("/")[1] in args.train_on
     ]
 

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.comparison.images import features_of, sources_of
+from benchmarks.comparison.images import RAW, features_of, sources_of
 from dataset import FaceDataset
 from samples.feature_files import find_feature_files
 
@@ -72,7 +72,7 @@ def probe(args: argparse.Namespace, data_sets: Mapping[str, Path], treatment: st
     # Files of the raw images: as they were given
     sources = (
         {path: source for name, folder in data_sets.items() for path, source in sources_of(name, folder).items()}
-        if treatment == "raw"
+        if treatment == RAW
         else {}
     )
     found = {}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.comparison.images import REASONS, TREATMENTS, features_of
+from benchmarks.comparison.images import EQUALISED, REASONS, TREATMENTS, features_of
 from benchmarks.comparison.jobs import MAIN
 from benchmarks.comparison.probes import LIKE_CHANCE, REAL_SIZES
 from benchmarks.comparison.scores import masks_of_models, read_scores
@@ -143,8 +143,8 @@ def all_metrics_table(comparison: Comparison) -> str:
 
 
 def masks_table(comparison: Comparison, summary: dict) -> str:
-    models = {name: folders for (of, name), folders in comparison.folders.items() if of == "equalised"}
-    summary["masks"], table = masks_of_models(features_of(comparison.args, "equalised"), models)
+    models = {name: folders for (of, name), folders in comparison.folders.items() if of == EQUALISED}
+    summary["masks"], table = masks_of_models(features_of(comparison.args, EQUALISED), models)
     return section(
         "Do the masks count?",
         "Each test image with its own region masks and with wrong ones: those of another face, drawn at random, none,"
@@ -156,9 +156,9 @@ def masks_table(comparison: Comparison, summary: dict) -> str:
 def paired_table(comparison: Comparison, summary: dict) -> str:
     rows = []
     for generator, title in comparison.titles.items():
-        (labels, first), (_, second) = (comparison.scores["equalised", name][0][generator] for name in MAIN)
+        (labels, first), (_, second) = (comparison.scores[EQUALISED, name][0][generator] for name in MAIN)
         gain = compare_aucs(labels, first, second)
-        pairs = zip(*(comparison.results["equalised", name] for name in MAIN))
+        pairs = zip(*(comparison.results[EQUALISED, name] for name in MAIN))
         by_seed = [a[generator]["auc"] - b[generator]["auc"] for a, b in pairs]
         finite = {name: value if np.isfinite(value) else None for name, value in gain._asdict().items()}
         summary["comparison"][generator] = finite | {"by_seed": by_seed}
@@ -193,7 +193,7 @@ def with_interval(values: list[float], replicates: np.ndarray, size: int) -> str
 
 def command_line(args: argparse.Namespace, options: list[str]) -> str:
     return (
-        f"python benchmarks/real_faces.py --data_root {args.data_root} --train_on {' '.join(args.train_on)} --img_size"
-        f" {args.img_size} --patch_size {args.patch_size} --seeds"
-        f" {args.seeds}{' --main_only' if args.main_only else ''}; train.py {' '.join(options)}"
+        f"python benchmarks/real_faces.py --data_root {args.data_root} --train_on {' '.join(args.train_on)} --align"
+        f" {args.align:g} --img_size {args.img_size} --patch_size {args.patch_size} --seeds {args.seeds}"
+        f"{' --main_only' * args.main_only}{' --without_raw' * args.without_raw}; train.py {' '.join(options)}"
     )
