@@ -19,9 +19,9 @@ WEIGHTS := weights/lamm_vit.safetensors
 WEIGHTS_RUN := weights_run
 CROP := 1.0
 QUALITY := 75-95
-SIDE := 224
+SIDE := 256
 SHARES := 80 20 0
-RECIPE := --init_from clip --depth 8 --read_blocks 6 8 --pool patches --head probe --probe_views 1 \
+RECIPE := --init_from clip --depth 8 --read_blocks 6 7 8 --pool patches --head probe --probe_views 1 \
 	--augment wild --sampling sources --tune head --epochs 0
 
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 3 --dist worksteal

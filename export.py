@@ -27,8 +27,8 @@ Both files hold the same function, for any number of images B:
 Models that use no masks take region_masks, too, and do not look at them. The metadata are text, numbers, lists and
 objects in JSON: val_threshold, thresholds (by rate of false alarms, {"0.01": ..., "0.05": ...}: fake from the first on,
 real below the second), temperature (which is in the weights already), img_size, patch_size, mask_style, treatment (what
-preprocess.py did to the training images, and has to do to others: "aligned 0.6, JPEG 75-95, 224x224"; "": resized
-alone), regions, datasets (what the model was trained on), checkpoint_sha256.
+preprocess.py did to the training images, and has to do to others: "aligned 0.6 on grey, JPEG 75-95, 224x224"; "":
+resized alone), regions, datasets (what the model was trained on), checkpoint_sha256.
 
     session.get_modelmeta().custom_metadata_map                     in onnxruntime
     metadata = {"val_threshold": ""}                                in PyTorch: all of them, but only if asked for one

@@ -231,7 +231,7 @@ def report(
         if filled:
             print(
                 f"  {len(filled)} crops reach over the border of their picture ({len(filled) / total:.1%}), and are"
-                f" filled by reflection: {sum(filled) / len(filled):.1%} of such a crop, {max(filled):.1%} at the most"
+                f" filled with grey: {sum(filled) / len(filled):.1%} of such a crop, {max(filled):.1%} at the most"
             )
         if beyond := sum(outcome.reason.startswith(BEYOND) for outcome in rejected):
             print(f"  {beyond} were dropped for more, --max_filled {args.max_filled:g} ({beyond / total:.1%})")
@@ -294,7 +294,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=(
             "turn and cut out the largest face, eyes and mouth in the same place in all images; CROP is the side in"
             f" parts of FFHQ's alignment (default: {ALIGNED_CROP}). An image without a face is rejected; a crop that"
-            " reaches over the border is filled by reflection"
+            " reaches over the border is filled with grey"
         ),
     )
     parser.add_argument(

@@ -65,9 +65,11 @@ SET_HERE = ("--features", "--output_dir", "--patch_size", "--seed", "--datasets"
 RECIPE = {
     "--init_from": "clip",
     "--depth": "8",
-    "--read_blocks": "6 8",
+    "--read_blocks": "6 7 8",
     "--pool": "patches",
     "--head": "probe",
+    "--probe_views": "1",
+    "--augment": "wild",
     "--sampling": "sources",
     "--tune": "norms",
     "--epochs": "2",
@@ -117,7 +119,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=DETECTORS,
         default=[*PROBES, MASKED, "plain ViT"],
         metavar="NAME",
-        help=f"some of: {'; '.join(DETECTORS)} (default: the two probes, {MASKED}, plain ViT)",
+        help=f"some of: {'; '.join(DETECTORS)} (default: all but single ablations)",
     )
     option(
         "--scores",

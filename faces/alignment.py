@@ -21,6 +21,9 @@ CORNERS = "corners"  # in image.info: (4, 2) of the aligned crop in pixels of th
 FRAME_SIDE = 256
 FRAME_BOX = (46, 78, 195, 228)  # left, top, right, bottom
 REFINEMENTS = 2
+# Beyond the border of a picture: the mean colour by which images are normalised, CLIP's and nearly ImageNet's. A mirror
+# image would be a second, real or generated, piece of face
+GREY = (123, 117, 104)
 SMALL_SIDE = 224  # longer side of the copy to which a border is added, for faces that fill their picture
 
 
@@ -104,15 +107,16 @@ def refine(image: Image.Image, landmarks: np.ndarray, finder: FaceFinder) -> np.
 
 
 def cut_square(
-    image: Image.Image, centre: np.ndarray, right: np.ndarray, side: int, shrink: int = 1
+    image: Image.Image, centre: np.ndarray, right: np.ndarray, side: int, shrink: int = 1, on_grey: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Samples a square of an image, cubic; what lies beyond its border is reflected.
+    """Samples a square of an image, cubic.
 
     Args:
         centre: (2,) in pixels of the image, from its upper left corner.
         right: (2,) from the centre to the middle of the square's right side.
         side: of the result in pixels.
         shrink: the image is averaged over blocks of so many pixels a side before.
+        on_grey: what lies beyond the border of the image is GREY; else the image is reflected there.
 
     Returns:
         (side, side, 3) uint8; the place (2,) of its upper left corner in the image; and (2, 2) whose columns are the
@@ -131,7 +135,8 @@ def cut_square(
         np.column_stack([step / shrink, origin]),
         (side, side),
         flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REFLECT,
+        borderMode=cv2.BORDER_CONSTANT if on_grey else cv2.BORDER_REFLECT,
+        borderValue=GREY,
     )
     return pixels, corner, step
 
@@ -151,8 +156,10 @@ def align_face(image: Image.Image, finder: FaceFinder, side: int, crop: float) -
     return None if found is None else cut_aligned(image, *found, side, crop)
 
 
-def cut_aligned(image: Image.Image, landmarks: np.ndarray, found_by: str, side: int, crop: float) -> Image.Image:
-    """The aligned square of a face, landmarks (68, 2) in pixels of the image. Beyond the border it is reflected.
+def cut_aligned(
+    image: Image.Image, landmarks: np.ndarray, found_by: str, side: int, crop: float, on_grey: bool = True
+) -> Image.Image:
+    """The aligned square of a face, landmarks (68, 2) in pixels of the image; its rest is GREY, or reflected.
 
     Its info tells CORNERS; ENLARGED; FILLED, the share of its area beyond the border; FOUND; and LANDMARKS, (68, 2)
     float32 in its own pixels, rounded as the PNG holds them.
@@ -163,7 +170,7 @@ def cut_aligned(image: Image.Image, landmarks: np.ndarray, found_by: str, side: 
     # Where that is made smaller by a half or more, the filter does not depend on the scale; nothing makes up for pixels
     # that are not there.
     fine = max(2, math.ceil(2 * np.linalg.norm(right) / side))
-    grid, corner, step = cut_square(image, centre, right, side * fine)
+    grid, corner, step = cut_square(image, centre, right, side * fine, on_grey=on_grey)
     aligned = Image.fromarray(cv2.resize(grid, (side, side), interpolation=cv2.INTER_AREA))
     down = np.array([-right[1], right[0]])
     unit = 2 * np.array([right, down]).T / side  # of the result's pixels, in those of the image

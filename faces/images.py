@@ -56,7 +56,7 @@ ABOUT_THE_FILE = (
 # feature_extraction.py keeps them, inference.py warns.
 ORIGINAL = "Original"  # "JPEG 1024x768", width x height
 ENLARGED = "enlarged"  # in image.info alone: an aligned crop had fewer pixels than the result
-TREATMENT = "Treatment"  # "aligned 0.6, JPEG 75-95, 224x224"; faces/treatment.py
+TREATMENT = "Treatment"  # "aligned 0.6 on grey, JPEG 75-95, 224x224"; faces/treatment.py
 # Of aligned crops: the share that lies beyond the border of the picture, and was filled; which of finder.FOUND_BY; the
 # landmarks, (68, 2) in pixels of the crop. The PNG holds all three, with a checksum of its pixels.
 FILLED = "Filled"
@@ -65,7 +65,7 @@ LANDMARKS = "Landmarks"
 STALE = "stale"  # in image.info alone: the pixels are not those whose landmarks the PNG holds
 ORIGINAL_PATTERN = r"\w+ \d+x\d+"
 FACE_NOTE_PATTERN = r"(frontal|upsampled|cnn|padded) ([01]\.\d{4}) ([0-9a-f]{16}) ((?:-?\d{1,5}\.\d\d ?){136})"
-TREATMENT_PATTERN = r"(?=aligned|JPEG)(?:aligned ([\d.]+), )?(?:JPEG (\d+)(?:-(\d+))?, )?(\d+)x(\d+)"
+TREATMENT_PATTERN = r"(?=aligned|JPEG)(?:aligned ([\d.]+)( on grey)?, )?(?:JPEG (\d+)(?:-(\d+))?, )?(\d+)x(\d+)"
 
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
 UPRIGHT = {

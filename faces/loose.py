@@ -205,7 +205,7 @@ def aligned_faces(
                 places.append((points, "frontal", landmarks_box(points, image.size)))
     faces = []
     for points, way, box in places:
-        crop = cut_aligned(image, points, way, options.target_width, options.align)
+        crop = cut_aligned(image, points, way, options.target_width, options.align, not options.reflected)
         if options.recompress:
             crop = recompress(crop, content(), options.recompress)
         faces.append(as_known(crop, box, framing, "aligned")._replace(place=points))

@@ -22,7 +22,7 @@ ALIGNED_CROP = 0.6
 
 def treatment_of(args: argparse.Namespace) -> str:
     """What --align and --recompress ask for, as TREATMENT has it; "" for neither."""
-    parts = [f"aligned {args.align:g}"] if args.align else []
+    parts = [f"aligned {args.align:g}{'' if getattr(args, 'reflected', False) else ' on grey'}"] if args.align else []
     parts += [f"JPEG {'-'.join(map(str, dict.fromkeys(args.recompress)))}"] if args.recompress else []
     return ", ".join([*parts, f"{args.target_width}x{args.target_height}"]) if parts else ""
 
@@ -33,10 +33,14 @@ def describe_treatment(treatment: str) -> str:
 
 
 def parse_treatment(treatment: str) -> argparse.Namespace:
-    """The options that treatment_of has made it from."""
-    crop, low, high, width, height = re.fullmatch(TREATMENT_PATTERN, treatment).groups()
+    """The options that treatment_of has made it from.
+
+    reflected: earlier versions filled what lies beyond the border of a picture with its mirror image.
+    """
+    crop, on_grey, low, high, width, height = re.fullmatch(TREATMENT_PATTERN, treatment).groups()
     return argparse.Namespace(
         align=float(crop or 0),
+        reflected=not on_grey,
         recompress=(int(low), int(high or low)) if low else None,
         target_width=int(width),
         target_height=int(height),

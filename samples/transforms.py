@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
+from faces.alignment import GREY
 from faces.regions import MIRROR_LANDMARKS, MIRROR_REGIONS, draw_region_masks
 
 
@@ -63,6 +64,9 @@ def rescale(image: np.ndarray, factor: float) -> np.ndarray:
     return cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC)
 
 
+# As programs do it, each in its own way
+ENLARGING = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_LANCZOS4)
+SHRINKING = (cv2.INTER_AREA, *ENLARGING)
 CORRUPTIONS = {"jpeg": jpeg_compression, "blur": gaussian_blur, "noise": gaussian_noise, "resize": rescale}
 
 
@@ -116,7 +120,7 @@ def resized_crop(
 
 
 def tighter_frame(image: np.ndarray, landmarks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(h, h, 3) uint8 as faces.alignment makes it of a picture that ends nearer to the face: the rest is reflected.
+    """(h, h, 3) uint8 as faces.alignment makes it of a picture that ends nearer to the face: the rest is grey.
 
     The frame's edges are at random 28 to 60 % of the side from the middle of the landmarks (68, 2), each by itself.
     """
@@ -126,22 +130,26 @@ def tighter_frame(image: np.ndarray, landmarks: np.ndarray, rng: np.random.Gener
     right, bottom = np.minimum(landmarks.mean(axis=0) + reach[1], h).astype(int).tolist()
     if right <= left or bottom <= top:  # a face outside of its picture
         return image
-    return cv2.copyMakeBorder(
-        image[top:bottom, left:right], top, h - bottom, left, h - right, cv2.BORDER_REFLECT | cv2.BORDER_ISOLATED
-    )
+    filled = np.full_like(image, GREY)
+    filled[top:bottom, left:right] = image[top:bottom, left:right]
+    return filled
 
 
 def in_the_wild(image: np.ndarray, landmarks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What pictures meet on their way, mildly and alike in both classes. (h, h, 3) uint8, landmarks (68, 2)."""
-    frame, resize, blur, light = rng.random(4) < (0.7, 0.4, 0.15, 0.5)
-    if frame:  # else a filled border would tell photographs, which are more often cut tight than fakes
+    """What pictures meet on their way, alike in both classes. (h, h, 3) uint8, landmarks (68, 2).
+
+    A quarter is cut tighter, all are as if they had had 30 to 100 % of the pixels a side, and go through one JPEG or
+    two. How many pixels and how much of a head a picture has is a trait of its collection, and would pass for one of
+    photographs or of fakes.
+    """
+    if rng.random() < 0.25:
         image = tighter_frame(image, landmarks, rng)
-    if resize:
-        image = rescale(image, rng.uniform(0.45, 1.0))
-    if blur:
-        image = gaussian_blur(image, rng.uniform(0.3, 1.0))
-    if light:
-        image = color_jitter(image, 0.15, rng)
+    h = image.shape[0]
+    side = max(1, round(h * 0.3 ** rng.random()))
+    image = cv2.resize(image, (side, side), interpolation=SHRINKING[rng.integers(len(SHRINKING))])
+    if rng.random() < 0.5:
+        image = jpeg_compression(image, int(rng.integers(60, 96)))
+    image = cv2.resize(image, (h, h), interpolation=ENLARGING[rng.integers(len(ENLARGING))])
     return jpeg_compression(image, int(rng.integers(60, 96)))
 
 
@@ -156,8 +164,8 @@ class TrainTransform:
         augment: "paper"; or "field", what detectors of generated images are trained with: a crop of 60 to 100 % of the
             area in every image, resizing, blur and JPEG with probability 0.5 each (Wang et al., CVPR 2020, and those
             after them), no noise; or "wild", what pictures of aligned faces meet on their way, for a trunk that is
-            hardly trained: a tighter frame in 70 %, resizing, blur and light in some, JPEG in all; or "none": neither a
-            corruption nor a mirror.
+            hardly trained: fewer pixels and JPEG in all, a tighter frame in a quarter; or "none": neither a corruption
+            nor a mirror.
         mask_style: in which the masks of a crop are drawn again.
     """
 

@@ -123,7 +123,9 @@ def test_of_aligned_images(aligned, detector, tmp_path):  # noqa: F811
     assert original.face.framing == "aligned"
     assert original.probability == pytest.approx(expected["00.jpg"][0]["probability"], abs=0.02)
     refused = detector_of_others(copy)
-    assert not refused.faces and refused.reason.startswith("is aligned 0.6, JPEG 60-90, 160x160, and the training")
+    assert not refused.faces and refused.reason.startswith(
+        "is aligned 0.6 on grey, JPEG 60-90, 160x160, and the training"
+    )
 
 
 def test_verdicts_by_one_rate_alone_and_pictures_without_a_face(trained, pictures, detector):

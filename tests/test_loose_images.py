@@ -426,7 +426,7 @@ def aligned(made_once):
 def test_loose_pictures_are_aligned_for_a_model_of_aligned_images(aligned, finder, tmp_path):
     """Originals and their prepared copies have the score that they have by way of the features."""
     model, checkpoint = load_checkpoint(aligned / "model/best_model.pth")
-    assert checkpoint["framing"]["treatment"] == "aligned 0.6, JPEG 60-90, 160x160"
+    assert checkpoint["framing"]["treatment"] == "aligned 0.6 on grey, JPEG 60-90, 160x160"
     expected = {}
     for split in ("train", "val", "test"):
         dataset = FaceDataset(
@@ -502,7 +502,7 @@ def test_what_was_treated_otherwise_than_the_training_images_has_no_score(aligne
     )
     assert (
         rows_of(done.stdout)[0]["reason"]
-        == "is aligned 0.6, JPEG 60-90, 160x160, and the training images are not; take the original"
+        == "is aligned 0.6 on grey, JPEG 60-90, 160x160, and the training images are not; take the original"
     )
 
 
@@ -521,10 +521,10 @@ def test_images_that_were_not_treated_alike_are_named_and_not_trained_on(aligned
     options = ("--data_root", "data", "--output_dir", "features", "--img_size", 112, "--patch_size", 28)
     done = run_script("feature_extraction.py", *options, cwd=tmp_path)
     assert (
-        "WARNING: preprocess.py treated images differently: real/Photos: aligned 0.6, JPEG 60-90, 160x160; fake/Gan:"
-        " resized alone" in done.stdout
+        "WARNING: preprocess.py treated images differently: real/Photos: aligned 0.6 on grey, JPEG 60-90, 160x160;"
+        " fake/Gan: resized alone" in done.stdout
     )
     refused = run_script(
         "train.py", *"--features features --patch_size 28 --embed_dim 24 --depth 1".split(), cwd=tmp_path, expect=1
     )
-    assert "not treated alike (resized alone; aligned 0.6, JPEG 60-90, 160x160)" in error_line(refused)
+    assert "not treated alike (resized alone; aligned 0.6 on grey, JPEG 60-90, 160x160)" in error_line(refused)

@@ -33,7 +33,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from drawing.render import draw_face
-from faces.alignment import CORNERS, align_face, alignment_square, cut_aligned, find_landmarks
+from faces.alignment import CORNERS, GREY, align_face, alignment_square, cut_aligned, find_landmarks
 from faces.finder import FaceFinder, find_face, finder_files
 from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, VIDEO, list_images, load_noted, load_rgb
 from faces.prepared import plan_names
@@ -644,8 +644,11 @@ def test_a_treatment_says_which_options_it_was():
     ):
         args = get_args_parser().parse_args(["--directory", "D", *options])
         again = parse_treatment(treatment_of(args))
-        assert vars(again).items() <= vars(args).items() and treatment_of(again) == treatment_of(args)
+        assert vars(again).items() <= (vars(args) | {"reflected": not args.align}).items()
+        assert treatment_of(again) == treatment_of(args)
     assert treatment_of(get_args_parser().parse_args(["--directory", "D"])) == ""
+    earlier = parse_treatment("aligned 0.6, JPEG 75-95, 224x224")
+    assert earlier.reflected and treatment_of(earlier) == "aligned 0.6, JPEG 75-95, 224x224"
 
 
 @pytest.mark.slow
@@ -671,13 +674,13 @@ def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     assert rejections(tmp_path / "O_rejected")["close.jpg"].startswith(f"{BEYOND}: {filled['close']:.1%}")
     assert not (tmp_path / "O/close.png").exists()
     with Image.open(tmp_path / "O/whole.png") as image:
-        assert (image.size, image.mode, image.info[TREATMENT]) == ((96, 96), "RGB", "aligned 1, 96x96")
+        assert (image.size, image.mode, image.info[TREATMENT]) == ((96, 96), "RGB", "aligned 1 on grey, 96x96")
     assert "2 written, 0 unchanged, 1 rejected" in run_script(*command, cwd=tmp_path).stdout
     before = contents(tmp_path / "O")
     again = run_script(*command, cwd=tmp_path).stdout
     assert "0 written, 2 unchanged, 1 rejected" in again and "1 crops reach over the border" in again
     refused = run_script(*command[:-6], "--align", 0.6, cwd=tmp_path, expect=1)
-    assert "holds images that are aligned 1, 96x96; name another --output_dir" in error_line(refused)
+    assert "holds images that are aligned 1 on grey, 96x96; name another --output_dir" in error_line(refused)
     assert "--target_height and --target_width have to be equal" in error_line(
         run_script(*command, "--target_width", 100, cwd=tmp_path, expect=1)
     )
@@ -693,7 +696,7 @@ def test_what_cannot_be_aligned_is_named_and_counted(tmp_path):
     assert "enlarged" not in done.stdout and not (tmp_path / "P_rejected").exists()
 
 
-def test_the_border_is_filled_by_reflection():
+def test_the_border_is_filled_with_grey():
     """And what is filled is told to a thousandth."""
     whole = drawn_in(700, 1, 0, (0, 0), 0)
     landmarks, way = find_landmarks(whole, finder())
@@ -705,7 +708,9 @@ def test_the_border_is_filled_by_reflection():
     filled = cut_aligned(rest, landmarks - [cut, 0], way, 200, 0.6)
     assert filled.info[FILLED] == pytest.approx((cut - left) / (right - left), abs=0.02)
     a, b = (np.asarray(image, float)[20:-20] for image in (crop, filled))
-    assert np.abs(a[:, 60:] - b[:, 60:]).mean() < 0.5 and np.abs(b[:, 10:48] - b[:, 89:51:-1]).mean() < 12
+    assert np.abs(a[:, 60:] - b[:, 60:]).mean() < 0.5 and np.abs(b[:, 2:40] - GREY).max() <= 1
+    mirrored = np.asarray(cut_aligned(rest, landmarks - [cut, 0], way, 200, 0.6, on_grey=False), float)[20:-20]
+    assert np.abs(mirrored[:, 10:48] - mirrored[:, 89:51:-1]).mean() < 12, "as earlier versions filled it"
     np.testing.assert_allclose(filled.info[LANDMARKS], crop.info[LANDMARKS], atol=0.02)
 
 
@@ -791,8 +796,8 @@ def test_only_originals_are_aligned_and_none_in_place(tmp_path):
         "preprocess.py", "--directory", "aligned", "--output_dir", "twice", *align, cwd=tmp_path, expect=1
     )
     assert (
-        "a.png: is aligned 0.6, JPEG 80, 224x224 already; take the originals for aligned 0.6, JPEG 80, 224x224"
-        in error_line(again)
+        "a.png: is aligned 0.6 on grey, JPEG 80, 224x224 already; take the originals for aligned 0.6 on grey, JPEG 80,"
+        " 224x224" in error_line(again)
     )
     again = run_script(
         "preprocess.py", "--directory", "squashed", "--output_dir", "again", "--align", cwd=tmp_path, expect=1

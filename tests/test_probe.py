@@ -83,19 +83,36 @@ def test_a_data_set_that_is_left_out_was_not_seen():
 
 @pytest.mark.parametrize("by_source", [True, False])
 def test_views_and_unlike_sizes_weigh_as_they_should(by_source):
-    """Against the plain formula on all samples at once, each with its weight."""
+    """Against the plain formula on all images at once, each with its weight."""
     features, labels, sources = drawn(sets=6, width=12)
-    some = np.random.default_rng(0).random(len(sources)) < np.array([1, 1, 0.5, 0.5, 0.2, 0.8])[sources]
-    features, labels, sources = features[:, some], labels[some], sources[some]
-    views = np.concatenate([features, features + 0.1])
-    (ours,) = Known(views, labels, sources, by_source).fit([0.3])
-    weights = np.tile(balance(labels, sources if by_source else None), 2).astype(float)
-    samples, of_class = views.reshape(-1, 12).astype(float), np.tile(labels, 2)
+    rng = np.random.default_rng(0)
+    some = rng.random(len(sources)) < np.array([1, 1, 0.5, 0.5, 0.2, 0.8])[sources]
+    images, labels, sources = features[0, some], labels[some], sources[some]
+    views = [images + rng.normal(0.3, scale, images.shape).astype(np.float32) for scale in (0.5, 1.5)]
+    (ours,) = Known(np.stack([images, *views]), labels, sources, by_source).fit([0.3])
+    weights = balance(labels, sources if by_source else None).astype(float)
     weights /= weights.sum()
-    means = [np.average(samples[of_class == label], axis=0, weights=weights[of_class == label]) for label in (0, 1)]
-    deviation = np.sqrt(np.average((samples - weights @ samples) ** 2, axis=0, weights=weights))
-    inside = (samples - np.stack(means)[of_class]) / deviation
-    covariance = (inside * weights[:, None]).T @ inside + 0.3 * np.eye(12)
-    expected = np.linalg.solve(covariance, (means[1] - means[0]) / deviation) / deviation
+    means = np.stack(
+        [np.average(images[labels == label], axis=0, weights=weights[labels == label]) for label in (0, 1)]
+    )
+    inside = images - means[labels]
+    covariance = (inside * weights[:, None]).T @ inside
+    for view in views:
+        covariance += ((view - images) * weights[:, None]).T @ (view - images) / 2
+    apart = means[1] - means[0]
+    deviation = np.sqrt(covariance.diagonal() + (apart / 2) ** 2)
+    scaled = covariance / np.outer(deviation, deviation) + 0.3 * np.eye(12)
+    expected = np.linalg.solve(scaled, apart / deviation) / deviation
     np.testing.assert_allclose(ours.weight, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(ours.bias, -expected @ (means[0] + means[1]) / 2, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ours.bias, -expected @ means.mean(axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_what_views_change_does_not_count():
+    """Dimension 0 tells the classes best, and changes from view to view; dimension 1 tells them less, and stays."""
+    rng = np.random.default_rng(2)
+    labels = np.arange(2000) % 2
+    images = rng.normal(0, 1, (2000, 2)) + (2 * labels - 1)[:, None] * [2, 1]
+    change = np.stack([rng.normal(0, 20, 2000), np.zeros(2000)], axis=1)
+    seen = np.stack([images, images + change]).astype(np.float32)
+    without, with_views = (Known(seen[:count], labels, labels, False).fit([0.0])[0].weight for count in (1, 2))
+    assert without[0] > 1.5 * without[1] and abs(with_views[0]) < 0.05 * with_views[1]

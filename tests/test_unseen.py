@@ -346,7 +346,8 @@ def test_from_files_to_tables(tmp_path, calls, monkeypatch, capsys):
         ) == {1.0}
         assert set(perfect["alarms"][sets[0]]["0.01"]) == {0.0} and perfect["log_loss"][0] < 0.3
         gains = summary["differences"][kind]
-        alone = ["LAMM-ViT, head alone - probe", "LAMM-ViT, head alone - probe, last class token"]
+        head, plain = "LAMM-ViT, head alone", "plain ViT, head alone"
+        alone = [f"{head} - {plain}", f"{head} - probe, last class token", f"{plain} - probe"]
         assert list(gains) == ["LAMM-ViT - plain ViT", "LAMM-ViT - probe", *alone]
         for pair, gain in gains.items():
             first, second = (np.mean(of["detectors"][name]["auc"]) for name in pair.split(" - "))
@@ -405,8 +406,8 @@ def test_what_it_refuses(tmp_path, calls):
         (("--folds", tmp_path / "none.json"), "No such file"),
         (("--data_root", tmp_path / "one"), "no data set fake/Gan2"),
         (
-            ("--init_from", "", "--tune", "all", "--head", "random"),
-            "probe, last class token, probe, LAMM-ViT, head alone: a probe of a trunk",
+            ("--init_from", "", "--tune", "all", "--head", "random", "--probe_views", 0),
+            "probe, last class token, probe, plain ViT, head alone, LAMM-ViT, head alone: a probe of a trunk",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -394,7 +394,9 @@ def test_one_command_makes_them_and_goes_on_where_it_was_stopped(datasets, tmp_p
     assert "goes on from" in done.stdout and f"{weights}: " in done.stdout
     shutil.copy(trunk, weights.parent)
     model, checkpoint = load_checkpoint(weights)
-    assert checkpoint["framing"]["treatment"] == "aligned 1, JPEG 75-95, 112x112" and model.config.img_size == 112
+    assert (
+        checkpoint["framing"]["treatment"] == "aligned 1 on grey, JPEG 75-95, 112x112" and model.config.img_size == 112
+    )
     assert checkpoint["datasets"] == ["real/Consistent", "fake/IrisMismatch", "fake/OffAxisMouth"]
 
 

@@ -115,8 +115,8 @@ def add_start(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="K",
-        help="for --head probe: each training image also K times as training would see it, in other light, size and"
-        " sharpness (default: 0, as it is alone)",
+        help="for --head probe: each training image also K times as --augment changes it, so that the probe does not go"
+        " by what is changed (default: 0)",
     )
     option(
         "--tune",
@@ -185,8 +185,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         default="paper",
         choices=("paper", "field", "wild", "none"),
         help="paper: noise, JPEG and blur in a tenth of the images each; field: a crop in all, and resizing, blur and"
-        " JPEG in half of them; wild: for aligned faces, tighter frames with the rest reflected, resizing, blur, light"
-        " and JPEG, all mildly; each with a mirror in half of the images; or none of all that (default: paper)",
+        " JPEG in half of them; wild: for aligned faces, fewer pixels and JPEG in all,"
+        " tighter frames in a quarter; each with a mirror in half of the images; or none of all that (default: paper)",
     )
     option("--label_smoothing", type=float, default=0.0, help="of the cross entropy (default: 0)")
     option(

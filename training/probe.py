@@ -6,6 +6,9 @@ trunk apart before it is of use itself.
 Fisher's discriminant and not a logistic regression. Both separate the known sources alike. What the discriminant gets
 wrong of unknown ones is less (docs/results.md): it distrusts each direction in which the data sets of one class differ,
 while a regression is free to use it as long as the known images are separated.
+
+Views of an image, smaller, cut tighter, compressed once more, are of its class and its face. The directions in which
+they differ from it are distrusted, too: else a collection of small pictures would be one of fakes.
 """
 
 from collections.abc import Sequence
@@ -59,21 +62,21 @@ class Probe(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What a discriminant has to know of samples of one class. Those of several data sets add up."""
+    """What a discriminant has to know of images of one class. Those of several data sets add up."""
 
     weight: float
-    total: np.ndarray  # (D,) float64, the weighted sum of the samples
-    products: np.ndarray  # (D, D) float64, that of their outer products
+    total: np.ndarray  # (D,) float64, the weighted sum of the features
+    products: np.ndarray  # (D, D) float64, that of their outer products, and of those of what views change
 
     def plus(self, other: "Moments", sign: int = 1) -> "Moments":
         return Moments(*(mine + sign * theirs for mine, theirs in zip(self, other)))
 
 
 class Known:
-    """What a probe may learn from: samples in data sets, each of which may be left out.
+    """What a probe may learn from: images in data sets, each of which may be left out.
 
     Args:
-        features: (V, N, D) float32, V views of each image, as it is first.
+        features: (V, N, D) float32, each image as it is, then in V - 1 views.
         labels, sources: (N,) the class of each image, and the number of its data set, which is of one class.
         by_source: whether the data sets of a class weigh the same; else all images do.
     """
@@ -85,10 +88,14 @@ class Known:
         self._whole = self._add(*self.of_classes)
 
     def _moments(self, source: int) -> Moments:
-        samples = (self.features[:, self.sources == source] - self.centre).reshape(-1, len(self.centre))
-        weight = 1 / len(samples) if self.by_source else 1.0
-        total = samples.sum(axis=0, dtype=np.float64)
-        return Moments(weight * len(samples), weight * total, weight * (samples.T @ samples).astype(np.float64))
+        first, *views = self.features[:, self.sources == source]
+        images = first - self.centre
+        products = (images.T @ images).astype(np.float64)
+        for view in views:
+            change = view - first
+            products += (change.T @ change) / np.float64(len(views))
+        weight = 1 / len(images) if self.by_source else 1.0
+        return Moments(weight * len(images), weight * images.sum(axis=0, dtype=np.float64), weight * products)
 
     def _add(self, real: Sequence[int], fake: Sequence[int]) -> list[Moments]:
         """Of each class the moments of these data sets, which are read one after another."""
@@ -111,11 +118,11 @@ class Known:
 def discriminant(real: Moments, fake: Moments, centre: np.ndarray, shrinkage: float) -> Probe:
     """Fisher's linear discriminant of two classes that are as likely.
 
-    The log odds of two normal distributions with one covariance, that inside of the classes. With data sets that weigh
-    alike, it holds how their means differ.
+    The log odds of two normal distributions with one covariance, that inside of the classes and of what views change.
+    With data sets that weigh alike, it holds how their means differ.
 
     Args:
-        centre: (D,) what was taken off the samples before their moments.
+        centre: (D,) what was taken off the features before their moments.
         shrinkage: added to the variances of the features, when these have deviation 1 over both classes.
     """
     means = [of_class.total / of_class.weight for of_class in (real, fake)]
@@ -168,8 +175,7 @@ def left_out(known: Known, shrinkage: float) -> dict[int, np.ndarray]:
 
 
 def probe_head(run: Run) -> None:
-    """Gives the head the weights of a discriminant of the training images, as they are and --probe_views times
-    as training would see them.
+    """Gives the head the weights of a discriminant of the training images, which have --probe_views views.
 
     All processes read a part of the images, the first one computes the probe.
     """

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.comparison.folds import TRAIN, VAL, Fold, Stock
 from benchmarks.comparison.frozen import (
-    HEAD_ALONE,
+    HEADS,
     PROBES,
     fit_probe,
     probe_inputs,
@@ -111,8 +111,8 @@ def score_linear_models(
     frozen = functools.cache(lambda: read_frozen(args, stock, train_args))  # once for both probes of the trunk alone
 
     def inputs_of(name: str) -> np.ndarray:
-        if name == HEAD_ALONE:
-            return read_head_inputs(args, stock, train_args)
+        if name in HEADS:
+            return read_head_inputs(args, stock, train_args, HEADS[name])
         return probe_inputs(name, frozen(), train_args) if name in PROBES else shortcut_inputs(stock, name)
 
     inputs, read = np.empty(0), ""
@@ -122,7 +122,7 @@ def score_linear_models(
             inputs, read = inputs_of(name), name
         others = {}
         if name in PROBES:
-            log_odds, others = fit_probe(stock, fold, inputs, for_others=name == HEAD_ALONE)
+            log_odds, others = fit_probe(stock, fold, inputs, for_others=name in HEADS)
         else:
             inside = stock.known(fold, TRAIN)
             log_odds = linear_model().fit(inputs[inside], stock.labels[inside]).decision_function(inputs)

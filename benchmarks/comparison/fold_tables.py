@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.comparison.detectors import MASKED, folder_of, others_of
 from benchmarks.comparison.folds import Fold, Stock
-from benchmarks.comparison.frozen import HEAD_ALONE, LAST_CLASS_TOKEN, PROBE
+from benchmarks.comparison.frozen import HEAD_ALONE, LAST_CLASS_TOKEN, PLAIN_HEAD, PROBE
 from benchmarks.comparison.judge import Judged, difference, judge, mean_of_folds, pair_auc, paired
 from benchmarks.comparison.tables import images_table, section
 from evaluation.intervals import AucDifference
@@ -22,8 +22,9 @@ PLAIN = "plain ViT"
 CONTESTS = (
     (MASKED, PLAIN),
     (MASKED, PROBE),
-    (HEAD_ALONE, PROBE),
+    (HEAD_ALONE, PLAIN_HEAD),
     (HEAD_ALONE, LAST_CLASS_TOKEN),
+    (PLAIN_HEAD, PROBE),
 )  # whose differences are tested
 
 

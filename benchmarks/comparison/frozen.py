@@ -9,7 +9,7 @@ head of a model reads them. Of the two probes one is UniversalFakeDetect's recip
 
 import argparse
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.comparison.folds import TRAIN, VAL, Fold, Stock
+from benchmarks.comparison.variants import VARIANTS
 from evaluation.scoring import predict
 from model import LAMMViT
 from runtime.devices import pick_device, pick_precision
@@ -29,9 +30,11 @@ from training.probe import Known, choose_shrinkage, left_out, read_features
 from training.setup import build_model, config_of
 
 LAST_CLASS_TOKEN, PROBE = "probe, last class token", "probe"
-# LAMM-ViT as train.py --tune head --epochs 0 makes it: what ships. Its operating points are of data sets left out
-HEAD_ALONE = "LAMM-ViT, head alone"
-PROBES = (LAST_CLASS_TOKEN, PROBE, HEAD_ALONE)
+# As train.py --tune head --epochs 0 makes them, with --probe_views; the first is what ships. Their operating points are
+# of data sets left out
+HEAD_ALONE, PLAIN_HEAD = "LAMM-ViT, head alone", "plain ViT, head alone"
+HEADS = {HEAD_ALONE: VARIANTS["LAMM-ViT"], PLAIN_HEAD: VARIANTS["plain ViT"]}
+PROBES = (LAST_CLASS_TOKEN, PROBE, PLAIN_HEAD, HEAD_ALONE)
 
 
 def build_trunk(train_args: argparse.Namespace, img_size: int) -> tuple[LAMMViT, str]:
@@ -73,10 +76,13 @@ def read_frozen(
     return read[:, :, 0], read[:, :, 1]
 
 
-def read_head_inputs(args: argparse.Namespace, stock: Stock, train_args: argparse.Namespace) -> np.ndarray:
-    """What the head of the untrained LAMM-ViT of these options reads of all images, as they are and in --probe_views:
-    (V, N, D) float16."""
+def read_head_inputs(
+    args: argparse.Namespace, stock: Stock, train_args: argparse.Namespace, without: Sequence[str]
+) -> np.ndarray:
+    """What the head of the untrained model of these options, without some parts, reads of all images, as they are and
+    in --probe_views: (V, N, D) float16."""
     trunk = read_trunk(train_args.init_from)
+    train_args = argparse.Namespace(**vars(train_args) | {"without": sorted({*train_args.without, *without})})
     model = build_model(train_args, stock.img_size, trunk).eval()
     start = train_args.start, str(train_args.gates), train_args.seed, train_args.mask_style
     digest = trunk.digest(train_args.depth), *start
