@@ -2,7 +2,7 @@
 
 probes             frozen.py's, on what a frozen trunk says of the images
 trained models     train.py's, on the data sets that a fold leaves: LAMM-ViT, the plain ViT, variants of them
-shortcuts          probes.py's linear models on the mean spectrum and on a thumbnail
+shortcuts          probes.py's linear models on the mean spectrum, a thumbnail, and how much of a crop was filled
 others             somebody else's scores, from a CSV file
 """
 
@@ -45,7 +45,9 @@ from runtime.devices import pick_device
 
 DETECTORS = (*PROBES, *VARIANTS)
 MASKED = "LAMM-ViT"  # of which it is asked whether the masks count
-SHORTCUTS = {f"shortcut, {name}": LINEAR_MODELS[name] for name in ("spectrum", "thumbnail")}
+OF_IMAGES = {f"shortcut, {name}": LINEAR_MODELS[name] for name in ("spectrum", "thumbnail")}
+FILLED_SHARE = "shortcut, filled share"
+SHORTCUTS = (*OF_IMAGES, FILLED_SHARE)
 FORWARD_SHARE = 0.4  # of a training step's time, where parts are trained: for the forecast alone
 START_SECONDS = 10  # of a process that trains, likewise
 
@@ -132,9 +134,12 @@ def score_linear_models(
 def shortcut_inputs(stock: Stock, name: str) -> np.ndarray:
     """(N, D) of one of SHORTCUTS, of all images."""
     dataset, parts = stock.dataset(), []
+    if name == FILLED_SHARE:
+        filled = dataset.column("filled")
+        return np.stack([filled, filled**2], axis=1)
     for start in range(0, len(dataset), 256):  # spectra take a few hundred times an image's memory
         images = dataset.read(np.arange(start, min(start + 256, len(dataset))))["image"]
-        parts.append(SHORTCUTS[name](images.transpose(0, 2, 3, 1), []))
+        parts.append(OF_IMAGES[name](images.transpose(0, 2, 3, 1), []))
     return np.concatenate(parts)
 
 
