@@ -7,21 +7,18 @@ there as soon as it was scored.
 """
 
 import contextlib
-import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from fastapi import FastAPI, Request, Response
-from gradio import route_utils
+from fastapi import FastAPI
 
 from evaluation.detector import Judged
 from evaluation.operating import describe_rates, describe_thresholds
-from serving.desk import Desk, Kept, Refused, as_text
+from serving.desk import MOST_FILES, Desk, Kept, Refused, as_text
 from serving.show import (
     show_answer,
     show_examples,
@@ -30,8 +27,8 @@ from serving.show import (
     show_refusal,
     small_picture,
 )
+from serving.uploads import bound_uploads
 
-MOST_FILES = 50  # in one answer
 TITLE = "Photograph, or generated?"
 INTRODUCTION = """# Photograph, or generated?
 Hand in pictures with faces, or a video. Each face gets a verdict, with the probability that it was generated. Pictures
@@ -48,15 +45,6 @@ NARROW = """<style>
 @container (max-width: 90px) { .gradio-container .answer .box i { display: none; } }
 @container (max-width: 30px) { .gradio-container .answer .box b { display: none; } }
 </style>"""
-
-
-class OwnFolder(route_utils.GradioUploadFile):
-    """An upload whose folder no other one has. Gradio names folders by what is in the file: of two people who hand in
-    the same picture, one would lose it when that of the other is removed."""
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.sha = hashlib.sha256(secrets.token_bytes(32))
 
 
 def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], limits: str) -> gr.Blocks:
@@ -214,18 +202,11 @@ def legend_of(desk: Desk) -> str:
     )
 
 
-async def nothing_there(request: Request) -> Response:
-    return Response(status_code=404)
-
-
 def mount_page(app: FastAPI, page: gr.Blocks, desk: Desk) -> FastAPI:
     """The page at / of the app, without fonts or scripts of other hosts."""
-    route_utils.GradioUploadFile = OwnFolder
+    bound_uploads(app, desk)
     system = ("system-ui", "sans-serif")
     theme = gr.themes.Default(primary_hue="blue", font=system, font_mono=("ui-monospace", "monospace"))
-    # Gradio would fetch these for whoever asks
-    for fetched in ("file=http:{rest:path}", "file=https:{rest:path}", "proxy={rest:path}"):
-        app.add_route(f"/gradio_api/{fetched}", nothing_there, methods=["GET", "HEAD"])
     return gr.mount_gradio_app(
         app,
         page,

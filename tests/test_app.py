@@ -198,10 +198,10 @@ def test_a_name_in_any_charset_is_no_error_of_the_server(served, pictures, chars
     assert left_over(served) == []
 
 
-def send_head(served: Served) -> socket.socket:
+def send_head(served: Served, address: str = "/score") -> socket.socket:
     """A connection on which a request has begun, and does not go on."""
     host, port = served.url.removeprefix("http://").split(":")
-    head = f"POST /score HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    head = f"POST {address} HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     connection = socket.create_connection((host, int(port)), timeout=20)
     part = '--x\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n'
     connection.sendall(f"{head}Content-Length: 99999\r\n\r\n{part}".encode())
@@ -403,6 +403,66 @@ def test_what_was_handed_in_is_scored_through_the_queue(served, pictures):
         (path,) = requests.post(f"{served.url}/gradio_api/upload", files=files).json()
         told = ask_queue(served, number, [FORMS[shape](upload_of(path))])
         assert "1 face:" in told and left_over(served) == []
+
+
+def hand_in(served: Served, *contents: bytes, **more: object) -> requests.Response:
+    files = [("files", (f"{i}.png", content)) for i, content in enumerate(contents)]
+    return requests.post(f"{served.url}/gradio_api/upload", files=files, timeout=20, **more)
+
+
+def test_uploads_are_bounded_in_number(served, monkeypatch):
+    refused = hand_in(served, *[b"x"] * 51)
+    assert refused.status_code == 400 and "Maximum number of files is 50" in refused.text
+    refused = hand_in(served, b"x", data={"field": "x"})
+    assert refused.status_code == 400 and "Too many fields" in refused.text and left_over(served) == []
+    assert len(hand_in(served, *[b"x"] * 50).json()) == 50
+    monkeypatch.setattr(desk_module, "MOST_FILES", 12)  # times WAITING and one: 48
+    refused = hand_in(served, b"x")
+    assert refused.status_code == 400 and refused.text.startswith("Too many files are waiting")
+    sweep(served.uploads, -1)
+    assert len(hand_in(served, b"x").json()) == 1, "what is old has gone, and there is room"
+    sweep(served.uploads, -1)
+
+
+def test_uploads_are_bounded_in_bytes(served, pictures, monkeypatch):
+    from serving.page import answer_uploads
+
+    monkeypatch.setattr(desk_module, "STORED_ANSWERS", 5 / 100)  # of 50 files of 2 MB
+    content = (pictures / "one.png").read_bytes().ljust(MEGABYTES * 2**20, b"\0")
+    paths = hand_in(served, content, content).json()
+    before = left_over(served)
+    refused = hand_in(served, content, content)
+    assert refused.status_code == 400 and refused.text.startswith("Too many files are waiting")
+    assert left_over(served) == before, "nor is there a part of what was refused"
+    assert "2 faces:" in answer_uploads(served.desk, served.uploads, [{"path": path} for path in paths])
+    assert len(hand_in(served, content, content).json()) == 2, "what was scored has gone, and there is room"
+    sweep(served.uploads, -1)
+    assert left_over(served) == []
+
+
+@pytest.mark.parametrize("way", ["is silent", "hangs up"])
+def test_of_an_upload_that_breaks_off_nothing_stays(served, monkeypatch, way):
+    from serving import uploads
+
+    monkeypatch.setattr(uploads, "SILENT_SECONDS", 1)
+    with send_head(served, "/gradio_api/upload") as connection:
+        connection.sendall(b"x" * 5000)
+        deadline = time.monotonic() + 10
+        while not left_over(served) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert left_over(served)
+        if way == "is silent":
+            told = connection.recv(999)
+            assert told.startswith(b"HTTP/1.1 400 ") and b"1 seconds without a byte" in told + connection.recv(999)
+    while left_over(served) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert left_over(served) == []
+
+
+@pytest.mark.parametrize("name", ["component_server", "component_server/", "process_recording"])
+def test_no_other_address_takes_files(served, name):
+    answer = requests.post(f"{served.url}/gradio_api/{name}", **form("a.mp4", b"x", "video"))
+    assert answer.status_code == 404
 
 
 def test_no_address_is_fetched(tmp_path):

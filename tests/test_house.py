@@ -45,7 +45,9 @@ evaluation.robustness  evaluation.report  evaluation.pictures
 evaluation.detector
 serving.desk
 serving.show
-serving.score  serving.page
+serving.score
+serving.uploads
+serving.page
 training.options  training.data  training.run
 training.schedule  training.record  training.cache
 training.setup  training.step  training.probe
