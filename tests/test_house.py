@@ -22,7 +22,7 @@ BENCHMARKS = (
 
 # From the ground up. A module may import what stands on a line above its own, nothing beside it and nothing above.
 ORDER = """
-runtime.processes  runtime.files  runtime.devices  evaluation.typeset
+runtime.processes  runtime.files  runtime.devices  runtime.arguments  evaluation.typeset
 attention.layout  attention.textbook  drawing.coordinates  drawing.face
 attention.dropout  attention.kernels  drawing.render  faces.rejection  faces.regions
 attention.blocked  attention.flex  faces.images  faces.finder
