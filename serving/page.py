@@ -17,7 +17,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from evaluation.detector import Judged
-from evaluation.operating import describe_rates, describe_thresholds
+from evaluation.operating import describe_rates, describe_thresholds, why_apart
 from serving.desk import MOST_FILES, Desk, Kept, Refused, as_text
 from serving.show import (
     show_answer,
@@ -187,7 +187,7 @@ def answer_files(desk: Desk, files: Sequence[tuple[Path, str]], progress: Callab
     ]
     token, first, sections = desk.keep(faces), 0, []
     for judged, picture in zip(answers, pictures):
-        sections.append(show_picture(judged, picture, token, first))
+        sections.append(show_picture(judged, picture, token, first, desk.detector.thresholds))
         first += len(judged.faces)
     return show_answer(answers, sections, legend_of(desk))
 
@@ -198,7 +198,7 @@ def legend_of(desk: Desk) -> str:
     calibrated = "calibrated" if desk.detector.checkpoint.get("temperature") else "not calibrated"
     return (
         f"P(fake) is the model's probability that the face was generated, {calibrated}. Verdicts:"
-        f" {describe_thresholds(thresholds)}{between}: {describe_rates(thresholds)}."
+        f" {describe_thresholds(thresholds)}{between}: {describe_rates(thresholds)}. {why_apart(thresholds)}"
     )
 
 

@@ -30,6 +30,7 @@ requests = pytest.importorskip("requests", reason="without requirements-app.txt"
 
 import app  # noqa: E402
 from drawing.render import draw_face  # noqa: E402
+from evaluation.operating import describe_verdict  # noqa: E402
 from serving import desk as desk_module  # noqa: E402
 from serving.desk import Desk, Kept, Refused, sweep  # noqa: E402
 
@@ -302,7 +303,11 @@ def test_two_who_hand_in_the_same_picture_do_not_lose_it(served, pictures):
     assert not Path(paths[0]).exists() and Path(paths[1]).exists()
     second = answer_uploads(served.desk, served.uploads, {"path": paths[1], "orig_name": "group.jpg"})
     assert left_over(served) == []
+    thresholds = served.desk.detector.thresholds
     for answer in (first, second):
+        for found in re.findall(r'<li class="(\w+)">.*?<small>(\w+ .*?);', answer):
+            assert found[1] == describe_verdict(found[0], thresholds), "beside each verdict, its range"
+        assert answer.count("<small>") == 2 and "may seem to disagree" in answer
         assert len(re.findall(r'class="box (?:fake|real|uncertain) ', answer)) == 2 and "data:text/csv" in answer
 
 
