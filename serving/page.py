@@ -7,6 +7,7 @@ there as soon as it was scored.
 """
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ CLICKS = """element.addEventListener('click', event => {
     if (found) trigger('click', {ask: found.dataset.ask});
 });"""
 SCROLL = "() => { document.getElementById('%s').scrollIntoView({behavior: 'smooth', block: 'start'}); }"
+NO_ANSWER = "There is no answer: too many are waiting, or the connection broke off. Try again in a few seconds."
 CSS = Path(__file__).with_name("page.css")
 # What is left of a label over a small face; css= would lose it
 NARROW = """<style>
@@ -60,7 +62,7 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
             with gr.Column():
                 with gr.Tab("Files"):
                     files = gr.File(
-                        label=f"Pictures or a video, up to {desk.megabytes} MB each",
+                        label=f"Up to {MOST_FILES} pictures or videos, {desk.megabytes} MB each",
                         file_count="multiple",
                         file_types=["image", "video"],
                         elem_id="files",
@@ -107,11 +109,24 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
         }
         for event, source in ((files.upload, files), (camera.input, camera)):
             local_only(source, folder)
-            event(score_files, source, [answer, why, source], preprocess=False, **turn).then(None, js=SCROLL % "answer")
-        drawn.click(score_example, None, [answer, why], **turn).then(None, js=SCROLL % "answer")
+            shown = [answer, why, source]
+            follow(event(score_files, source, shown, preprocess=False, **turn), shown)
+        follow(drawn.click(score_example, None, [answer, why], **turn), [answer, why])
         answer.click(explain, None, why, **turn | {"show_progress_on": why}).then(None, js=SCROLL % "why")
     page.has_launched = True  # Gradio's own check of paths does nothing before; a mounted page is never launched
     return page.queue(max_size=desk.places)
+
+
+def follow(asked: Any, shown: list[gr.components.Component]) -> None:
+    """What follows in the browser: the answer comes into sight, or a sentence in its place. Nothing of this goes to the
+    queue, which may be full.
+
+    Args:
+        shown: the answer, why, and the files where they are cleared.
+    """
+    values = f"[{json.dumps(show_refusal(NO_ANSWER))}, '', null].slice(0, {len(shown)})"
+    asked.failure(None, None, shown, js=f"() => {values}")
+    asked.then(None, js=SCROLL % "answer")
 
 
 def is_upload(path: Any, folder: Path) -> bool:

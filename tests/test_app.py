@@ -404,7 +404,7 @@ def test_a_name_that_is_no_text_is_no_error_of_the_page(served, pictures, name):
 
 def test_what_was_handed_in_is_scored_through_the_queue(served, pictures):
     files = {"files": ("one.png", (pictures / "one.png").read_bytes())}
-    for number, shape in ((0, "list"), (2, "single")):  # the files, the camera
+    for number, shape in ((0, "list"), (3, "single")):  # the files, the camera
         (path,) = requests.post(f"{served.url}/gradio_api/upload", files=files).json()
         told = ask_queue(served, number, [FORMS[shape](upload_of(path))])
         assert "1 face:" in told and left_over(served) == []
@@ -617,3 +617,43 @@ def test_in_a_browser(served, pictures, tmp_path, scheme, width):
         browser.close()
     assert [url for url in foreign if not url.startswith((served.url, "data:", "blob:"))] == []
     assert left_over(served) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="without Debian's chromium")
+def test_a_full_queue_in_a_browser(served, pictures):
+    """Who comes too many reads so, where the answer would be, and has the box for files free again."""
+    api = pytest.importorskip("playwright.sync_api", reason="without requirements-app.txt")
+    go_on = threading.Event()
+    busy = threading.Thread(target=served.desk.run, args=(go_on.wait,))
+    box = "#files input[type=file]"
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        waiting, refused = [browser.new_context().new_page() for _ in range(2)]
+        for page in (waiting, refused):
+            page.set_default_timeout(60000)
+            page.goto(served.url)
+            page.wait_for_selector(box, state="attached")
+        busy.start()
+        try:
+            waiting.set_input_files(box, str(pictures / "one.png"))
+            waiting.wait_for_selector("#answer .progress-text:has-text('processing')")
+            progress, limits = (waiting.locator(name).bounding_box() for name in ("#answer .progress-text", "#limits"))
+            assert progress["y"] + progress["height"] <= limits["y"], "it does not stand over other text"
+            for _ in range(WAITING):
+                body = {"fn_index": 0, "session_hash": secrets.token_hex(8), "data": [[]]}
+                assert requests.post(f"{served.url}/gradio_api/queue/join", json=body, timeout=20).status_code == 200
+            refused.set_input_files(box, str(pictures / "one.png"))
+            refused.wait_for_selector("#answer .refused:has-text('Try again in a few seconds.')")
+            assert not refused.locator("#answer .error").is_visible()
+            refused.wait_for_selector("#files button:has-text('Upload')")
+            refused.locator("#examples button").first.click()
+            refused.wait_for_selector("#answer .refused:has-text('Try again in a few seconds.')")
+        finally:
+            go_on.set()
+            busy.join()
+        waiting.wait_for_selector("#answer .summary")
+        refused.set_input_files(box, str(pictures / "group.jpg"))
+        refused.wait_for_selector("#answer .summary")
+        browser.close()
+    sweep(served.uploads, -1)  # the picture of whom no answer was given
