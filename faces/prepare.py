@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from faces.images import ENLARGED, FILLED, frame_name, is_video, load_rgb, video_of
+from faces.images import ENLARGED, FILLED, TREATMENT, frame_name, is_video, load_rgb, video_of
 from faces.originals import find_original, is_made, keep_original
 from faces.prepared import filled_of, is_prepared, write_png
 from faces.rejection import Rejected
@@ -49,7 +49,8 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
         image = load_rgb(source)  # in full, a prepared one too: its end may be missing
         prepared = is_prepared(source, size) and not treatment_of(args)
         kept = None if prepared else find_original(source, image)  # better than what was made of it
-        lost = not prepared and not kept and is_made(source, image)
+        # Treated, it was made for an output folder, and its original was never kept beside it
+        lost = not prepared and not kept and not image.info[TREATMENT] and is_made(source, image)
         if lost and in_place and not args.discard_originals:
             return Outcome(source, "unchanged", WITHOUT_ORIGINAL)  # once it is replaced, the original would not fit it
         original, image = kept or (source, image)

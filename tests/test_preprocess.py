@@ -992,3 +992,15 @@ def test_where_an_original_is_not_found_it_is_said_and_nothing_is_lost(tmp_path)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "E/a.png")), np.asarray(original))
     done = run_script("preprocess.py", "--directory", "F", "--discard_originals", *small, cwd=tmp_path)
     assert "3 written" in done.stdout and "WARNING" not in done.stdout
+
+
+def test_what_was_made_for_another_folder_is_no_image_without_its_original(tmp_path):
+    """Aligned or recompressed, it was never made in place: its original was never kept beside it."""
+    (tmp_path / "D").mkdir()
+    picture(600, 500, 1).save(tmp_path / "D/a.jpg")
+    run_script("preprocess.py", "--directory", "D", "--output_dir", "O", "--recompress", 80, cwd=tmp_path)
+    made = (tmp_path / "O/a.png").read_bytes()
+    small = ("--target_height", 96, "--target_width", 96)
+    done = run_script("preprocess.py", "--directory", "O", *small, cwd=tmp_path)
+    assert "1 written" in done.stdout and "WARNING" not in done.stdout
+    assert kept_in(tmp_path / "O_originals") == {"a.png": made}
