@@ -170,7 +170,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--hub",
-        type=Path,
+        type=str,  # of Path, an empty one would be the current folder
         metavar="FOLDER",
         help="instead of these two, write a folder for the Hub: weights, settings, a card (default: none)",
     )
@@ -219,30 +219,30 @@ def write_for_hub(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
     Raises:
         ValueError: it is not; there is a file of this name.
     """
-    target = args.hub
+    if not args.hub:
+        raise ValueError("--hub is empty; name a folder")
+    target = Path(args.hub)
     if target.exists() and not target.is_dir():
         raise ValueError(f"--hub {target}: is a file; name a folder")
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".export.") as folder:
-        write_folder(checkpoint, Path(folder), card_beside(args.checkpoint))
-        again = model_of(read_folder(Path(folder)) | {"trunk": checkpoint.get("trunk")}, weights_in(args.checkpoint))
+
+    def check(folder: Path) -> None:
+        again = model_of(read_folder(folder) | {"trunk": checkpoint.get("trunk")}, weights_in(args.checkpoint))
         state = again.state_dict()
         if not all(torch.equal(values, state[name]) for name, values in model.state_dict().items()):
             raise ValueError(f"{target}: differs from {args.checkpoint}; not written")
-        has_card = (target / FILES[-1]).exists()
-        for name in FILES[: -1 if has_card else None]:
-            os.replace(Path(folder, name), target / name)
+
+    has_card = write_folder(checkpoint, target, card_beside(args.checkpoint), check)
     size = weights_in(target).stat().st_size / 1e6
     print(f"{target}: {', '.join(FILES)}; {size:.1f} MB" + (f"; the {FILES[-1]} that was there stays" * has_card))
     tell_trunk(checkpoint, "in that folder")
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.weights or args.hub:
-        if args.output_dir or (args.weights and args.hub):
+    if args.weights or args.hub is not None:
+        if args.output_dir or (args.weights and args.hub is not None):
             raise ValueError("--output_dir is for model.onnx and model.pt2; --weights names its file, --hub its folder")
         args.checkpoint = choose_checkpoint(args.checkpoint)
-        (write_for_hub if args.hub else write_shipped)(*load_checkpoint(args.checkpoint), args)
+        (write_shipped if args.weights else write_for_hub)(*load_checkpoint(args.checkpoint), args)
         return
     if lacking := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ValueError(f"{' and '.join(lacking)} not installed; pip install {' '.join(PACKAGES)}")

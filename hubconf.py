@@ -59,7 +59,9 @@ def lamm_vit(pretrained: bool = True, checkpoint: str | None = None, device: str
     named = weights.SHIPPED if weights.SHIPPED.exists() else None
     if checkpoint is not None:
         named = pathlib.Path(checkpoint)
-    return _ours("runtime.checkpoint").load_model(weights.choose_checkpoint(named), device)[0]
+    with _ours("runtime.arguments").naming_arguments():
+        named = weights.choose_checkpoint(named)
+    return _ours("runtime.checkpoint").load_model(named, device)[0]
 
 
 def detector(checkpoint: str | None = None, **options):

@@ -43,8 +43,8 @@ from faces.images import (
     list_images,
     video_of,
 )
-from faces.originals import check_originals, is_alone, kept_by_stem, originals_folder
-from faces.prepare import Outcome, prepare_file
+from faces.originals import check_links, check_originals, is_alone, kept_by_stem, originals_folder
+from faces.prepare import WITHOUT_ORIGINAL, Outcome, prepare_file
 from faces.prepared import plan_outputs
 from faces.rejection import BEYOND, NO_FACE, REJECTED_LIST, REJECTED_SUFFIX, is_set_aside, read_reasons, write_reasons
 from faces.treatment import ALIGNED_CROP, treatment_of
@@ -144,15 +144,17 @@ def check_options(args: argparse.Namespace, directory: Path) -> None:
 
 def plan_work(
     args: argparse.Namespace, directory: Path, locks: contextlib.ExitStack
-) -> tuple[list[tuple[Path, Path]], list[Path], Callable[[], None]]:
-    """Each image with the name of what is made of it, the files that are no images by their names, and what to call
-    when the work is done."""
+) -> tuple[list[tuple[Path, Path]], list[Path], list[Outcome], Callable[[], None]]:
+    """Each image with the name of what is made of it, the files that are no images by their names, the links that are
+    no images of their own, and what to call when the work is done."""
     check_options(args, directory)
     output = args.output_dir.resolve() if args.output_dir is not None else directory
     images, others = list_files(directory)
     videos = [path for path in others if is_video(path)] if args.output_dir is not None else []
     if not images and not videos:
         sys.exit(f"{args.directory}: no images in it ({', '.join(IMAGE_EXTENSIONS)})")
+    links = check_links(directory, images) if args.output_dir is None else {}
+    images = [image for image in images if image not in links]
     finish = claim_output(output, directory, args) if args.output_dir is not None else lambda: None
     locks.enter_context(lock(output))
     work = [(image, output / name) for image, name in plan_outputs(directory, images).items()]
@@ -166,7 +168,11 @@ def plan_work(
             f"WARNING: {len(orphans)} images in {output} are of files that are no longer in {directory}; remove them:"
             f" {orphans[0]} ..."
         )
-    return work, others, finish
+    of_links = [
+        Outcome(link, "rejected", f"is a link to {real.relative_to(directory)}, which is used itself")
+        for link, real in links.items()
+    ]
+    return work, others, of_links, finish
 
 
 def set_aside(
@@ -201,15 +207,15 @@ def set_aside(
 
 
 def report(
-    results: list[tuple[Counter, list[Outcome], list[float]]],
+    results: list[tuple[Counter, list[Outcome], list[float], list[Path]]],
     others: list[Path],
     directory: Path,
     args: argparse.Namespace,
 ) -> None:
     """Sets the rejected files of all processes aside, and prints what came of the run."""
     counts = sum((counts for counts, *_ in results), Counter())
-    rejected = sorted(outcome for _, outcomes, _ in results for outcome in outcomes)
-    filled = [share for *_, shares in results for share in shares]
+    rejected = sorted(outcome for _, outcomes, *_ in results for outcome in outcomes)
+    filled = [share for *_, shares, _ in results for share in shares]
     in_place = args.output_dir is None
     output = directory if in_place else args.output_dir.resolve()
     rejected_folder = output.with_name(output.name + REJECTED_SUFFIX)
@@ -242,6 +248,13 @@ def report(
             f"WARNING: {counts[ENLARGED]} of the {counts['written']} written were enlarged, their crops have fewer"
             f" pixels than {args.target_width}x{args.target_height}; where classes differ in this, sharpness tells them"
             " apart: take a smaller size for all"
+        )
+    if lost := sorted(path for *_, paths in results for path in paths):
+        fate = "and left as they are" if in_place else "and images of another size were made of these PNGs themselves"
+        print(
+            f"WARNING: {len(lost)} PNGs, {lost[0]} for one, were made by preprocess.py of originals that are not found,"
+            f" {fate}: move these to {originals_folder(directory)}, if they are in a folder of another name"
+            + (", or give --discard_originals" if in_place else "")
         )
     if others:
         print(
@@ -344,11 +357,11 @@ def main(args: argparse.Namespace) -> None:
     rank, world, _ = join_processes()
     args.look_again = False
     with contextlib.ExitStack() as locks:
-        work, others, finish = plan_work(args, directory, locks) if rank == 0 else (None, None, None)
+        work, others, rejected, finish = plan_work(args, directory, locks) if rank == 0 else (None, None, [], None)
         mine, args.look_again = scatter(
             [(work[r::world], args.look_again) for r in range(world)] if rank == 0 else None
         )
-        counts, rejected, filled = Counter(), [], []
+        counts, filled, lost = Counter(), [], []
         # Threads, since Pillow decodes, resizes and encodes outside of Python's lock
         outcomes = map_ahead(locks.enter_context(preparing(args)), mine, args.workers, ahead=16 * args.workers)
         for of_file in tqdm(outcomes, total=len(mine), desc=directory.name, unit="image", disable=rank > 0):
@@ -357,9 +370,10 @@ def main(args: argparse.Namespace) -> None:
                 if outcome.status == "left out":
                     counts.update(["left out"])
                 elif outcome.status != "rejected":
-                    counts.update([outcome.status, *([ENLARGED] if outcome.reason else [])])
+                    counts.update([outcome.status, *([ENLARGED] if outcome.reason == ENLARGED else [])])
                     filled += [outcome.filled] if outcome.filled else []
-        results = gather((counts, rejected, filled))
+                    lost += [outcome.source] if outcome.reason == WITHOUT_ORIGINAL else []
+        results = gather((counts, rejected, filled, lost))
         if rank == 0:
             finish()
             report(results, others, directory, args)

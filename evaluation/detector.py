@@ -11,9 +11,11 @@ import os
 import threading
 from collections.abc import Iterable
 from itertools import groupby
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from evaluation.operating import thresholds_of, verdict_of
@@ -28,11 +30,13 @@ from evaluation.pictures import (
 )
 from faces.finder import FaceFinder, finder_files
 from faces.loose import Face, faces_in_file
+from runtime.arguments import naming_arguments
 from runtime.checkpoint import load_checkpoint
 from runtime.devices import pick_process_device
 from runtime.weights_file import choose_checkpoint
 
 Picture = str | os.PathLike | bytes | Image.Image
+NO_COLLECTION = bytearray | memoryview | io.IOBase | np.ndarray  # one may iterate over them, but not over pictures
 
 
 class Judged(NamedTuple):
@@ -63,6 +67,7 @@ class Detector:
 
     Raises:
         ValueError: no checkpoint, or one that cannot be used (CheckpointError); no threshold for fpr; frames under 1.
+        TypeError: fpr is no number, checkpoint no path.
         FileNotFoundError: no predictor.
     """
 
@@ -76,14 +81,19 @@ class Detector:
         without_cnn: bool = False,
         predictor: Path | None = None,
     ):
-        if frames < 1:
-            raise ValueError(f"frames is {frames}, but has to be at least 1")
-        self.path = choose_checkpoint(Path(checkpoint) if checkpoint is not None else None)
-        self.model, self.checkpoint = load_checkpoint(self.path, pick_process_device(device))
-        self.thresholds = thresholds_of(self.checkpoint, fpr, self.path)
+        if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+            raise TypeError(f"checkpoint is {checkpoint!r}, but has to be a path, or None")
+        if fpr is not None and not isinstance(fpr, Real):
+            raise TypeError(f"fpr is {fpr!r}, but has to be a number such as 0.01, or None")
+        if not isinstance(frames, Integral) or frames < 1:
+            raise ValueError(f"frames is {frames!r}, but has to be a whole number from 1 on")
+        with naming_arguments():
+            self.path = choose_checkpoint(Path(checkpoint) if checkpoint is not None else None)
+            self.model, self.checkpoint = load_checkpoint(self.path, pick_process_device(device))
+            self.thresholds = thresholds_of(self.checkpoint, fpr, self.path)
+            self._finder = FaceFinder(finder_files(predictor and Path(predictor), not without_cnn))
         self.framing = framing_of(self.model, self.checkpoint, whole_image)
         self.frames = frames
-        self._finder = FaceFinder(finder_files(predictor and Path(predictor), not without_cnn))
         self._lock = threading.Lock()  # dlib's detectors, and the hooks of explain
 
     def __call__(self, pictures: Picture | Iterable[Picture]) -> Judged | list[Judged]:
@@ -97,6 +107,8 @@ class Detector:
         """
         if isinstance(pictures, Picture):
             return self([pictures])[0]
+        if isinstance(pictures, NO_COLLECTION) or not isinstance(pictures, Iterable):
+            raise TypeError(no_picture(pictures))
         sources = [as_source(picture) for picture in pictures]
         with self._lock:
             # The number of a picture is in the place of its path: one may be there twice, or have none
@@ -114,7 +126,10 @@ class Detector:
 
         Raises:
             ValueError: a row without a face, as those of Judged.followed are.
+            TypeError: no row and no face.
         """
+        if not isinstance(face, Row | Face):
+            raise TypeError(f"a face is one of Judged.faces, or its face, not {type(face).__name__}")
         stream = io.BytesIO()
         with self._lock:
             if isinstance(face, Face):
@@ -138,7 +153,13 @@ def as_source(picture: Picture) -> Path | bytes | Image.Image:
         return picture
     if isinstance(picture, str | os.PathLike):
         return Path(picture)
-    raise TypeError(f"a picture is a path, the bytes of a file or an image of Pillow's, not {type(picture).__name__}")
+    raise TypeError(no_picture(picture))
+
+
+def no_picture(given: object) -> str:
+    """What to give in its place. An array may be BGR, as OpenCV's are, or RGB: so none is taken."""
+    way_out = "; PIL.Image.fromarray(array) makes one of RGB in uint8" if isinstance(given, np.ndarray) else ""
+    return f"a picture is a path, the bytes of a file or an image of Pillow's, not {type(given).__name__}{way_out}"
 
 
 def as_judged(source: Path | bytes | Image.Image, rows: list[Row]) -> Judged:

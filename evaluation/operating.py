@@ -188,6 +188,23 @@ def describe_thresholds(thresholds: Mapping[str, float]) -> str:
     return f"fake from {high:.4f} on" + (f", real below {low:.4f}" if low < high else "")
 
 
+def describe_verdict(verdict: str, thresholds: Mapping[str, float]) -> str:
+    """Its range of probabilities, such as "real below 0.6120"."""
+    high, low = max(thresholds.values()), min(thresholds.values())
+    ranges = {FAKE: f"from {high:.4f} on", REAL: f"below {low:.4f}", UNCERTAIN: f"from {low:.4f} to {high:.4f}"}
+    return f"{verdict} {ranges[verdict]}"
+
+
+def why_apart(thresholds: Mapping[str, float]) -> str:
+    """Why a face may be called real at 0.74, in a sentence; "" where the threshold was chosen on both classes."""
+    if ON_VALIDATION in thresholds:
+        return ""
+    return (
+        "A verdict and its probability may seem to disagree: the thresholds are chosen on the collection of photographs"
+        " with the most false alarms, the probability is calibrated on both classes alike."
+    )
+
+
 def describe_rates(thresholds: Mapping[str, float]) -> str:
     """Where they come from, such as "1 % and 5 % of false alarms, chosen in training"."""
     if ON_VALIDATION in thresholds:

@@ -22,7 +22,7 @@ from evaluation import figures
 from evaluation.groups import threshold_tables
 from evaluation.metrics import calibration
 from evaluation.mistakes import Mistake
-from evaluation.operating import describe_thresholds, verdict_of
+from evaluation.operating import describe_thresholds, verdict_of, why_apart
 from evaluation.tables import COLUMNS, OPERATING, interval_of, number
 from runtime.files import replacing
 
@@ -214,6 +214,7 @@ def write_report(
         operating_columns=OPERATING,
         threshold_tables=threshold_tables(operating),
         verdicts=describe_thresholds(thresholds),
+        why_apart=why_apart(thresholds),
         verdict_of=lambda score: verdict_of(score, thresholds),
         number=number,
         interval_of=interval_of,

@@ -235,12 +235,14 @@ def rgb_of(picture: Image.Image | bytes) -> Image.Image:
 
 
 def as_rgb(picture: Image.Image, keep: bool = False) -> Image.Image:
-    """A picture of Pillow's, opened or made, as load_rgb gives it. Raises what Pillow does.
+    """A picture of Pillow's, opened or made, as load_rgb gives it. Raises what Pillow does, and Rejected.
 
     Args:
         keep: leaves the picture as it is, at the price of a copy where it is RGB already.
     """
     picture.load()
+    if not all(picture.size):  # of a file Pillow says so itself
+        raise Rejected(f"has no pixels: {picture.width}x{picture.height}")
     image = turn_upright(picture)
     original, treatment = picture.info.get(ORIGINAL), str(picture.info.get(TREATMENT, ""))
     if not isinstance(original, str) or not re.fullmatch(ORIGINAL_PATTERN, original):

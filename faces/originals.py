@@ -40,6 +40,23 @@ def check_originals(directory: Path) -> None:
         )
 
 
+def check_links(directory: Path, images: list[Path]) -> dict[Path, Path]:
+    """Of images below a directory, in which each would be replaced: the links to others of them, and what these are.
+
+    A link to a file elsewhere is none of these: it is replaced itself, and the file stays. Ends the program where a
+    link leads to a folder elsewhere.
+    """
+    for folder in sorted({image.parent for image in images}):
+        if not (real := folder.resolve()).is_relative_to(directory):
+            sys.exit(
+                f"{folder}: lies in {real}, to which a link leads out of {directory}, and its images would be replaced"
+                " there; remove the link and prepare that folder itself, or leave all as it is with --output_dir"
+            )
+    links = {image: Path(os.path.realpath(image)) for image in images if image.is_symlink()}
+    others = {os.path.realpath(image) for image in images if image not in links} if links else set()
+    return {link: real for link, real in links.items() if str(real) in others}
+
+
 def is_alone(folder: Path) -> bool:
     """Whether it holds originals of a directory that is no longer beside it."""
     return folder.name.endswith(ORIGINALS_SUFFIX) and not os.path.lexists(
@@ -80,19 +97,25 @@ def keep_original(source: Path, directory: Path) -> Path:
     return kept
 
 
-def find_original(source: Path, image: Image.Image, directory: Path) -> tuple[Path, Image.Image] | None:
-    """The kept original of an image that an earlier run made in the directory, and its pixels as load_rgb's; else None.
+def is_made(source: Path, image: Image.Image) -> bool:
+    """Whether an earlier run made it of something else, an image of load_rgb(source)."""
+    return image.info[ORIGINAL] != f"PNG {image.width}x{image.height}" and is_prepared(source, image.size)
 
-    The name leads to it, and the pixels prove it: in the size of the image they are the same.
+
+def find_original(source: Path, image: Image.Image) -> tuple[Path, Image.Image] | None:
+    """The kept original of an image that an earlier run made, and its pixels as load_rgb's; else None.
+
+    The name leads to it, and the pixels prove it: in the size of the image they are the same. That run may have been
+    over a folder above or below.
 
     Args:
         image: of load_rgb(source).
     """
-    if image.info[ORIGINAL] == f"PNG {image.width}x{image.height}" or not is_prepared(source, image.size):
-        return None  # an original itself
-    place = (originals_folder(directory) / source.relative_to(directory)).parent
+    if not is_made(source, image):
+        return None
+    places = [originals_folder(folder) / source.parent.relative_to(folder) for folder in source.parents[:-1]]
     stems = {source.stem.lower(), re.sub(r"_(jpe?g|png|bmp|webp)(_\d+)?$", "", source.stem.lower())}  # of plan_names
-    for path in (path for stem in sorted(stems) for path in kept_by_stem(place).get(stem, ())):
+    for path in (path for place in places for stem in sorted(stems) for path in kept_by_stem(place).get(stem, ())):
         try:
             original = load_rgb(path)
         except Rejected:
@@ -104,14 +127,15 @@ def find_original(source: Path, image: Image.Image, directory: Path) -> tuple[Pa
     return None
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def kept_by_stem(place: Path) -> dict[str, list[Path]]:
     """{lower-case stem: kept originals}; one that got a number stands under its name without it, too.
 
     Read once: what is looked for was made by an earlier run, so its original was there before this one began.
     """
     found: dict[str, list[Path]] = {}
-    for path in sorted(place.iterdir()) if place.is_dir() else ():
+    readable = os.path.isdir(place) and os.access(place, os.R_OK)  # above the data sets, a folder may be anybody's
+    for path in sorted(place.iterdir()) if readable else ():
         if path.name.lower().endswith(IMAGE_EXTENSIONS):
             for stem in {path.stem.lower(), re.sub(r"_\d+$", "", path.stem.lower())}:
                 found.setdefault(stem, []).append(path)

@@ -8,17 +8,19 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from faces.images import ENLARGED, FILLED, frame_name, is_video, load_rgb, video_of
-from faces.originals import find_original, keep_original
+from faces.images import ENLARGED, FILLED, TREATMENT, frame_name, is_video, load_rgb, video_of
+from faces.originals import find_original, is_made, keep_original
 from faces.prepared import filled_of, is_prepared, write_png
 from faces.rejection import Rejected
 from faces.treatment import treat, treatment_of
+
+WITHOUT_ORIGINAL = "without its original"  # an earlier run made the image, of one that is not found
 
 
 class Outcome(NamedTuple):
     source: Path
     status: str  # "written", "unchanged" or "rejected"; "left out", a frame of a video
-    reason: str = ""  # why it was rejected; or ENLARGED
+    reason: str = ""  # why it was rejected; or ENLARGED, or WITHOUT_ORIGINAL
     filled: float = 0.0  # the share of the crop that lies beyond the picture
 
 
@@ -46,7 +48,11 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
     try:
         image = load_rgb(source)  # in full, a prepared one too: its end may be missing
         prepared = is_prepared(source, size) and not treatment_of(args)
-        kept = None if prepared else find_original(source, image, directory)  # better than what was made of it
+        kept = None if prepared else find_original(source, image)  # better than what was made of it
+        # Treated, it was made for an output folder, and its original was never kept beside it
+        lost = not prepared and not kept and not image.info[TREATMENT] and is_made(source, image)
+        if lost and in_place and not args.discard_originals:
+            return Outcome(source, "unchanged", WITHOUT_ORIGINAL)  # once it is replaced, the original would not fit it
         original, image = kept or (source, image)
         check_size(image, args)
         if not prepared:
@@ -71,7 +77,8 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
     stat = source.stat()
     os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by which the next run knows that the source is the same
     filled = image.info.get(FILLED, 0.0)
-    return Outcome(source, "written", ENLARGED if image.info.get(ENLARGED) else "", filled)
+    reason = WITHOUT_ORIGINAL if lost else ENLARGED if image.info.get(ENLARGED) else ""
+    return Outcome(source, "written", reason, filled)
 
 
 def prepare_video(source: Path, folder: Path, args: argparse.Namespace) -> list[Outcome]:

@@ -2,6 +2,7 @@
 
     cannot be read as an image …                 faces/images.py     load_rgb: damaged, cut off, no image at all
     is not a file, more pixels than memory       faces/images.py     load_rgb
+    has no pixels                                faces/images.py     as_rgb
     left alone: its name ends in none of …       faces/images.py     NO_IMAGE_BY_NAME; VIDEO: a video, in place
     cannot be read as a video: …                 faces/videos.py     NO_STREAM, NO_FRAME
     its name is no text                          faces/videos.py     open_video

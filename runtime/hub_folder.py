@@ -8,6 +8,9 @@ and SHA-256 are. preprocessor_config.json follows from the rest: nothing reads i
 """
 
 import json
+import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from faces.regions import REGIONS
@@ -18,7 +21,8 @@ from runtime.weights_file import CARD, read_weights, settings_of, write_weights
 WEIGHTS, CONFIG, PREPROCESSOR, README = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, PREPROCESSOR, README)
 LABELS = {"architectures": ["LAMMViT"], "model_type": "lamm_vit"}  # in config.json, for the Hub
-AGAIN = "take another copy, or write it again: python export.py --hub"
+WRITER = "export.py --hub"
+AGAIN = f"take another copy, or write it again: python {WRITER}"
 LANCZOS = 1  # as Pillow numbers its filters
 FRONT = """---
 library_name: pytorch
@@ -34,26 +38,40 @@ tags:
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 
-def write_folder(checkpoint: dict, folder: Path, card: str | None = None) -> None:
+def write_folder(
+    checkpoint: dict, folder: Path, card: str | None = None, check: Callable[[Path], None] = lambda _: None
+) -> bool:
     """A checkpoint of load_checkpoint, or a model alone: "version", "config", "model". Each file whole or not at all.
 
     Args:
-        card: the text of README.md; None: the one that is there stays, else what is known.
+        card: the text of README.md; None: what is known. One that is there stays: somebody may have written a better.
+        check: is given the folder as it will be, in another place, before a file of it gets its name; raises where it
+            is not right.
+
+    Returns:
+        whether a card was there.
 
     Raises:
         OSError: a file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_weights(checkpoint, folder / WEIGHTS, exact=True)
     texts = {
         CONFIG: json.dumps(LABELS | settings_of(checkpoint), indent=2) + "\n",
         PREPROCESSOR: json.dumps(preprocessing(checkpoint), indent=2) + "\n",
+        README: with_front(card or card_of(checkpoint)),
     }
-    if card or not (folder / README).exists():  # somebody may have written a better one
-        texts[README] = with_front(card or card_of(checkpoint))
-    for name, text in texts.items():
-        with replacing(folder / name, sync=True) as partial:
-            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    folder.mkdir(parents=True, exist_ok=True)
+    has_card = (folder / README).exists()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as place:
+        made = Path(place)
+        write_weights(checkpoint, made / WEIGHTS, exact=True)
+        for name, text in texts.items():
+            with replacing(made / name, sync=True) as partial:
+                partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        check(made)
+        for name in FILES:
+            if name != README or not has_card:
+                os.replace(made / name, folder / name)
+    return has_card
 
 
 def read_folder(folder: Path) -> dict:
@@ -64,13 +82,13 @@ def read_folder(folder: Path) -> dict:
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: no folder of export.py --hub, there is no {name} in it; {AGAIN}")
+            raise ValueError(f"{folder}: no folder of {WRITER}, there is no {name} in it; {AGAIN}")
     try:
         told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         cause = " ".join(str(error).split())[:200]
         raise ValueError(f"{folder / CONFIG}: cannot be read as JSON ({cause}); {AGAIN}") from error
-    checkpoint = read_weights(folder / WEIGHTS, exact=True)
+    checkpoint = read_weights(folder / WEIGHTS, exact=True, writer=WRITER)
     # Through JSON, which knows no tuples
     known = json.loads(json.dumps(settings_of(checkpoint)))
     if not isinstance(told, dict) or {name: told[name] for name in told.keys() - LABELS.keys()} != known:

@@ -83,18 +83,19 @@ def settings_of(checkpoint: dict) -> dict:
     return settings
 
 
-def read_weights(path: Path, exact: bool = False) -> dict:
+def read_weights(path: Path, exact: bool = False, writer: str = "export.py --weights") -> dict:
     """The checkpoint that write_weights was given, on the CPU.
 
     Args:
         exact: its numbers as they are; without, in single precision or more.
+        writer: the command that writes such a file again, for messages.
 
     It lacks what is not in SETTINGS, and of files the folder.
 
     Raises:
         ValueError: not such a file, or damaged. The message names it and the way out.
     """
-    again = "take another copy, or write it again: python export.py --weights"
+    again = f"take another copy, or write it again: python {writer}"
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -104,7 +105,7 @@ def read_weights(path: Path, exact: bool = False) -> dict:
         raise ValueError(f"{path}: not a whole safetensors file ({cause}); {again}") from error
     if not {"settings", "sha256"} <= metadata.keys():
         raise ValueError(
-            f"{path}: a safetensors file, but not of export.py --weights; a trunk's goes to train.py --init_from"
+            f"{path}: a safetensors file, but not of {writer}; a trunk's goes to train.py --init_from; else {again}"
         )
     text = metadata["settings"]
     if digest_of(text, tensors) != metadata["sha256"]:  # the format has no checksum of its own

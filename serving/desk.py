@@ -7,6 +7,7 @@ are kept, in memory, for as long as a click may ask why.
 """
 
 import contextlib
+import os
 import secrets
 import shutil
 import struct
@@ -39,6 +40,9 @@ VIDEO_STARTS = (
 )
 KEPT_FACES, KEPT_SECONDS = 512, 600  # at most so many, so long; a face is about 0.2 MB
 MORE_ARRIVING = 8  # requests whose body is on its way, beside those that have a place
+MOST_FILES = 50  # in one answer
+# Of uploads that wait to be scored, as many bytes may lie on the disk as so many answers can be about
+STORED_ANSWERS = 2
 STALE_SECONDS = 600  # after which an upload that nobody asked about is thrown away
 
 DAMAGED = "The file cannot be read as a picture: it is no JPEG, PNG, BMP or WebP, or it is damaged or cut off."
@@ -108,6 +112,21 @@ class Desk:
         """
         with held(self._free, f"{self.places} pictures are waiting already. Try again in a few seconds."):
             yield
+
+    def check_room(self, folder: Path) -> None:
+        """For what is handed in on the page, and lies in a folder until it is scored or sweep removes it.
+
+        Raises:
+            Refused: as much lies there as the disk is given for: files, or bytes.
+        """
+        sizes = []
+        for place, _, names in os.walk(folder):
+            for name in names:
+                with contextlib.suppress(OSError):  # scored meanwhile
+                    sizes.append(os.lstat(os.path.join(place, name)).st_size)
+        files = MOST_FILES * (self.places + 1)  # of all who wait, and of whom it is the turn
+        if len(sizes) >= files or sum(sizes) >= STORED_ANSWERS * MOST_FILES * self.most_bytes:
+            raise Refused("Too many files are waiting here already. Try again in a minute.", 503)
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Has something done with pictures: one after another, in the order of asking."""

@@ -7,21 +7,19 @@ there as soon as it was scored.
 """
 
 import contextlib
-import hashlib
+import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from fastapi import FastAPI, Request, Response
-from gradio import route_utils
+from fastapi import FastAPI
 
 from evaluation.detector import Judged
-from evaluation.operating import describe_rates, describe_thresholds
-from serving.desk import Desk, Kept, Refused, as_text
+from evaluation.operating import describe_rates, describe_thresholds, why_apart
+from serving.desk import MOST_FILES, Desk, Kept, Refused, as_text
 from serving.show import (
     show_answer,
     show_examples,
@@ -30,8 +28,8 @@ from serving.show import (
     show_refusal,
     small_picture,
 )
+from serving.uploads import bound_uploads
 
-MOST_FILES = 50  # in one answer
 TITLE = "Photograph, or generated?"
 INTRODUCTION = """# Photograph, or generated?
 Hand in pictures with faces, or a video. Each face gets a verdict, with the probability that it was generated. Pictures
@@ -42,21 +40,13 @@ CLICKS = """element.addEventListener('click', event => {
     if (found) trigger('click', {ask: found.dataset.ask});
 });"""
 SCROLL = "() => { document.getElementById('%s').scrollIntoView({behavior: 'smooth', block: 'start'}); }"
+NO_ANSWER = "There is no answer: too many are waiting, or the connection broke off. Try again in a few seconds."
 CSS = Path(__file__).with_name("page.css")
 # What is left of a label over a small face; css= would lose it
 NARROW = """<style>
 @container (max-width: 90px) { .gradio-container .answer .box i { display: none; } }
 @container (max-width: 30px) { .gradio-container .answer .box b { display: none; } }
 </style>"""
-
-
-class OwnFolder(route_utils.GradioUploadFile):
-    """An upload whose folder no other one has. Gradio names folders by what is in the file: of two people who hand in
-    the same picture, one would lose it when that of the other is removed."""
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.sha = hashlib.sha256(secrets.token_bytes(32))
 
 
 def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], limits: str) -> gr.Blocks:
@@ -72,7 +62,7 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
             with gr.Column():
                 with gr.Tab("Files"):
                     files = gr.File(
-                        label=f"Pictures or a video, up to {desk.megabytes} MB each",
+                        label=f"Up to {MOST_FILES} pictures or videos, {desk.megabytes} MB each",
                         file_count="multiple",
                         file_types=["image", "video"],
                         elem_id="files",
@@ -119,11 +109,24 @@ def build_page(desk: Desk, folder: Path, examples: Sequence[tuple[str, Path]], l
         }
         for event, source in ((files.upload, files), (camera.input, camera)):
             local_only(source, folder)
-            event(score_files, source, [answer, why, source], preprocess=False, **turn).then(None, js=SCROLL % "answer")
-        drawn.click(score_example, None, [answer, why], **turn).then(None, js=SCROLL % "answer")
+            shown = [answer, why, source]
+            follow(event(score_files, source, shown, preprocess=False, **turn), shown)
+        follow(drawn.click(score_example, None, [answer, why], **turn), [answer, why])
         answer.click(explain, None, why, **turn | {"show_progress_on": why}).then(None, js=SCROLL % "why")
     page.has_launched = True  # Gradio's own check of paths does nothing before; a mounted page is never launched
     return page.queue(max_size=desk.places)
+
+
+def follow(asked: Any, shown: list[gr.components.Component]) -> None:
+    """What follows in the browser: the answer comes into sight, or a sentence in its place. Nothing of this goes to the
+    queue, which may be full.
+
+    Args:
+        shown: the answer, why, and the files where they are cleared.
+    """
+    values = f"[{json.dumps(show_refusal(NO_ANSWER))}, '', null].slice(0, {len(shown)})"
+    asked.failure(None, None, shown, js=f"() => {values}")
+    asked.then(None, js=SCROLL % "answer")
 
 
 def is_upload(path: Any, folder: Path) -> bool:
@@ -199,7 +202,7 @@ def answer_files(desk: Desk, files: Sequence[tuple[Path, str]], progress: Callab
     ]
     token, first, sections = desk.keep(faces), 0, []
     for judged, picture in zip(answers, pictures):
-        sections.append(show_picture(judged, picture, token, first))
+        sections.append(show_picture(judged, picture, token, first, desk.detector.thresholds))
         first += len(judged.faces)
     return show_answer(answers, sections, legend_of(desk))
 
@@ -210,22 +213,15 @@ def legend_of(desk: Desk) -> str:
     calibrated = "calibrated" if desk.detector.checkpoint.get("temperature") else "not calibrated"
     return (
         f"P(fake) is the model's probability that the face was generated, {calibrated}. Verdicts:"
-        f" {describe_thresholds(thresholds)}{between}: {describe_rates(thresholds)}."
+        f" {describe_thresholds(thresholds)}{between}: {describe_rates(thresholds)}. {why_apart(thresholds)}"
     )
-
-
-async def nothing_there(request: Request) -> Response:
-    return Response(status_code=404)
 
 
 def mount_page(app: FastAPI, page: gr.Blocks, desk: Desk) -> FastAPI:
     """The page at / of the app, without fonts or scripts of other hosts."""
-    route_utils.GradioUploadFile = OwnFolder
+    bound_uploads(app, desk)
     system = ("system-ui", "sans-serif")
     theme = gr.themes.Default(primary_hue="blue", font=system, font_mono=("ui-monospace", "monospace"))
-    # Gradio would fetch these for whoever asks
-    for fetched in ("file=http:{rest:path}", "file=https:{rest:path}", "proxy={rest:path}"):
-        app.add_route(f"/gradio_api/{fetched}", nothing_there, methods=["GET", "HEAD"])
     return gr.mount_gradio_app(
         app,
         page,

@@ -7,7 +7,7 @@ import base64
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from evaluation.detector import Judged
-from evaluation.operating import VERDICTS
+from evaluation.operating import VERDICTS, describe_verdict
 from evaluation.pictures import COLUMNS, Row
 from faces.images import ORIENTATION, UNREADABLE, is_video, turn_upright
 from serving.desk import Kept, rows_of
@@ -86,12 +86,19 @@ def as_csv(answers: Sequence[Judged]) -> str:
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-def show_picture(judged: Judged, picture: tuple[str, tuple[int, int]] | None, token: str, first: int) -> str:
+def show_picture(
+    judged: Judged,
+    picture: tuple[str, tuple[int, int]] | None,
+    token: str,
+    first: int,
+    thresholds: Mapping[str, float],
+) -> str:
     """One file of an answer.
 
     Args:
         picture: of small_picture.
         token, first: of desk.keep, and the number there of the file's first face: what a click asks for.
+        thresholds: by which the verdicts came about.
     """
     name = escape(judged.path.name)
     asked = [f"{token}:{first + i}" for i in range(len(judged.faces))]
@@ -106,10 +113,11 @@ def show_picture(judged: Judged, picture: tuple[str, tuple[int, int]] | None, to
         spread = f" ± {row.spread:.4f}" if row.frames > 1 else ""
         parts.append(
             f'<p class="followed {row.verdict}">Face {row.number}, in {row.frames} frames:'
-            f" <strong>{row.verdict}</strong>, in the mean {chance(row)}{spread}</p>"
+            f" <strong>{row.verdict}</strong>, in the mean {chance(row)}{spread}"
+            f" ({describe_verdict(row.verdict, thresholds)})</p>"
         )
     parts.append('<ul class="faces">')
-    parts += [show_face(row, i, asked[i]) for i, row in enumerate(judged.faces)]
+    parts += [show_face(row, i, asked[i], thresholds) for i, row in enumerate(judged.faces)]
     return f'<section class="picture">{"".join(parts)}</ul></section>'
 
 
@@ -126,7 +134,7 @@ def show_box(row: Row, i: int, asked: str, size: tuple[int, int]) -> str:
     )
 
 
-def show_face(row: Row, i: int, asked: str) -> str:
+def show_face(row: Row, i: int, asked: str, thresholds: Mapping[str, float]) -> str:
     face = row.face
     crop = Image.fromarray(face.image).resize((FACE_SIDE, FACE_SIDE))
     notes = [HOW_FRAMED[face.framing]]
@@ -137,7 +145,7 @@ def show_face(row: Row, i: int, asked: str) -> str:
     return (
         f'<li class="{row.verdict}"><img src="{jpeg_url(crop)}" alt="" width="{FACE_SIDE}" height="{FACE_SIDE}">'
         f'<div><strong>{i + 1} {row.verdict}</strong> <span class="share">{chance(row)}</span>'
-        f"<small>{'; '.join(notes)}</small></div>"
+        f"<small>{describe_verdict(row.verdict, thresholds)}; {'; '.join(notes)}</small></div>"
         f'<button type="button" class="why" data-ask="{asked}">Why?</button></li>'
     )
 

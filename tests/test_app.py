@@ -30,6 +30,7 @@ requests = pytest.importorskip("requests", reason="without requirements-app.txt"
 
 import app  # noqa: E402
 from drawing.render import draw_face  # noqa: E402
+from evaluation.operating import describe_verdict  # noqa: E402
 from serving import desk as desk_module  # noqa: E402
 from serving.desk import Desk, Kept, Refused, sweep  # noqa: E402
 
@@ -198,10 +199,10 @@ def test_a_name_in_any_charset_is_no_error_of_the_server(served, pictures, chars
     assert left_over(served) == []
 
 
-def send_head(served: Served) -> socket.socket:
+def send_head(served: Served, address: str = "/score") -> socket.socket:
     """A connection on which a request has begun, and does not go on."""
     host, port = served.url.removeprefix("http://").split(":")
-    head = f"POST /score HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    head = f"POST {address} HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     connection = socket.create_connection((host, int(port)), timeout=20)
     part = '--x\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n'
     connection.sendall(f"{head}Content-Length: 99999\r\n\r\n{part}".encode())
@@ -302,7 +303,11 @@ def test_two_who_hand_in_the_same_picture_do_not_lose_it(served, pictures):
     assert not Path(paths[0]).exists() and Path(paths[1]).exists()
     second = answer_uploads(served.desk, served.uploads, {"path": paths[1], "orig_name": "group.jpg"})
     assert left_over(served) == []
+    thresholds = served.desk.detector.thresholds
     for answer in (first, second):
+        for found in re.findall(r'<li class="(\w+)">.*?<small>(\w+ .*?);', answer):
+            assert found[1] == describe_verdict(found[0], thresholds), "beside each verdict, its range"
+        assert answer.count("<small>") == 2 and "may seem to disagree" in answer
         assert len(re.findall(r'class="box (?:fake|real|uncertain) ', answer)) == 2 and "data:text/csv" in answer
 
 
@@ -399,10 +404,70 @@ def test_a_name_that_is_no_text_is_no_error_of_the_page(served, pictures, name):
 
 def test_what_was_handed_in_is_scored_through_the_queue(served, pictures):
     files = {"files": ("one.png", (pictures / "one.png").read_bytes())}
-    for number, shape in ((0, "list"), (2, "single")):  # the files, the camera
+    for number, shape in ((0, "list"), (3, "single")):  # the files, the camera
         (path,) = requests.post(f"{served.url}/gradio_api/upload", files=files).json()
         told = ask_queue(served, number, [FORMS[shape](upload_of(path))])
         assert "1 face:" in told and left_over(served) == []
+
+
+def hand_in(served: Served, *contents: bytes, **more: object) -> requests.Response:
+    files = [("files", (f"{i}.png", content)) for i, content in enumerate(contents)]
+    return requests.post(f"{served.url}/gradio_api/upload", files=files, timeout=20, **more)
+
+
+def test_uploads_are_bounded_in_number(served, monkeypatch):
+    refused = hand_in(served, *[b"x"] * 51)
+    assert refused.status_code == 400 and "Maximum number of files is 50" in refused.text
+    refused = hand_in(served, b"x", data={"field": "x"})
+    assert refused.status_code == 400 and "Too many fields" in refused.text and left_over(served) == []
+    assert len(hand_in(served, *[b"x"] * 50).json()) == 50
+    monkeypatch.setattr(desk_module, "MOST_FILES", 12)  # times WAITING and one: 48
+    refused = hand_in(served, b"x")
+    assert refused.status_code == 400 and refused.text.startswith("Too many files are waiting")
+    sweep(served.uploads, -1)
+    assert len(hand_in(served, b"x").json()) == 1, "what is old has gone, and there is room"
+    sweep(served.uploads, -1)
+
+
+def test_uploads_are_bounded_in_bytes(served, pictures, monkeypatch):
+    from serving.page import answer_uploads
+
+    monkeypatch.setattr(desk_module, "STORED_ANSWERS", 5 / 100)  # of 50 files of 2 MB
+    content = (pictures / "one.png").read_bytes().ljust(MEGABYTES * 2**20, b"\0")
+    paths = hand_in(served, content, content).json()
+    before = left_over(served)
+    refused = hand_in(served, content, content)
+    assert refused.status_code == 400 and refused.text.startswith("Too many files are waiting")
+    assert left_over(served) == before, "nor is there a part of what was refused"
+    assert "2 faces:" in answer_uploads(served.desk, served.uploads, [{"path": path} for path in paths])
+    assert len(hand_in(served, content, content).json()) == 2, "what was scored has gone, and there is room"
+    sweep(served.uploads, -1)
+    assert left_over(served) == []
+
+
+@pytest.mark.parametrize("way", ["is silent", "hangs up"])
+def test_of_an_upload_that_breaks_off_nothing_stays(served, monkeypatch, way):
+    from serving import uploads
+
+    monkeypatch.setattr(uploads, "SILENT_SECONDS", 1)
+    with send_head(served, "/gradio_api/upload") as connection:
+        connection.sendall(b"x" * 5000)
+        deadline = time.monotonic() + 10
+        while not left_over(served) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert left_over(served)
+        if way == "is silent":
+            told = connection.recv(999)
+            assert told.startswith(b"HTTP/1.1 400 ") and b"1 seconds without a byte" in told + connection.recv(999)
+    while left_over(served) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert left_over(served) == []
+
+
+@pytest.mark.parametrize("name", ["component_server", "component_server/", "process_recording"])
+def test_no_other_address_takes_files(served, name):
+    answer = requests.post(f"{served.url}/gradio_api/{name}", **form("a.mp4", b"x", "video"))
+    assert answer.status_code == 404
 
 
 def test_no_address_is_fetched(tmp_path):
@@ -552,3 +617,43 @@ def test_in_a_browser(served, pictures, tmp_path, scheme, width):
         browser.close()
     assert [url for url in foreign if not url.startswith((served.url, "data:", "blob:"))] == []
     assert left_over(served) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="without Debian's chromium")
+def test_a_full_queue_in_a_browser(served, pictures):
+    """Who comes too many reads so, where the answer would be, and has the box for files free again."""
+    api = pytest.importorskip("playwright.sync_api", reason="without requirements-app.txt")
+    go_on = threading.Event()
+    busy = threading.Thread(target=served.desk.run, args=(go_on.wait,))
+    box = "#files input[type=file]"
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        waiting, refused = [browser.new_context().new_page() for _ in range(2)]
+        for page in (waiting, refused):
+            page.set_default_timeout(60000)
+            page.goto(served.url)
+            page.wait_for_selector(box, state="attached")
+        busy.start()
+        try:
+            waiting.set_input_files(box, str(pictures / "one.png"))
+            waiting.wait_for_selector("#answer .progress-text:has-text('processing')")
+            progress, limits = (waiting.locator(name).bounding_box() for name in ("#answer .progress-text", "#limits"))
+            assert progress["y"] + progress["height"] <= limits["y"], "it does not stand over other text"
+            for _ in range(WAITING):
+                body = {"fn_index": 0, "session_hash": secrets.token_hex(8), "data": [[]]}
+                assert requests.post(f"{served.url}/gradio_api/queue/join", json=body, timeout=20).status_code == 200
+            refused.set_input_files(box, str(pictures / "one.png"))
+            refused.wait_for_selector("#answer .refused:has-text('Try again in a few seconds.')")
+            assert not refused.locator("#answer .error").is_visible()
+            refused.wait_for_selector("#files button:has-text('Upload')")
+            refused.locator("#examples button").first.click()
+            refused.wait_for_selector("#answer .refused:has-text('Try again in a few seconds.')")
+        finally:
+            go_on.set()
+            busy.join()
+        waiting.wait_for_selector("#answer .summary")
+        refused.set_input_files(box, str(pictures / "group.jpg"))
+        refused.wait_for_selector("#answer .summary")
+        browser.close()
+    sweep(served.uploads, -1)  # the picture of whom no answer was given

@@ -135,12 +135,27 @@ def test_verdicts_by_one_rate_alone_and_pictures_without_a_face(trained, picture
     assert row.face.box is None and row.face.found_by == "mean" and row.verdict in ("real", "fake")
     nobody = detector(pictures / "nobody.png")
     assert nobody.reason.startswith("no face found") and not nobody.faces and not nobody.followed
-    with pytest.raises(ValueError, match="--fpr 0.02: .*best_model.pth has thresholds for 0.01 and 0.05"):
-        Detector(trained / "best_model.pth", fpr=0.02)
-    with pytest.raises(ValueError, match="frames is 0"):
-        Detector(trained / "best_model.pth", frames=0)
-    with pytest.raises(ValueError, match="nowhere.pth: no such checkpoint"):
-        Detector("nowhere.pth")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "sentence"),
+    [
+        ({"fpr": 0.02}, ValueError, "fpr 0.02: .*best_model.pth has thresholds for 0.01 and 0.05; take one of these"),
+        ({"fpr": "0.01"}, TypeError, "fpr is '0.01', but has to be a number such as 0.01, or None"),
+        ({"fpr": [0.01]}, TypeError, r"fpr is \[0.01\], but has to be a number such as 0.01, or None"),
+        ({"frames": 0}, ValueError, "frames is 0, but has to be a whole number from 1 on"),
+        ({"frames": 2.5}, ValueError, "frames is 2.5, but has to be a whole number from 1 on"),
+        ({"frames": "3"}, ValueError, "frames is '3', but has to be a whole number from 1 on"),
+        ({"device": "abacus"}, ValueError, "device abacus: no such device; cpu or cuda"),
+        ({"predictor": "nowhere.dat"}, FileNotFoundError, "nowhere.dat: no such .*, or give the file with predictor"),
+        ({"checkpoint": "nowhere.pth"}, ValueError, "nowhere.pth: no such checkpoint"),
+        ({"checkpoint": 3}, TypeError, "checkpoint is 3, but has to be a path, or None"),
+    ],
+)
+def test_an_argument_that_is_none_is_named(trained, given, error, sentence):
+    """As an argument: whoever calls it has given no option of a script."""
+    with pytest.raises(error, match=f"^{sentence}"):
+        Detector(**{"checkpoint": trained / "best_model.pth", **given})
 
 
 # ------------------------------------------------------------------------------------------------- what is no picture
@@ -166,10 +181,43 @@ def test_what_cannot_be_read_has_a_reason(detector, tmp_path):
     assert detector([]) == []
 
 
-def test_what_is_no_picture_at_all_is_an_error(detector):
-    for given in ([3], [np.zeros((9, 9, 3), np.uint8)], [None]):
-        with pytest.raises(TypeError, match="a picture is a path, the bytes of a file or an image of Pillow's, not"):
-            detector(given)
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16"])
+def test_a_picture_without_pixels_has_a_reason(detector, size, mode):
+    assert detector(Image.new(mode, size)).reason == f"has no pixels: {size[0]}x{size[1]}"
+
+
+ARRAY = np.zeros((9, 9, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        *(([3], "int"), ([ARRAY], "ndarray"), ([None], "NoneType")),
+        *((3, "int"), (None, "NoneType"), (ARRAY, "ndarray"), (np.array(3), "ndarray")),
+        *((bytearray(b"x"), "bytearray"), (memoryview(b"x"), "memoryview"), (io.BytesIO(b"x\ny\n"), "BytesIO")),
+    ],
+)
+def test_what_is_no_picture_at_all_is_an_error(detector, given, kind):
+    sentence = f"^a picture is a path, the bytes of a file or an image of Pillow's, not {kind}"
+    with pytest.raises(TypeError, match=sentence + (r".*Image.fromarray\(array\)" if kind == "ndarray" else "$")):
+        detector(given)
+
+
+def test_many_pictures_may_come_one_by_one(detector, pictures):
+    names = ("one.png", "nobody.png", "nowhere.png")
+    judged = detector(pictures / name for name in names)
+    assert [len(one.faces) for one in judged] == [1, 0, 0] and judged[2].reason == "no such file"
+    assert detector(iter(())) == []
+
+
+def test_what_is_no_face_cannot_be_explained(detector, pictures):
+    judged = detector(pictures / "one.png")
+    for given in (judged, judged.faces, None, "one.png"):
+        with pytest.raises(TypeError, match=f"^a face is one of Judged.faces, or its face, not {type(given).__name__}"):
+            detector.explain(given)
+    with pytest.raises(ValueError, match="has no face"):
+        detector.explain(judged.faces[0]._replace(face=None))
 
 
 # -------------------------------------------------------------------------------------------------------------- threads

@@ -22,7 +22,7 @@ BENCHMARKS = (
 
 # From the ground up. A module may import what stands on a line above its own, nothing beside it and nothing above.
 ORDER = """
-runtime.processes  runtime.files  runtime.devices  evaluation.typeset
+runtime.processes  runtime.files  runtime.devices  runtime.arguments  evaluation.typeset
 attention.layout  attention.textbook  drawing.coordinates  drawing.face
 attention.dropout  attention.kernels  drawing.render  faces.rejection  faces.regions
 attention.blocked  attention.flex  faces.images  faces.finder
@@ -45,7 +45,9 @@ evaluation.robustness  evaluation.report  evaluation.pictures
 evaluation.detector
 serving.desk
 serving.show
-serving.score  serving.page
+serving.score
+serving.uploads
+serving.page
 training.options  training.data  training.run
 training.schedule  training.record  training.cache
 training.setup  training.step  training.probe

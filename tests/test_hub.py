@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refusal, run_script
+from safetensors.torch import save_file
 from test_weights import Evil, face, made, rows_of  # noqa: F401, fixtures
 
 import export
@@ -22,7 +23,7 @@ from model import LAMMViTConfig
 from runtime import hub, weights_file
 from runtime.checkpoint import CheckpointError, load_checkpoint, save
 from runtime.hub import LAMMViT, push_folder
-from runtime.hub_folder import CONFIG, FILES, PREPROCESSOR, README, WEIGHTS
+from runtime.hub_folder import CONFIG, FILES, PREPROCESSOR, README, WEIGHTS, read_folder, write_folder
 from runtime.weights_file import CARD, SETTINGS, portable
 
 
@@ -142,6 +143,25 @@ def test_a_card_that_is_there_stays_and_the_one_beside_the_weights_is_taken(made
     assert "is a file; name a folder" in refusal(export, "--hub", weights / CARD)
     assert "--hub its folder" in refusal(export, "--hub", "a", "--weights", "b.safetensors")
     assert "--hub its folder" in refusal(export, "--hub", "a", "--output_dir", "b")
+    assert refusal(export, "--hub", "") == "--hub is empty; name a folder" and not (tmp_path / WEIGHTS).exists()
+
+
+def test_one_place_says_which_card_stays_and_nothing_is_there_before_it_was_checked(folders, tmp_path):
+    _, checkpoint = load_checkpoint(folders.of["whole"])
+    assert write_folder(checkpoint, tmp_path / "mine", "# Given\n") is False
+    assert (tmp_path / "mine" / README).read_text().endswith("# Given\n")
+    (tmp_path / "mine" / README).write_text("my own\n")
+    assert write_folder(checkpoint, tmp_path / "mine", "# Given\n") is True
+    assert (tmp_path / "mine" / README).read_text() == "my own\n"
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == sorted(FILES)
+
+    def differs(written: Path) -> None:
+        assert read_folder(written)["config"] == checkpoint["config"]
+        raise ValueError("differs")
+
+    with pytest.raises(ValueError, match="differs"):
+        write_folder(checkpoint, tmp_path / "other", check=differs)
+    assert list((tmp_path / "other").iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
@@ -151,6 +171,8 @@ def test_what_is_no_such_folder_is_one_line(folders, copy, tmp_path):
     executed, content = tmp_path / "executed", (folders.whole / WEIGHTS).read_bytes()
     flipped = bytearray(content)
     flipped[-5] ^= 1
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"cls_token": torch.zeros(1, 1, 24)}, foreign, {"format": "pt"})
     config = (folders.whole / CONFIG).read_text()
     spoiled = {
         (WEIGHTS, None): "there is no model.safetensors in it",
@@ -158,6 +180,7 @@ def test_what_is_no_such_folder_is_one_line(folders, copy, tmp_path):
         (WEIGHTS, content[: len(content) // 2]): "not a whole safetensors file",
         (WEIGHTS, bytes(flipped)): "damaged, its SHA-256 is another one",
         (WEIGHTS, pickle.dumps(Evil(executed))): "not a whole safetensors file",
+        (WEIGHTS, foreign.read_bytes()): "a safetensors file, but not of export.py --hub",
         (WEIGHTS, folders.of["whole"].read_bytes()): "not a whole safetensors file",
         (WEIGHTS, (folders.beside / WEIGHTS).read_bytes()): "says something else than model.safetensors",
         (CONFIG, b"{"): "cannot be read as JSON",
@@ -175,7 +198,9 @@ def test_what_is_no_such_folder_is_one_line(folders, copy, tmp_path):
         with pytest.raises(CheckpointError) as error:
             load_checkpoint(copy)
         line = str(error.value)
-        assert line.startswith(str(copy)) and reason in line and "\n" not in line and "python export.py" in line, name
+        assert line.startswith(str(copy)) and reason in line and "\n" not in line, name
+        assert line.endswith("write it again: python export.py --hub") and "--weights" not in line, line
+        assert name in line
         with pytest.raises(CheckpointError):
             LAMMViT.from_pretrained(copy)
         (copy / name).write_bytes(before)

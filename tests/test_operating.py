@@ -13,11 +13,13 @@ from evaluation.operating import (
     choose_thresholds,
     describe_rates,
     describe_thresholds,
+    describe_verdict,
     fit_temperature,
     threshold_for,
     threshold_for_others,
     thresholds_of,
     verdict_of,
+    why_apart,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -169,6 +171,13 @@ def test_verdicts():
     assert describe_thresholds(thresholds) == "fake from 0.9000 on, real below 0.6000"
     assert describe_thresholds({"0.01": 0.9}) == "fake from 0.9000 on"
     assert describe_rates(thresholds) == "1 % and 5 % of false alarms, chosen in training"
+    assert [describe_verdict(verdict_of(score, thresholds), thresholds) for score in (0.1, 0.74, 0.95)] == [
+        "real below 0.6000",
+        "uncertain from 0.6000 to 0.9000",
+        "fake from 0.9000 on",
+    ]
+    assert describe_verdict("real", {"0.01": 0.9}) == "real below 0.9000"
+    assert "may seem to disagree" in why_apart(thresholds) and why_apart({ON_VALIDATION: 0.4}) == ""
 
 
 def test_by_what_a_checkpoint_judges():

@@ -916,3 +916,96 @@ def test_numbered_originals_and_mixed_endings_are_found_again(tmp_path):
     assert made == {
         np.asarray(Image.open(path).resize((256, 256), Image.Resampling.LANCZOS)).tobytes() for path in kept
     }
+
+
+# ---------------------------------------------------------------------------------------------------- links and levels
+
+
+def test_nothing_is_written_through_a_link_that_leads_out(tmp_path):
+    """What it leads to may be another data set. A copy may be made of it."""
+    (tmp_path / "D/deep").mkdir(parents=True)
+    (tmp_path / "other/part").mkdir(parents=True)
+    picture(60, 40, 1).save(tmp_path / "D/own.jpg")
+    picture(60, 40, 2).save(tmp_path / "other/part/a.jpg")
+    (tmp_path / "other/part/b.jpg").write_text("no image")
+    os.symlink("../../other", tmp_path / "D/deep/link")
+    before = contents(tmp_path)
+    line = error_line(run_script("preprocess.py", "--directory", "D", cwd=tmp_path, expect=1))
+    assert line.startswith(f"{tmp_path}/D/deep/link/part: lies in {tmp_path}/other/part, to which a link leads")
+    assert "--output_dir" in line and contents(tmp_path) == before
+    run_script("preprocess.py", "--directory", "D", "--output_dir", "O", cwd=tmp_path)
+    assert visible(tmp_path / "O").keys() == {"own.png", "deep/link/part/a.png"}
+    assert before.items() <= contents(tmp_path).items()
+    os.symlink("other", tmp_path / "named")  # a folder that is named itself is meant
+    assert "1 written" in run_script("preprocess.py", "--directory", "named", cwd=tmp_path).stdout
+
+
+def test_a_link_within_a_folder_is_no_image_more(tmp_path):
+    (tmp_path / "D/z").mkdir(parents=True)
+    picture(60, 40, 1).save(tmp_path / "D/z/1.jpg")
+    picture(60, 40, 2).save(tmp_path / "D/z/2.png")
+    os.symlink("z", tmp_path / "D/a")
+    for name in ("1.jpg", "2.png"):
+        os.symlink(f"z/{name}", tmp_path / f"D/link_{name}")
+    done = run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    assert "2 written, 0 unchanged, 2 rejected" in done.stdout
+    assert sorted(os.listdir(tmp_path / "D")) == ["a", "z"] and contents(tmp_path / "D/z").keys() == {"1.png", "2.png"}
+    assert rejections(tmp_path / "D_rejected")["link_1.jpg"] == "is a link to z/1.jpg, which is used itself"
+    assert os.path.lexists(tmp_path / "D_rejected/link_2.png")
+    done = run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    assert "0 written, 2 unchanged, 0 rejected" in done.stdout
+
+
+@pytest.mark.parametrize(("first", "later"), [("G/part", "G"), ("G", "G/part")])
+def test_originals_are_found_from_another_level(tmp_path, first, later):
+    (tmp_path / "G/part").mkdir(parents=True)
+    picture(600, 500, 1).save(tmp_path / "G/part/a.jpg")
+    run_script("preprocess.py", "--directory", first, cwd=tmp_path)
+    size = ("--target_height", 96, "--target_width", 96)
+    done = run_script("preprocess.py", "--directory", later, *size, cwd=tmp_path)
+    original = Image.open(tmp_path / f"{first}_originals" / Path("G/part/a.jpg").relative_to(first))
+    made = np.asarray(Image.open(tmp_path / "G/part/a.png"))
+    assert np.array_equal(made, np.asarray(original.resize((96, 96), Image.Resampling.LANCZOS)))
+    assert "1 written" in done.stdout and not (tmp_path / f"{later}_originals").exists()
+
+
+def test_where_an_original_is_not_found_it_is_said_and_nothing_is_lost(tmp_path):
+    """A data set was renamed, and its originals were not."""
+    (tmp_path / "D").mkdir()
+    for i, name in enumerate("ab"):
+        picture(600, 500, i).save(tmp_path / f"D/{name}.jpg")
+    run_script("preprocess.py", "--directory", "D", cwd=tmp_path)
+    os.rename(tmp_path / "D", tmp_path / "E")
+    picture(300, 300, 3).save(tmp_path / "E/c.png")  # an original itself
+    before, small = contents(tmp_path / "E"), ("--target_height", 96, "--target_width", 96)
+    shutil.copytree(tmp_path / "E", tmp_path / "F")
+    done = run_script("preprocess.py", "--directory", "E", *small, cwd=tmp_path)
+    assert "1 written, 2 unchanged, 0 rejected" in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
+    assert f"2 PNGs, {tmp_path}/E/a.png for one, were made by preprocess.py of originals that are not found" in line
+    assert "left as they are" in line and f"to {tmp_path}/E_originals" in line and "--discard_originals" in line
+    assert {**before, "c.png": contents(tmp_path / "E")["c.png"]} == contents(tmp_path / "E")
+    done = run_script("preprocess.py", "--directory", "E", "--output_dir", "O", *small, cwd=tmp_path)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
+    assert "3 written" in done.stdout and "of these PNGs" in line and "--discard_originals" not in line
+    # both ways out
+    for path in (tmp_path / "D_originals").glob("*.jpg"):
+        os.rename(path, tmp_path / "E_originals" / path.name)
+    done = run_script("preprocess.py", "--directory", "E", *small, cwd=tmp_path)
+    assert "2 written, 1 unchanged" in done.stdout and "WARNING" not in done.stdout
+    original = Image.open(tmp_path / "E_originals/a.jpg").resize((96, 96), Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "E/a.png")), np.asarray(original))
+    done = run_script("preprocess.py", "--directory", "F", "--discard_originals", *small, cwd=tmp_path)
+    assert "3 written" in done.stdout and "WARNING" not in done.stdout
+
+
+def test_what_was_made_for_another_folder_is_no_image_without_its_original(tmp_path):
+    """Aligned or recompressed, it was never made in place: its original was never kept beside it."""
+    (tmp_path / "D").mkdir()
+    picture(600, 500, 1).save(tmp_path / "D/a.jpg")
+    run_script("preprocess.py", "--directory", "D", "--output_dir", "O", "--recompress", 80, cwd=tmp_path)
+    made = (tmp_path / "O/a.png").read_bytes()
+    small = ("--target_height", 96, "--target_width", 96)
+    done = run_script("preprocess.py", "--directory", "O", *small, cwd=tmp_path)
+    assert "1 written" in done.stdout and "WARNING" not in done.stdout
+    assert kept_in(tmp_path / "O_originals") == {"a.png": made}

@@ -178,6 +178,7 @@ def test_everything_is_there(tmp_path):
     for name, metric in itertools.product(("StyleGAN3", "StarGAN", "Mean"), [column.metric for column in OPERATING]):
         assert number(metric, results[name][metric]) in page.words, (name, metric)
     assert {"real/FFHQ", "% at 0.9312 (1 %)", "% at 0.6120 (5 %)", "2.0 [1.1, 5.7]"} <= set(page.words)
+    assert "may seem to disagree" in page.text
     assert "fake from 0.9312 on, real below 0.6120" in page.words and {"real", "uncertain"} <= set(page.words)
     for name in ("StyleGAN3", "Mean"):
         low, high = results[name]["intervals"]["auc"]
