@@ -44,7 +44,7 @@ def test_our_folds_leave_out_every_data_set_once_and_families_whole():
     ]
     folds = read_folds(FOLDS, named)
     assert len(named) == len(set(named)) == 27
-    kinds = ["new families"] * 6 + ["new sources"] * 8 + ["new sources, looked at once"] * 7
+    kinds = ["new families"] * 6 + ["new sources"] * 8 + ["further new sources"] * 7
     assert [fold.kind for fold in folds] == kinds
     once = [fold.fakes[0] for fold in folds[6:]]
     several = [one for fold in folds[:6] if len(fold.fakes) > 1 for one in fold.fakes]
