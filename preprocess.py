@@ -94,8 +94,11 @@ def claim_output(output: Path, directory: Path, args: argparse.Namespace) -> Cal
         sys.exit(f"{output}: holds images that are not from {directory}; name another --output_dir")
     earlier = (known[2] if len(known) > 2 else b"").decode()
     if holds_images and earlier.encode() != treatment:
+        version = " by an earlier version, which filled borders with a mirror image" * (
+            earlier == treatment.decode().replace(" on grey", "")
+        )
         sys.exit(
-            f"{output}: holds images that are {earlier or 'neither aligned nor recompressed'}; name another"
+            f"{output}: holds images that are {earlier or 'neither aligned nor recompressed'}{version}; name another"
             " --output_dir"
         )
     args.look_again = len(known) >= 2 and known[1] != minimum

@@ -19,7 +19,7 @@ One command from the files to the tables:
     prepare    every image aligned and recompressed alike; left out are images without a face in the crop,
                near-duplicates, and faces that may be one person's
     extract    feature files; 60/20/20 of each data set to train, val and test, as far as a fold knows the data set
-    linear     the frozen trunk's tokens, read once for all folds, and linear models of them; and of shortcuts:
+    linear     what frozen trunks say of the images, read once for all folds, and linear models of it; and of shortcuts:
                the mean spectrum, a thumbnail, how much of a crop lies beyond its picture
     train      in each fold LAMM-ViT and a plain ViT on the same trunk, tuned alike, with several seeds each
     compare    AUC of left-out fakes against left-out photographs with bootstrap intervals, false alarms and fakes found

@@ -74,8 +74,9 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
         return Outcome(source, "unchanged" if prepared and source == target else "written")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_png(image, target, sync=False)
-    stat = source.stat()
-    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by which the next run knows that the source is the same
+    if not lost:  # else the next run looks again for the original
+        stat = source.stat()
+        os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by which it knows that the source is the same
     filled = image.info.get(FILLED, 0.0)
     reason = WITHOUT_ORIGINAL if lost else ENLARGED if image.info.get(ENLARGED) else ""
     return Outcome(source, "written", reason, filled)

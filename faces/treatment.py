@@ -40,7 +40,7 @@ def parse_treatment(treatment: str) -> argparse.Namespace:
     crop, on_grey, low, high, width, height = re.fullmatch(TREATMENT_PATTERN, treatment).groups()
     return argparse.Namespace(
         align=float(crop or 0),
-        reflected=not on_grey,
+        reflected=bool(crop) and not on_grey,
         recompress=(int(low), int(high or low)) if low else None,
         target_width=int(width),
         target_height=int(height),

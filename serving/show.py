@@ -188,10 +188,7 @@ def show_explanation(kept: Kept, drawn: Image.Image) -> str:
     """The picture of Detector.explain, and what of the face was filled."""
     row, filled = kept.row, ""
     if row.face.filled:
-        text = (
-            f"{100 * row.face.filled:.0f} % of the cut lies beyond the border of the picture, and was filled with what"
-            " lies before it, mirrored."
-        )
+        text = f"{100 * row.face.filled:.0f} % of the cut lies beyond the border of the picture, and was filled."
         marked = mark_filled(kept)
         image = f'<img src="{png_url(marked)}" alt="the filled part, tinted" width="192">' if marked else ""
         where = ": tinted." if image else "."

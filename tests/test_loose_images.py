@@ -27,8 +27,9 @@ from evaluation import explain, pictures
 from evaluation.operating import verdict_of
 from evaluation.pictures import COLUMNS, framing_of
 from evaluation.scoring import predict_scores
+from faces.alignment import GREY
 from faces.finder import FaceFinder, finder_files
-from faces.loose import find_faces, list_pictures
+from faces.loose import faces_in_file, find_faces, list_pictures
 from faces.regions import face_frame, face_size
 from runtime.checkpoint import load_checkpoint
 from samples.feature_files import find_feature_files
@@ -476,6 +477,14 @@ def test_loose_pictures_are_aligned_for_a_model_of_aligned_images(aligned, finde
     close = rows[str(tmp_path / "close.png")]
     assert close["framing"] == "aligned" and 0.02 < float(close["filled"]) < 0.6 and 0 < float(close["probability"]) < 1
     assert rows[str(tmp_path / "nobody.png")]["reason"].startswith("no face found")
+    # A model of an earlier version gets what it was trained on: a mirror image where its picture ends
+    framing = framing_of(model, checkpoint, whole_image=False)
+    earlier = framing._replace(treatment=framing.treatment.replace(" on grey", ""))
+    grey, mirrored = (
+        faces_in_file(tmp_path / "close.png", one, 1, finder)[0].image.astype(int) for one in (framing, earlier)
+    )
+    share = [(np.abs(image - GREY).max(axis=2) < 12).mean() for image in (grey, mirrored)]
+    assert share[0] > float(close["filled"]) - 0.05 > share[1]
     whole = run_script(
         "inference.py",
         "--images",

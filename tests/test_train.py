@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -35,6 +36,7 @@ from runtime.processes import lock
 from samples.feature_files import find_feature_files
 from train import get_args_parser as train_parser
 from training import state
+from training.data import check_views
 from training.schedule import MIN_LR, cosine_lr, parameter_groups
 
 
@@ -816,3 +818,13 @@ def test_bf16_and_fp16_train(features, tmp_path):
         )
         train.main(train_parser().parse_args(list(map(str, arguments))))
         assert np.isfinite(log_of(tmp_path / precision)[0]["train_loss"])
+
+
+def test_wild_views_are_not_of_images_with_mirrored_borders():
+    wild, plain = (SimpleNamespace(augment=augment, features="features") for augment in ("wild", "none"))
+    earlier = {"treatment": "aligned 0.6, JPEG 75-95, 224x224"}
+    for treatment in ("", "JPEG 75-95, 224x224", "aligned 0.6 on grey, 224x224"):
+        check_views(wild, {"treatment": treatment})
+    check_views(plain, earlier)
+    with pytest.raises(ValueError, match="--augment wild: features is of images that an earlier version aligned 0.6"):
+        check_views(wild, earlier)

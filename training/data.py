@@ -8,7 +8,7 @@ import torch
 from dataset import FaceDataset
 from faces.finder import FOUND_BY
 from faces.regions import face_frame
-from faces.treatment import describe_treatment
+from faces.treatment import describe_treatment, parse_treatment
 from model import LAMMViTConfig
 from samples.feature_files import FeatureFileError, find_feature_files
 from samples.transforms import TrainTransform
@@ -42,6 +42,19 @@ def load_data(args: argparse.Namespace) -> tuple[FaceDataset, FaceDataset, list[
             f" {val_set.img_size} px); run it again over all"
         )
     return train_set, val_set, names
+
+
+def check_views(args: argparse.Namespace, framing: dict) -> None:
+    """
+    Raises:
+        ValueError: --augment wild would cut images on grey that an earlier version cut with a mirror image around them.
+    """
+    treatment = framing["treatment"]
+    if args.augment == "wild" and treatment and parse_treatment(treatment).reflected:
+        raise ValueError(
+            f"--augment wild: {args.features} is of images that an earlier version {treatment}, and that have a mirror"
+            " image where their pictures end; run preprocess.py on the originals again, into another folder"
+        )
 
 
 def measure_framing(train_set: FaceDataset) -> dict:

@@ -14,7 +14,7 @@ from runtime.pretrained import Trunk, load_trunk, read_trunk
 from runtime.processes import gather
 from runtime.start import GATES, Gate, start_method
 from runtime.tuning import choose_trained
-from training.data import load_data, measure_framing
+from training.data import check_views, load_data, measure_framing
 from training.options import PARTS
 from training.run import Run
 from training.schedule import MIN_LR, parameter_groups
@@ -65,6 +65,8 @@ def describe_trunk(trunk: Trunk, args: argparse.Namespace) -> dict:
 def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> Run:
     """A run at its beginning; training/state.py takes it to where an earlier one stopped."""
     train_set, val_set, datasets = load_data(args)
+    framing = measure_framing(train_set)
+    check_views(args, framing)
     trunk = read_trunk(args.init_from, rank) if args.init_from else None
     if trunk and rank == 0:
         print_trunk(trunk, args.depth)
@@ -82,7 +84,7 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
         rank=rank,
         world=world,
         datasets=datasets,
-        framing=measure_framing(train_set),
+        framing=framing,
         images=images,
         train_set=train_set,
         val_set=val_set,

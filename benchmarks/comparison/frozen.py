@@ -3,7 +3,7 @@
     features/  ->  trunk/<which>/<real|fake>_<Name>.npz: class_token, patches (n, L, D) float16  ->  log odds
 
 After each of the L blocks: the class token, and the mean of the patches, both after the trunk's last LayerNorm, as the
-head of a model reads them. Of the two probes one is UniversalFakeDetect's recipe (Ojha et al., CVPR 2023, arXiv
+head of a model reads them. Of the probes one is UniversalFakeDetect's recipe (Ojha et al., CVPR 2023, arXiv
 2302.10174), a linear model on the last class token; the other starts the head of train.py --head probe.
 """
 
