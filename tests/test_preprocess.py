@@ -988,9 +988,15 @@ def test_where_an_original_is_not_found_it_is_said_and_nothing_is_lost(tmp_path)
     done = run_script("preprocess.py", "--directory", "E", "--output_dir", "O", *small, cwd=tmp_path)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
     assert "3 written" in done.stdout and "of these PNGs" in line and "--discard_originals" not in line
+    assert (
+        "of these PNGs"
+        in run_script("preprocess.py", "--directory", "E", "--output_dir", "O", *small, cwd=tmp_path).stdout
+    ), "until the originals are found"
     # both ways out
     for path in (tmp_path / "D_originals").glob("*.jpg"):
         os.rename(path, tmp_path / "E_originals" / path.name)
+    done = run_script("preprocess.py", "--directory", "E", "--output_dir", "O", *small, cwd=tmp_path)
+    assert "2 written, 1 unchanged" in done.stdout and "WARNING" not in done.stdout
     done = run_script("preprocess.py", "--directory", "E", *small, cwd=tmp_path)
     assert "2 written, 1 unchanged" in done.stdout and "WARNING" not in done.stdout
     original = Image.open(tmp_path / "E_originals/a.jpg").resize((96, 96), Image.Resampling.LANCZOS)
