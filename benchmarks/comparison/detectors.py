@@ -114,7 +114,7 @@ def score_linear_models(
 
     def inputs_of(name: str) -> np.ndarray:
         if name in HEADS:
-            return read_head_inputs(args, stock, train_args, HEADS[name])
+            return read_head_inputs(args, stock, train_args, left_out_parts(HEADS[name], train_args))
         return probe_inputs(name, frozen(), train_args) if name in PROBES else shortcut_inputs(stock, name)
 
     inputs, read = np.empty(0), ""
@@ -133,10 +133,11 @@ def score_linear_models(
 
 def shortcut_inputs(stock: Stock, name: str) -> np.ndarray:
     """(N, D) of one of SHORTCUTS, of all images."""
-    dataset, parts = stock.dataset(), []
+    dataset = stock.dataset()
     if name == FILLED_SHARE:
         filled = dataset.column("filled")
         return np.stack([filled, filled**2], axis=1)
+    parts = []
     for start in range(0, len(dataset), 256):  # spectra take a few hundred times an image's memory
         images = dataset.read(np.arange(start, min(start + 256, len(dataset))))["image"]
         parts.append(OF_IMAGES[name](images.transpose(0, 2, 3, 1), []))

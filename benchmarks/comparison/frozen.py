@@ -3,8 +3,9 @@
     features/  ->  trunk/<which>/<real|fake>_<Name>.npz: class_token, patches (n, L, D) float16  ->  log odds
 
 After each of the L blocks: the class token, and the mean of the patches, both after the trunk's last LayerNorm, as the
-head of a model reads them. Of the probes one is UniversalFakeDetect's recipe (Ojha et al., CVPR 2023, arXiv
-2302.10174), a linear model on the last class token; the other starts the head of train.py --head probe.
+head of a model reads them. Of the two probes on it one is UniversalFakeDetect's recipe (Ojha et al., CVPR 2023, arXiv
+2302.10174), a linear model on the last class token; the other starts the head of train.py --head probe. HEADS are such
+probes, too, of what the head of a whole model reads.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.comparison.folds import TRAIN, VAL, Fold, Stock
-from benchmarks.comparison.variants import VARIANTS
 from evaluation.scoring import predict
 from model import LAMMViT
 from runtime.devices import pick_device, pick_precision
@@ -33,7 +33,7 @@ LAST_CLASS_TOKEN, PROBE = "probe, last class token", "probe"
 # As train.py --tune head --epochs 0 makes them, with --probe_views; the first is what ships. Their operating points are
 # of data sets left out
 HEAD_ALONE, PLAIN_HEAD = "LAMM-ViT, head alone", "plain ViT, head alone"
-HEADS = {HEAD_ALONE: VARIANTS["LAMM-ViT"], PLAIN_HEAD: VARIANTS["plain ViT"]}
+HEADS = {HEAD_ALONE: "LAMM-ViT", PLAIN_HEAD: "plain ViT"}  # of which of VARIANTS
 PROBES = (LAST_CLASS_TOKEN, PROBE, PLAIN_HEAD, HEAD_ALONE)
 
 
@@ -79,10 +79,10 @@ def read_frozen(
 def read_head_inputs(
     args: argparse.Namespace, stock: Stock, train_args: argparse.Namespace, without: Sequence[str]
 ) -> np.ndarray:
-    """What the head of the untrained model of these options, without some parts, reads of all images, as they are and
-    in --probe_views: (V, N, D) float16."""
+    """What the head of the untrained model of these options, but --without these parts, reads of all images, as they
+    are and in --probe_views: (V, N, D) float16."""
     trunk = read_trunk(train_args.init_from)
-    train_args = argparse.Namespace(**vars(train_args) | {"without": sorted({*train_args.without, *without})})
+    train_args = argparse.Namespace(**vars(train_args) | {"without": list(without)})
     model = build_model(train_args, stock.img_size, trunk).eval()
     start = train_args.start, str(train_args.gates), train_args.seed, train_args.mask_style
     digest = trunk.digest(train_args.depth), *start
