@@ -29,7 +29,7 @@ FAKE, REAL, UNCERTAIN = VERDICTS = ("fake", "real", "uncertain")
 # ---------------------------------------------------------------------------------------------------------- calibration
 
 
-def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
+def fit_temperature(labels: np.ndarray, logits: np.ndarray, weights: np.ndarray | None = None) -> float:
     """The temperature T of the least log loss of logits / T (Guo et al., ICML 2017), within TEMPERATURES.
 
     Both classes weigh the same, whatever their counts. The targets are Platt's (1999), (n + 1) / (n + 2) for a class of
@@ -38,14 +38,17 @@ def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
     Args:
         labels: (N,), both classes present.
         logits: (N,) log odds of a fake, that is logit 1 - logit 0; finite.
+        weights: (N,) of the images of a class beside each other, positive (default: all alike).
     """
-    classes = (logits[labels == 1], -logits[labels == 0])  # positive: on the right side
+    weights = np.ones(len(labels)) if weights is None else weights
+    # Margins: positive on the right side
+    classes = [(sign * logits[labels == one], weights[labels == one]) for one, sign in ((1, 1), (0, -1))]
 
     def loss(log_temperature: float) -> float:
         total = 0.0
-        for margins in classes:
+        for margins, weight in classes:
             scaled, target = margins / np.exp(log_temperature), (len(margins) + 1) / (len(margins) + 2)
-            total += float(np.mean(np.logaddexp(0, -scaled) + (1 - target) * scaled))
+            total += float(np.average(np.logaddexp(0, -scaled) + (1 - target) * scaled, weights=weight))
         return total
 
     found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})
@@ -142,11 +145,12 @@ def operating_points(
         real: {collection: the index of its photographs in these}.
         others: of each data set that was left out its label, and the log odds (n,) of its images by a model that has
             not seen it. If there are some of both classes, they set the temperature instead of validation: what it is
-            for sources that a model does not know.
+            for sources that a model does not know. Each data set counts alike: the next one may be like any of them.
     """
     if {label for label, _ in others} == {0, 1}:
         of_others = np.concatenate([np.full(len(values), label) for label, values in others])
-        temperature = fit_temperature(of_others, np.concatenate([values for _, values in others]))
+        weights = np.concatenate([np.full(len(values), 1 / len(values)) for _, values in others])
+        temperature = fit_temperature(of_others, np.concatenate([values for _, values in others]), weights)
     else:
         temperature = fit_temperature(labels, log_odds)
     scores = expit(log_odds / temperature)

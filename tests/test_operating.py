@@ -15,6 +15,7 @@ from evaluation.operating import (
     describe_thresholds,
     describe_verdict,
     fit_temperature,
+    operating_points,
     threshold_for,
     threshold_for_others,
     thresholds_of,
@@ -46,6 +47,23 @@ def test_classes_weigh_alike():
     assert many == pytest.approx(fit_temperature(np.repeat([1, 0], 10_000), np.r_[fake[::9], real]), rel=0.03)
     plain = min(np.geomspace(0.5, 10, 200), key=lambda t: log_loss(labels, expit(np.concatenate([fake, real]) / t)))
     assert abs(many / plain - 1) > 0.05, "which is not the least loss over the images as they come"
+
+
+def test_left_out_data_sets_weigh_alike():
+    """A large collection that looks like fakes is one of four, and not most of the images."""
+    rng = np.random.default_rng(0)
+    others = [(0, rng.normal(-3, 2, 200)), (1, rng.normal(3, 2, 200)), (1, rng.normal(3, 2, 200))]
+    few, many = ([*others, (0, np.tile(rng.normal(4, 1, 200), times))] for times in (1, 20))
+    labels, log_odds, real = np.array([0, 1]), np.array([-1.0, 1.0]), {"A": np.array([0])}
+    temperature, _ = operating_points(labels, log_odds, real, few)
+    assert temperature > 2 * fit_temperature(*(np.concatenate(part) for part in by_image(others)))
+    assert operating_points(labels, log_odds, real, many)[0] == pytest.approx(temperature, rel=0.1)  # fewer are less certain
+    assert fit_temperature(*(np.concatenate(part) for part in by_image(many))) > 1.2 * temperature
+
+
+def by_image(others):
+    """Labels and log odds of data sets."""
+    return zip(*((np.full(len(values), label), values) for label, values in others))
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 6.0])

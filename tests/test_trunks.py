@@ -540,7 +540,9 @@ def test_a_probe_alone_is_a_model_and_data_sets_left_out_set_its_thresholds(feat
     of_class = {one: int(FaceDataset(files[one : one + 1]).labels[0]) for one in others}
     assert sorted(of_class.values()) == [0, 0, 1, 1]
     labels = np.concatenate([np.full(len(values), of_class[one]) for one, values in others.items()])
-    assert held["temperature"] == pytest.approx(fit_temperature(labels, np.concatenate(list(others.values()))))
+    alike = np.concatenate([np.full(len(values), 1 / len(values)) for values in others.values()])
+    temperature = fit_temperature(labels, np.concatenate(list(others.values())), alike)
+    assert held["temperature"] == pytest.approx(temperature)
     real = [expit(values / held["temperature"]) for one, values in others.items() if of_class[one] == 0]
     for rate, threshold in held["thresholds"].items():
         assert threshold >= threshold_for_others(real, float(rate))

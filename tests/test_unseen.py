@@ -23,7 +23,7 @@ from benchmarks.comparison import detectors, images, near_duplicates
 from benchmarks.comparison.detectors import SHORTCUTS, read_others
 from benchmarks.comparison.folds import FOLDS, Fold, Stock, check_images, load_stock, read_folds
 from benchmarks.comparison.frozen import PROBES, build_trunk, read_blocks
-from benchmarks.comparison.judge import alike, difference, judge, mean_of_folds, paired
+from benchmarks.comparison.judge import alike, difference, judge, mean_of_folds, paired, pooled_ece
 from dataset import FaceDataset
 from drawing.render import draw_face
 from evaluation.masks import OWN, WRONG
@@ -186,6 +186,21 @@ def test_classes_weigh_alike_in_calibration():
     assert judged.log_loss == [pytest.approx(loss)]
     assert judged.ece == [pytest.approx((expit(-1 / temperature) + expit(-2 / temperature)) / 2)]
     assert judged.auc == [pytest.approx(1)] and judged.interval[1] == 1 and judged.interval[0] < 1
+
+
+def test_calibration_of_all_folds_together():
+    """In one fold all log odds are too high by 2, in the other too low by 2: each alone is wrong, together they are
+    less so."""
+    parts = [(name, split, 400) for name in ("real/A", "real/B", "fake/X", "fake/Y") for split in (0, 1, 2)]
+    stock = stock_of(*parts)
+    folds = [Fold("sources", one[-1], (f"fake/{one[1]}",), (f"real/{one[0]}",)) for one in ("AX", "BY")]
+    rng = np.random.default_rng(0)
+    true = 2 * (rng.normal(size=len(stock.labels)) + 2 * (stock.labels - 0.5))  # each log odds is right
+    log_odds = {fold: (true + shift)[None] for fold, shift in zip(folds, (2, -2))}
+    judged = {fold: judge(stock, fold, rows)._replace(temperatures=[1.0]) for fold, rows in log_odds.items()}
+    assert pooled_ece(stock, {folds[0]: true[None]}, judged) == [pytest.approx(0, abs=0.03)]
+    alone = [pooled_ece(stock, {fold: log_odds[fold]}, judged)[0] for fold in folds]
+    assert min(alone) > 0.2 and pooled_ece(stock, log_odds, judged)[0] < 0.12
 
 
 def test_bootstrap_is_that_of_delong_where_both_fit():

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.comparison.detectors import MASKED, folder_of, others_of
 from benchmarks.comparison.folds import Fold, Stock
 from benchmarks.comparison.frozen import HEAD_ALONE, LAST_CLASS_TOKEN, PLAIN_HEAD, PROBE
-from benchmarks.comparison.judge import Judged, difference, judge, mean_of_folds, pair_auc, paired
+from benchmarks.comparison.judge import Judged, difference, judge, mean_of_folds, pair_auc, paired, pooled_ece
 from benchmarks.comparison.tables import images_table, section
 from evaluation.intervals import AucDifference
 from evaluation.masks import OWN, WRONG
@@ -79,7 +79,7 @@ def write_tables(results: Results, sizes: dict, dropped: dict, command_line: str
         parts.append(known_table(results, kind, folds))
         parts.append(shares_table(results, kind, folds, "alarms", "photographs that are called fake"))
         parts.append(shares_table(results, kind, folds, "found", "fakes that are found"))
-        parts.append(calibration_table(results, kind, folds))
+        parts.append(calibration_table(results, kind, folds, summary))
         parts += [differences_table(results, kind, folds, *names, summary) for names in contests(results)]
         if MASKED in results.names:
             parts.append(masks_table(results, kind, folds, summary))
@@ -186,21 +186,27 @@ def rates(by_rate: dict) -> list[str]:
     return sorted(by_rate, key=float, reverse=True)
 
 
-def calibration_table(results: Results, kind: str, folds: list[Fold]) -> str:
+def calibration_table(results: Results, kind: str, folds: list[Fold], summary: dict) -> str:
     def cell(one: Judged) -> str:
         return f"{np.mean(one.ece):.3f} / {np.mean(one.log_loss):.2f}"
 
     rows = [[fold.name, *(cell(results.judged[fold, name]) for name in results.names)] for fold in folds]
-    means = []
+    means, together = [], []
     for name in results.names:
-        judged = results.of(folds, name)
-        ece, loss = (np.mean([np.mean(getattr(one, what)) for one in judged]) for what in ("ece", "log_loss"))
+        judged = {fold: results.judged[fold, name] for fold in folds}
+        ece, loss = (np.mean([np.mean(getattr(one, what)) for one in judged.values()]) for what in ("ece", "log_loss"))
         means.append(f"{ece:.3f} / {loss:.2f}")
+        pooled = pooled_ece(results.stock, {fold: results.log_odds[fold, name] for fold in folds}, judged)
+        together.append(spread(pooled))
+        summary["means"][kind][name]["pooled_ece"] = pooled
     return section(
         f"{kind[0].upper()}{kind[1:]}: calibration",
-        "Expected calibration error / log loss in nats on the left-out images, both classes weighted alike, at the"
-        " temperature of validation. Saying 0.5 of every image has 0 / 0.69.",
-        as_markdown(["left out", *results.names], [*rows, ["**mean of folds**", *means]]),
+        "Expected calibration error / log loss in nats on the left-out images, both classes weighted alike, and the"
+        " data sets of a class, at the fold's temperature. Saying 0.5 of every image has 0 / 0.69. The last line is"
+        " the expected calibration error of the images of all these folds together.",
+        as_markdown(
+            ["left out", *results.names], [*rows, ["**mean of folds**", *means], ["**all together**", *together]]
+        ),
     )
 
 

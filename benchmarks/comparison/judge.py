@@ -36,7 +36,7 @@ class Judged(NamedTuple):
     known: list[float]  # AUC of left-out fakes against test photographs of known collections, mean over pairs
     alarms: dict[str, dict[str, list[float]]]  # {left-out collection: {"0.05": share called fake}}
     found: dict[str, dict[str, list[float]]]  # {left-out source: {"0.05": share called fake}}
-    ece: list[float]  # on the left-out images, both classes weighted alike
+    ece: list[float]  # on the left-out images, both classes weighted alike, and the data sets of a class
     log_loss: list[float]
     temperatures: list[float]
     thresholds: list[dict[str, float]]  # of calibrated scores
@@ -108,20 +108,47 @@ def judge(stock: Stock, fold: Fold, log_odds: np.ndarray, others: Mapping[str, n
         temperatures=[],
         thresholds=[],
     )
-    weights = alike(stock.labels[both])
     collections = {name: stock.names[val] == name for name in np.unique(stock.names[val][stock.labels[val] == 0])}
     for row in log_odds:
         temperature, thresholds = operating_points(stock.labels[val], row[val], collections, of_others)
         scores = expit(row / temperature)
         judged.temperatures.append(temperature)
         judged.thresholds.append(thresholds)
-        judged.ece.append(calibration(stock.labels[both], scores[both], weights=weights)[3])
-        judged.log_loss.append(log_loss(stock.labels[both], scores[both], weights))
+        labels, of_left_out, weights = left_out_scores(stock, fold, scores)
+        judged.ece.append(calibration(labels, of_left_out, weights=weights)[3])
+        judged.log_loss.append(log_loss(labels, of_left_out, weights))
         for shares in (judged.alarms, judged.found):
             for name, by_rate in shares.items():
                 for rate, threshold in thresholds.items():
                     by_rate.setdefault(rate, []).append(float(np.mean(scores[stock.of([name])] >= threshold)))
     return judged
+
+
+def left_out_scores(stock: Stock, fold: Fold, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, scores and weights of the left-out images (n,): both classes count alike, and the data sets of a class.
+
+    scores: (N,) of the stock's images."""
+    real, fake = stock.of(fold.photographs), stock.of(fold.fakes)
+    both = np.r_[real, fake]
+    weights = np.r_[alike(stock.names[real]), alike(stock.names[fake])] / 2
+    return stock.labels[both], scores[both], weights
+
+
+def pooled_ece(stock: Stock, log_odds: Mapping[Fold, np.ndarray], judged: Mapping[Fold, Judged]) -> list[float]:
+    """Of each run the ECE of the left-out images of all folds together, the folds alike.
+
+    In a fold alone, a source that is easier or harder than most is a calibration error. Whoever judges pictures of many
+    sources that they do not know meets this one.
+    """
+    errors = []
+    for seed in range(len(next(iter(log_odds.values())))):
+        parts = [
+            left_out_scores(stock, fold, expit(rows[seed] / judged[fold].temperatures[seed]))
+            for fold, rows in log_odds.items()
+        ]
+        labels, scores, weights = (np.concatenate(part) for part in zip(*parts))
+        errors.append(calibration(labels, scores, weights=weights)[3])
+    return errors
 
 
 def mean_of_folds(judged: list[Judged]) -> tuple[list[float], tuple[float, float]]:
