@@ -30,7 +30,7 @@ from PIL import Image
 from drawing.face import GENERATORS
 from drawing.render import draw_file
 from evaluation.detector import Detector
-from runtime.weights_file import is_shipped, shown_card
+from runtime.card import limits_of
 from serving.desk import Desk, sweep
 
 if TYPE_CHECKING:
@@ -39,23 +39,6 @@ if TYPE_CHECKING:
 EXAMPLES = (("Consistent", None), *((name, name) for name in GENERATORS))
 EXAMPLE_SIDE = 448  # pixels
 SWEEP_SECONDS = 60
-LIMITS = """**What it cannot do.** It looks for faces that were generated whole. It was not made for swapped or
-retouched faces, nor for documents, and knows best the generators that it was trained on. A verdict is no proof in
-either direction, and nothing by which to judge people."""
-
-
-def limits_of(checkpoint: Path) -> str:
-    """What is said under every verdict, Markdown: of the model card its section on limits, where there is one."""
-    if not is_shipped(checkpoint) or not shown_card().exists():
-        return LIMITS
-    section, inside = [], False
-    for line in shown_card().read_text(encoding="utf-8").splitlines():
-        if line.startswith("#"):
-            inside = "limit" in line.lower()
-            line = f"**{line.lstrip('# ')}**"
-        if inside:
-            section.append(line)
-    return "\n".join(section).strip() or LIMITS
 
 
 def draw_examples(folder: Path) -> list[tuple[str, Path]]:

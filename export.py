@@ -54,9 +54,10 @@ from attention import force_path
 from evaluation.scoring import fake_probability
 from faces.regions import REGIONS
 from model import NUM_REGIONS, LAMMViT
+from runtime.card import README, card_path, read_card, write_card
 from runtime.checkpoint import load_checkpoint, model_of
 from runtime.files import check_space
-from runtime.hub_folder import FILES, card_beside, read_folder, weights_in, write_folder
+from runtime.hub_folder import FILES, read_folder, weights_in, write_folder
 from runtime.pretrained import split_source
 from runtime.weights_file import SUFFIX, TRAINED, choose_checkpoint, is_shipped, read_weights, write_weights
 
@@ -166,7 +167,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--weights",
         type=Path,
         metavar="FILE.safetensors",
-        help="instead of these two, write one file of weights and settings (default: none)",
+        help="instead of these two, write one file of weights and settings, and its card (default: none)",
     )
     parser.add_argument(
         "--hub",
@@ -203,7 +204,9 @@ def write_shipped(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
             )
         size = file.stat().st_size / 1e6
         os.replace(file, target)
+    stays = write_card(checkpoint, target)
     print(f"{target}: {size:.1f} MB, largest difference from the checkpoint in probability {difference:.1e}")
+    print(f"{card_path(target)}: " + ("was there, and stays" if stays else "what is known of it"))
     tell_trunk(checkpoint, "beside it")
 
 
@@ -231,9 +234,9 @@ def write_for_hub(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
         if not all(torch.equal(values, state[name]) for name, values in model.state_dict().items()):
             raise ValueError(f"{target}: differs from {args.checkpoint}; not written")
 
-    has_card = write_folder(checkpoint, target, card_beside(args.checkpoint), check)
+    stays = write_folder(checkpoint, target, read_card(args.checkpoint), check)
     size = weights_in(target).stat().st_size / 1e6
-    print(f"{target}: {', '.join(FILES)}; {size:.1f} MB" + (f"; the {FILES[-1]} that was there stays" * has_card))
+    print(f"{target}: {', '.join(FILES)}; {size:.1f} MB" + (f"; the {README} that was there stays" * stays))
     tell_trunk(checkpoint, "in that folder")
 
 

@@ -42,7 +42,7 @@ from runtime.checkpoint import save
 from runtime.devices import backend_for, memory_gb, pick_process_device
 from runtime.processes import agree, gather, join_processes, lock
 from training.options import check_options, get_args_parser
-from training.record import draw_pictures, open_board, report_epoch, write_board
+from training.record import draw_pictures, open_board, report_epoch, report_left_out, write_board
 from training.run import BEST, LAST, PREVIOUS, Run, Stopped
 from training.schedule import cosine_lr
 from training.setup import build_run, print_plan
@@ -173,9 +173,10 @@ def start_line(run: Run) -> dict[str, float]:
     return {"epoch": run.epoch, "samples": run.samples, "lr": run.optimizer.param_groups[0]["lr"]}
 
 
-def save_best(run: Run, line: dict, predicted: np.ndarray, weights: torch.Tensor | None) -> None:
+def save_best(run: Run, line: dict, predicted: np.ndarray, weights: torch.Tensor | None) -> dict:
     best = calibrated(run, line, kept_weights(run), predicted[:, 1]) | {"lamm_weights": weights}
     save(best, run.path(BEST))
+    return best
 
 
 def report_best(run: Run) -> None:
@@ -190,7 +191,8 @@ def keep_probe(run: Run) -> None:
         metrics, predicted, weights = validate(run)
     run.best_auc, run.val_threshold = metrics["val_auc"], metrics["val_threshold"]
     if run.rank == 0:
-        save_best(run, start_line(run) | metrics, predicted, weights)
+        best = save_best(run, start_line(run) | metrics, predicted, weights)
+        report_left_out(best.get("unknown", {}))
         report_best(run)
     save_state(run)
 

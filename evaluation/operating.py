@@ -2,6 +2,7 @@
 
     fit_temperature       by what to divide the logits, so that at equal counts 0.9 means nine in ten
     choose_thresholds     for each rate of false alarms a threshold
+    judge_left_out        how data sets fared that a model has not seen
     verdict_of            fake, real or uncertain
 
 train.py chooses both, on validation or on data sets left out in turn (training/probe.py), and puts them into
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
+from sklearn.metrics import roc_auc_score
 
 RATES = (0.01, 0.05)  # of false alarms, for which a checkpoint has thresholds
 TEMPERATURES = (0.05, 20.0)
@@ -156,6 +158,29 @@ def operating_points(
     scores = expit(log_odds / temperature)
     left_out = [expit(values / temperature) for label, values in others if label == 0]
     return temperature, choose_thresholds({name: scores[where] for name, where in real.items()}, left_out=left_out)
+
+
+def judge_left_out(
+    others: Mapping[str, tuple[int, np.ndarray]], temperature: float, thresholds: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """What became of data sets that were left out.
+
+    Args:
+        others: {data set: its label, and the log odds (n,) of its images by a model that has not seen it}, of both
+            classes.
+
+    Returns:
+        {data set: "images"; "auc", the mean over the data sets of the other class; and for each threshold, by its name,
+        the share of the images that are called fake}.
+    """
+    found = {}
+    for name, (label, values) in others.items():
+        pairs = [(values, theirs) if label else (theirs, values) for other, theirs in others.values() if other != label]
+        aucs = [roc_auc_score(np.repeat([1, 0], [len(fake), len(real)]), np.r_[fake, real]) for fake, real in pairs]
+        scores = expit(values / temperature)
+        shares = {rate: float(np.mean(scores >= threshold)) for rate, threshold in thresholds.items()}
+        found[name] = {"images": len(values), "auc": float(np.mean(aucs))} | shares
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- verdicts

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from faces.regions import REGIONS
 from model import LAMMViTConfig
+from runtime.card import README, card_of, is_own, read_card
 from runtime.files import replacing
-from runtime.weights_file import CARD, read_weights, settings_of, write_weights
+from runtime.weights_file import read_weights, settings_of, write_weights
 
-WEIGHTS, CONFIG, PREPROCESSOR, README = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
+WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 FILES = (WEIGHTS, CONFIG, PREPROCESSOR, README)
 LABELS = {"architectures": ["LAMMViT"], "model_type": "lamm_vit"}  # in config.json, for the Hub
 WRITER = "export.py --hub"
@@ -44,12 +45,13 @@ def write_folder(
     """A checkpoint of load_checkpoint, or a model alone: "version", "config", "model". Each file whole or not at all.
 
     Args:
-        card: the text of README.md; None: what is known. One that is there stays: somebody may have written a better.
+        card: the text of README.md, where somebody has written one; else it is what is known. One of somebody's that
+            is there stays.
         check: is given the folder as it will be, in another place, before a file of it gets its name; raises where it
             is not right.
 
     Returns:
-        whether a card was there.
+        whether somebody's card stays.
 
     Raises:
         OSError: a file cannot be written.
@@ -57,10 +59,10 @@ def write_folder(
     texts = {
         CONFIG: json.dumps(LABELS | settings_of(checkpoint), indent=2) + "\n",
         PREPROCESSOR: json.dumps(preprocessing(checkpoint), indent=2) + "\n",
-        README: with_front(card or card_of(checkpoint)),
+        README: with_front(card if is_own(card) else card_of(checkpoint)),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    has_card = (folder / README).exists()
+    stays = is_own(read_card(folder))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as place:
         made = Path(place)
         write_weights(checkpoint, made / WEIGHTS, exact=True)
@@ -69,9 +71,9 @@ def write_folder(
                 partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         check(made)
         for name in FILES:
-            if name != README or not has_card:
+            if name != README or not stays:
                 os.replace(made / name, folder / name)
-    return has_card
+    return stays
 
 
 def read_folder(folder: Path) -> dict:
@@ -129,52 +131,5 @@ def preprocessing(checkpoint: dict) -> dict:
     return settings
 
 
-def card_beside(path: Path) -> str | None:
-    """The card that stands beside a checkpoint, or in its folder; None where there is none."""
-    card = path / README if path.is_dir() else path.with_name(CARD)
-    return card.read_text(encoding="utf-8") if card.is_file() else None
-
-
 def with_front(card: str) -> str:
     return card if card.startswith("---\n") else f"{FRONT}\n{card}"
-
-
-def card_of(checkpoint: dict) -> str:
-    """What is known of a model, for people."""
-    config = LAMMViTConfig(**checkpoint["config"])
-    lines = [
-        f"- Input: a face of {config.img_size} x {config.img_size} pixels and masks of its {len(REGIONS)} regions;"
-        f" depth {config.depth}, width {config.embed_dim}."
-    ]
-    if trunk := checkpoint.get("trunk"):
-        source = settings_of(checkpoint)["trunk"]["source"]
-        lines.append(f"- Its trunk is not in these files: `{source}`, SHA-256 `{trunk['sha256']}`.")
-    if datasets := checkpoint.get("datasets"):
-        lines.append(f"- Trained on: {', '.join(f'`{name}`' for name in datasets)}.")
-    if "framing" in checkpoint:
-        lines.append(f"- Training images were: {checkpoint['framing']['treatment'] or 'resized alone'}.")
-    known = (("val_auc", "AUC"), ("val_ap", "AP"))
-    if measured := [f"{title} {checkpoint[name]:.4f}" for name, title in known if name in checkpoint]:
-        lines.append(f"- On its validation images: {', '.join(measured)}. Others may be harder.")
-    if thresholds := checkpoint.get("thresholds"):
-        known = ", ".join(f"{value:.4f} for {100 * float(rate):g} %" for rate, value in thresholds.items())
-        lines.append(f"- Thresholds, by the rate of false alarms that they were chosen for in training: {known}.")
-    facts = "\n".join(lines)
-    return f"""# LAMM-ViT
-
-Tells photographs of faces from generated ones. An open implementation of LAMM-ViT (Zhang et al., ECAI 2025,
-[arXiv 2505.07734](https://arxiv.org/abs/2505.07734)).
-
-{facts}
-
-**A score is no proof.** It holds for pictures like those of training. This card was written by a program; nobody has
-said under which terms these weights may be used.
-
-With the code, in its folder: `python inference.py --checkpoint FOLDER --images photo.jpg`, or
-
-```python
-from runtime.hub import LAMMViT
-
-model = LAMMViT.from_pretrained("FOLDER")
-```
-"""

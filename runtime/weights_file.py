@@ -36,6 +36,7 @@ SETTINGS = (
     "val_threshold",
     "thresholds",
     "temperature",
+    "unknown",
     "val_auc",
     "val_ap",
     "val_accuracy",
@@ -174,8 +175,7 @@ def choose_checkpoint(named: Path | None, rank: int = 0) -> Path:
         )
     if rank == 0:
         print(
-            f"{TRAINED} is not there: takes the weights that ship, {shown(SHIPPED)} (read {shown_card()}; for"
-            " non-commercial use)",
+            f"{TRAINED} is not there: takes {shown(SHIPPED)}; read {shown_card()}",
             file=sys.stderr,
         )
     return shown(SHIPPED)

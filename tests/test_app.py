@@ -31,6 +31,7 @@ requests = pytest.importorskip("requests", reason="without requirements-app.txt"
 import app  # noqa: E402
 from drawing.render import draw_face  # noqa: E402
 from evaluation.operating import describe_verdict  # noqa: E402
+from runtime.card import LIMITS, limits_of  # noqa: E402
 from serving import desk as desk_module  # noqa: E402
 from serving.desk import Desk, Kept, Refused, sweep  # noqa: E402
 
@@ -538,15 +539,13 @@ def test_nothing_is_fetched_from_elsewhere(served):
         assert requests.get(f"{served.url}/gradio_api/{address}", timeout=5).status_code == 404
 
 
-def test_limits_are_those_of_the_card_for_the_weights_that_ship(tmp_path, monkeypatch):
-    assert app.limits_of(tmp_path / "mine.pth") == app.LIMITS
+def test_limits_are_those_of_the_card(tmp_path):
+    assert LIMITS in limits_of(tmp_path / "mine.pth")
     card = tmp_path / "MODEL_CARD.md"
     card.write_text("# Card\n\n## Use\n\nFor this.\n\n## Limits\n\n- not for that\n\n## Data\n\nThese.\n")
-    monkeypatch.setattr(app, "is_shipped", lambda path: True)
-    monkeypatch.setattr(app, "shown_card", lambda: card)
-    assert app.limits_of(tmp_path / "shipped") == "**Limits**\n\n- not for that"
+    assert limits_of(tmp_path / "mine.pth") == "**Limits**\n\n- not for that"
     card.write_text("# Card\n")
-    assert app.limits_of(tmp_path / "shipped") == app.LIMITS
+    assert LIMITS in limits_of(tmp_path / "mine.pth")
 
 
 def test_old_uploads_are_swept(tmp_path):

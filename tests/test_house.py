@@ -33,6 +33,7 @@ runtime.start  runtime.trunk_files
 runtime.pretrained
 runtime.tuning
 runtime.weights_file
+runtime.card
 runtime.hub_folder
 runtime.checkpoint  faces.loose  faces.prepare  samples.sources  dataset
 samples.splits  samples.extracted  samples.manifest  runtime.hub

@@ -15,6 +15,7 @@ from evaluation.operating import (
     describe_thresholds,
     describe_verdict,
     fit_temperature,
+    judge_left_out,
     operating_points,
     threshold_for,
     threshold_for_others,
@@ -57,7 +58,9 @@ def test_left_out_data_sets_weigh_alike():
     labels, log_odds, real = np.array([0, 1]), np.array([-1.0, 1.0]), {"A": np.array([0])}
     temperature, _ = operating_points(labels, log_odds, real, few)
     assert temperature > 2 * fit_temperature(*(np.concatenate(part) for part in by_image(others)))
-    assert operating_points(labels, log_odds, real, many)[0] == pytest.approx(temperature, rel=0.1)  # fewer are less certain
+    assert operating_points(labels, log_odds, real, many)[0] == pytest.approx(
+        temperature, rel=0.1
+    )  # fewer are less certain
     assert fit_temperature(*(np.concatenate(part) for part in by_image(many))) > 1.2 * temperature
 
 
@@ -93,6 +96,14 @@ def test_temperatures_are_bounded(right, sign):
     assert TEMPERATURES[0] <= temperature <= TEMPERATURES[1]
     if sign < 0:
         assert temperature == pytest.approx(TEMPERATURES[1], rel=1e-3), "it says as little as it may"
+
+
+def test_data_sets_left_out_by_hand():
+    others = {"real/A": (0, np.array([-2.0, 0.0])), "real/B": (0, np.array([3.0])), "fake/X": (1, np.array([-1.0, 4]))}
+    found = judge_left_out(others, 2.0, {"0.05": expit(1.4)})  # of log odds 2.8
+    assert found["real/A"] == {"images": 2, "auc": 0.75, "0.05": 0.0}
+    assert found["real/B"] == {"images": 1, "auc": 0.5, "0.05": 1.0}
+    assert found["fake/X"] == {"images": 2, "auc": 0.625, "0.05": 0.5}
 
 
 # ----------------------------------------------------------------------------------------------------------- thresholds

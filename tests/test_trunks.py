@@ -543,6 +543,9 @@ def test_a_probe_alone_is_a_model_and_data_sets_left_out_set_its_thresholds(feat
     alike = np.concatenate([np.full(len(values), 1 / len(values)) for values in others.values()])
     temperature = fit_temperature(labels, np.concatenate(list(others.values())), alike)
     assert held["temperature"] == pytest.approx(temperature)
+    assert sorted(held["unknown"]) == ["fake/C", "fake/D", "real/A", "real/B"]
+    lowest = min(held["unknown"], key=lambda name: held["unknown"][name]["auc"])
+    assert f"lowest {lowest} {held['unknown'][lowest]['auc']:.3f}, " in capsys.readouterr().out
     real = [expit(values / held["temperature"]) for one, values in others.items() if of_class[one] == 0]
     for rate, threshold in held["thresholds"].items():
         assert threshold >= threshold_for_others(real, float(rate))

@@ -28,12 +28,13 @@ from drawing.render import draw_face
 from evaluation.pictures import COLUMNS
 from evaluation.scoring import predict_scores
 from runtime import trunk_files, weights_file
+from runtime.card import BY_A_PROGRAM, LIMITS, unknown_table
 from runtime.checkpoint import CheckpointError, load_checkpoint
 from runtime.trunk_files import INSTALL
 from runtime.weights_file import CARD, SHIPPED, choose_checkpoint, read_weights, without_folder, write_weights
 from samples.feature_files import find_feature_files
 
-NOTE = "takes the weights that ship"
+NOTE = "best_model.pth is not there: takes"
 CAUTION = "A score is no proof: see "
 
 
@@ -247,7 +248,7 @@ def test_loose_images_take_the_weights_that_ship_where_nothing_was_trained(here,
     done = run_script("inference.py", "--images", face, "--explain", "why", cwd=here)
     note, summary = done.stderr.strip().splitlines()
     assert NOTE in note and str(made.weights) in note and "output_model/best_model.pth is not there" in note
-    assert str(made.weights.with_name(CARD)) in note and "non-commercial" in note
+    assert f"read {made.weights.with_name(CARD)}" in note
     assert summary.endswith(CAUTION + str(made.weights.with_name(CARD)))
     (row,) = rows_of(done)
     assert tuple(row) == COLUMNS and 0 < float(row["probability"]) < 1 and Path(row["explanation"]).is_file()
@@ -303,10 +304,11 @@ def test_with_nothing_at_all_there_is_a_way_out(here, monkeypatch):
 
 
 def test_export_says_what_it_wrote(made):
-    first, second = made.said.splitlines()
+    first, card, trunk = made.said.splitlines()
     size = made.weights.stat().st_size / 1e6
     assert first.startswith(f"weights/lamm_vit.safetensors: {size:.1f} MB, largest difference")
-    assert second == "its trunk is not in it: whoever uses it needs vit.pth beside it"
+    assert card == f"weights/{CARD}: what is known of it"
+    assert trunk == "its trunk is not in it: whoever uses it needs vit.pth beside it"
 
 
 def test_export_of_weights_needs_no_other_package_and_refuses_what_differs(made, here, monkeypatch):
@@ -319,7 +321,7 @@ def test_export_of_weights_needs_no_other_package_and_refuses_what_differs(made,
     monkeypatch.setattr(export, "TOLERANCE_IN_HALF", -1.0)
     assert "need more than half precision; not written" in refusal(export, "--weights", "mine/again.safetensors")
     assert (here / "mine/again.safetensors").read_bytes() == before
-    assert [path.name for path in (here / "mine").iterdir()] == ["again.safetensors"]
+    assert sorted(path.name for path in (here / "mine").iterdir()) == [CARD, "again.safetensors"]
     assert "has to end in .safetensors" in refusal(export, "--weights", "mine/again.pth")
     assert "--output_dir is for" in refusal(export, "--weights", "w.safetensors", "--output_dir", "mine")
 
@@ -398,6 +400,42 @@ def test_one_command_makes_them_and_goes_on_where_it_was_stopped(datasets, tmp_p
         checkpoint["framing"]["treatment"] == "aligned 1 on grey, JPEG 75-95, 112x112" and model.config.img_size == 112
     )
     assert checkpoint["datasets"] == ["real/Consistent", "fake/IrisMismatch", "fake/OffAxisMouth"]
+    card = weights.with_name(CARD).read_text()
+    assert f"{weights.with_name(CARD)}: what is known of it" in done.stdout and "`fake/OffAxisMouth`" in card
+
+
+@pytest.mark.slow
+def test_a_card_says_what_is_known_and_one_of_somebodys_stays(made, tmp_path, capsys):
+    path, card = tmp_path / "mine.safetensors", tmp_path / CARD
+    write = ["--checkpoint", str(made.weights), "--weights", str(path)]
+    shutil.copy(made.weights.with_name("vit.pth"), tmp_path)
+    export.main(export.get_args_parser().parse_args(write))
+    told = card.read_text()
+    assert BY_A_PROGRAM in told and "`real/Consistent`" in told and "## Limits" in told and LIMITS in told
+    assert "does not know" not in told, "nothing was left out"
+    checkpoint = load_checkpoint(path)[1]
+    assert f"{len(checkpoint['images'])} images of {len(checkpoint['datasets'])} data sets" in told
+    card.write_text("An earlier one. " + BY_A_PROGRAM)
+    export.main(export.get_args_parser().parse_args(write))
+    assert card.read_text() == told and "what is known of it" in capsys.readouterr().out
+    card.write_text("# Mine\n")
+    export.main(export.get_args_parser().parse_args(write))
+    assert card.read_text() == "# Mine\n" and f"{card}: was there, and stays" in capsys.readouterr().out
+
+
+def test_a_card_has_what_became_of_data_sets_that_were_left_out():
+    unknown = {
+        "real/A": {"images": 12, "auc": 0.75, "0.01": 0.0, "0.05": 0.125},
+        "fake/B": {"images": 8, "auc": 0.5, "0.01": 0.25, "0.05": 1.0},
+    }
+    lines = unknown_table(unknown).splitlines()
+    assert "0.625 in the mean" in unknown_table(unknown)
+    assert lines[-4:] == [
+        "| data set | images | AUC | called fake at 1 % | called fake at 5 % |",
+        "|---|--:|--:|--:|--:|",
+        "| `real/A` | 12 | 0.750 | 0.0 % | 12.5 % |",
+        "| `fake/B` | 8 | 0.500 | 25.0 % | 100.0 % |",
+    ]
 
 
 # ------------------------------------------------------------------------------------------- those of the repository

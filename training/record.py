@@ -30,6 +30,14 @@ def report_epoch(run: Run, line: dict, timing: dict, is_best: bool) -> None:
         file.write(json.dumps({"epoch": run.epoch} | timing) + "\n")
 
 
+def report_left_out(unknown: dict[str, dict]) -> None:
+    """Of evaluation.operating.judge_left_out the mean, and where it is lowest."""
+    if unknown:
+        of_each = {name: found["auc"] for name, found in unknown.items()}
+        lowest = ", ".join(f"{name} {of_each[name]:.3f}" for name in sorted(of_each, key=of_each.get)[:3])
+        print(f"unknown  AUC {np.mean(list(of_each.values())):.4f} of data sets left out in turn; lowest {lowest}")
+
+
 def write_board(
     board: "SummaryWriter", line: dict, labels: np.ndarray, scores: np.ndarray, weights: torch.Tensor | None
 ) -> None:

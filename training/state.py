@@ -13,7 +13,7 @@ import torch
 from scipy.special import expit
 
 from evaluation.metrics import choose_threshold, log_loss
-from evaluation.operating import fold_temperature, operating_points
+from evaluation.operating import fold_temperature, judge_left_out, operating_points
 from model import LAMMViT, LAMMViTConfig
 from runtime.checkpoint import CHECKPOINT_VERSION, CheckpointError, load_checkpoint, save
 from runtime.files import free_path, replacing
@@ -69,27 +69,34 @@ def calibrated(run: Run, line: dict, weights: dict[str, torch.Tensor], log_odds:
 
     Its logits are those of the run divided by `temperature`, in the weights of its head: whoever uses it has calibrated
     probabilities, and need not know. So val_loss and val_threshold are other numbers than in the log, and `thresholds`,
-    {rate of false alarms: threshold}, are of calibrated scores.
+    {rate of false alarms: threshold}, are of calibrated scores. `unknown` is judge_left_out's, where a probe alone has
+    left data sets out in turn.
 
     Args:
         weights: step.kept_weights.
         log_odds: (N,) of the validation images, by these weights.
     """
     labels = run.val_set.labels
-    left_out = {} if run.args.epochs else run.left_out
-    others = [
-        (int(run.train_set.labels[run.train_set.starts[one]]), values.cpu().numpy()) for one, values in left_out.items()
-    ]
+    # "real/FFHQ" of FFHQ's file
+    others = {
+        "/".join(Path(run.train_set.files[one]).parts[-3:-1]): (
+            int(run.train_set.labels[run.train_set.starts[one]]),
+            values.cpu().numpy(),
+        )
+        for one, values in ({} if run.args.epochs else run.left_out).items()
+    }
     real = {  # by data set: each has a file, and one class
         file: slice(start, end)
         for file, start, end in zip(run.val_set.files, run.val_set.starts, run.val_set.ends)
         if start < end and labels[start] == 0
     }
-    temperature, thresholds = operating_points(labels, log_odds, real, others)
+    temperature, thresholds = operating_points(labels, log_odds, real, list(others.values()))
     scores = expit(log_odds / temperature)
     held = describe(run) | line
     held["model"] = fold_temperature(weights, temperature)
     held |= {"temperature": temperature, "thresholds": thresholds}
+    if {label for label, _ in others.values()} == {0, 1}:
+        held["unknown"] = judge_left_out(others, temperature, thresholds)
     return held | {"val_threshold": choose_threshold(labels, scores), "val_loss": log_loss(labels, scores)}
 
 
