@@ -89,7 +89,8 @@ def announce(args: argparse.Namespace, jobs: list, options: list[str]) -> None:
         return
     epochs = train_parser().parse_args(options).epochs
     with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
-        one_epoch = {"epochs": 1, "warmup_epochs": 0, "schedule": "cosine"}
+        # A probe would read all images once more, for nothing
+        one_epoch = {"epochs": 1, "warmup_epochs": 0, "schedule": "cosine", "head": "random", "probe_views": 0}
         features = features_of(args, EQUALISED)
         run(command("train.py", *options, features=features, output_dir=folder, **one_epoch))
         seconds = json.loads(Path(folder, "timing.jsonl").read_text().splitlines()[-1])["seconds"]
