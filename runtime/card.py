@@ -38,7 +38,7 @@ def limits_of(weights: Path) -> str:
             line = f"**{line.lstrip('# ')}**"
         if inside:
             section.append(line)
-    return "\n".join(section).strip() or f"**Limits**\n\n{LIMITS}"
+    return "\n".join(section).strip() or f"**What it cannot do.** {LIMITS}"
 
 
 def write_card(checkpoint: dict, weights: Path) -> bool:
