@@ -1,7 +1,7 @@
 """How well detectors do on fakes of sources, and of whole families, that training never saw, against photographs of
 collections that it never saw.
 
-    faces/<real|fake>/<Name>/...  ->  unseen/results.md, results.json
+    faces/<real|fake>/<Name>/...  ->  unseen/results.md, results.json, left_out.csv
 
     python benchmarks/unseen.py --data_root faces faces_more
     python benchmarks/unseen.py ... --folds folds.json --seeds 5 --detectors LAMM-ViT "plain ViT"

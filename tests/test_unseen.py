@@ -374,6 +374,7 @@ def test_from_files_to_tables(tmp_path, calls, monkeypatch, capsys):
             pytest.approx(np.mean(of["detectors"]["LAMM-ViT"]["auc"])),
         )
     assert "`python benchmarks/unseen.py --data_root" in tables.splitlines()[-1]
+    check_left_out(tmp_path / "out/left_out.csv", summary)
     check_a_model(tmp_path, summary)
 
     calls.clear()
@@ -386,6 +387,21 @@ def test_from_files_to_tables(tmp_path, calls, monkeypatch, capsys):
     calls.clear()
     compare(tmp_path, "--detectors", "probe", "--epochs", 2)
     assert "train" not in calls and len(list((tmp_path / "out/models").iterdir())) == 2, "other options, other scores"
+
+
+def check_left_out(path: Path, summary: dict) -> None:
+    """Its rows give the shares of the tables once more."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for kind, folds in summary["folds"].items():
+        for fold, of in folds.items():
+            mine = [row for row in rows if (row["kind"], row["fold"]) == (kind, fold)]
+            assert {row["path"].rsplit("/", 1)[0] for row in mine} == {*of["photographs"], *of["fakes"]}
+            for name, one in of["detectors"].items():
+                assert all(0 <= float(row[f"{name}: probability"]) <= 1 for row in mine)
+                for data_set, shares in (one["alarms"] | one["found"]).items():
+                    called = [float(row[f"{name}: fake at 5 %"]) for row in mine if row["path"].startswith(data_set)]
+                    assert np.mean(called) == pytest.approx(np.mean(shares["0.05"]), abs=1e-5)
 
 
 def check_a_model(root: Path, summary: dict) -> None:

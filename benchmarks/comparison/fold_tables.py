@@ -1,12 +1,14 @@
-"""results.md and results.json of a comparison over folds."""
+"""results.md and results.json of a comparison over folds; left_out.csv, its scores."""
 
 import argparse
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import expit
 
 from benchmarks.comparison.detectors import MASKED, folder_of, others_of
 from benchmarks.comparison.folds import Fold, Stock
@@ -17,6 +19,7 @@ from evaluation.intervals import AucDifference
 from evaluation.masks import OWN, WRONG
 from evaluation.operating import title_of
 from evaluation.typeset import as_markdown
+from runtime.files import replacing
 
 PLAIN = "plain ViT"
 CONTESTS = (
@@ -87,8 +90,35 @@ def write_tables(results: Results, sizes: dict, dropped: dict, command_line: str
     text = "\n".join(parts)
     (results.args.output_dir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     (results.args.output_dir / "results.md").write_text(text)
+    write_left_out(results)
     print("\n" + text)
     return summary
+
+
+def write_left_out(results: Results) -> None:
+    """left_out.csv: a row for each left-out image of each fold, with what each detector says: the probability of a
+    fake, and for each rate of false alarms whether that is a fake (1, 0); means over seeds.
+
+    Whoever knows more about an image than its data set (an age, a size, a camera) can ask whose photographs are called
+    fake.
+    """
+    with replacing(results.args.output_dir / "left_out.csv") as partial, open(partial, "w", newline="") as file:
+        lines = csv.writer(file)
+        by_rate = rates(next(iter(results.judged.values())).thresholds[0])
+        titles = ("probability", *(f"fake at {title_of(rate)}" for rate in by_rate))
+        lines.writerow(["kind", "fold", "path", *(f"{name}: {title}" for name in results.names for title in titles)])
+        for fold in results.folds:
+            images = results.stock.of(fold.left_out)
+            columns = []
+            for name in results.names:
+                judged, log_odds = results.judged[fold, name], results.log_odds[fold, name][:, images]
+                scores = expit(log_odds / np.array(judged.temperatures)[:, None])  # (S, n)
+                columns.append([f"{score:.6f}" for score in scores.mean(axis=0)])
+                for rate in by_rate:
+                    limits = np.array([thresholds[rate] for thresholds in judged.thresholds])
+                    columns.append([f"{share:g}" for share in (scores >= limits[:, None]).mean(axis=0)])
+            for image, *cells in zip(images, *columns):
+                lines.writerow([fold.kind, fold.name, results.stock.paths[image], *cells])
 
 
 def contests(results: Results) -> list[tuple[str, str]]:
