@@ -2,13 +2,16 @@
 
     python benchmarks/model_speed.py                                    CPU, or CUDA where there is a device
     python benchmarks/model_speed.py --device cuda --batch_sizes 32 128 --dtypes bf16
+    python benchmarks/model_speed.py --init_from clip                   CLIP's first 8 blocks, --tune norms
 
 In each round every model runs once, each round in another order, so that whatever slows the machine down for a while
 slows all down alike; the times are medians of the rounds, the ratios those of the medians. Forward is inference,
 without gradients; a training step is forward, loss, backward and AdamW. bf16 is autocast, as in train.py. Each model is
 as its users get it: vit_b_16 without dropout, LAMM-ViT with 0.1. Peak memory of a training step is measured apart, in a
-process of its own for each
-model: resident memory of the whole process on a CPU, memory allocated by PyTorch on CUDA.
+process of its own for each model: resident memory of the whole process on a CPU, memory allocated by PyTorch on CUDA.
+
+With --init_from all is about a pre-trained trunk, cut off after --depth blocks: the bare trunk has its LayerNorms and a
+head trained, LAMM-ViT the method beside them (train.py --tune norms).
 """
 
 import argparse
@@ -33,8 +36,13 @@ sys.path.insert(0, str(ROOT))
 
 from attention import force_path
 from model import NUM_REGIONS, LAMMLoss, LAMMViT, LAMMViTConfig
+from runtime.pretrained import read_trunk
+from training.options import PARTS
+from training.options import get_args_parser as train_parser
+from training.setup import build_model
 
 PLAIN, OURS, TEXTBOOK = "vit_b_16", "LAMM-ViT", "LAMM-ViT, textbook formula"
+BARE = "bare trunk"  # in the place of PLAIN, with --init_from
 FLEX = "LAMM-ViT, FlexAttention"  # on CUDA: on a CPU it has no backward. Without dropout in attention and MLP
 PATHS = {TEXTBOOK: "textbook", FLEX: "flex"}
 
@@ -42,13 +50,13 @@ PATHS = {TEXTBOOK: "textbook", FLEX: "flex"}
 class Contestant:
     """A model with its optimizer, that can run forward and a training step on one batch."""
 
-    def __init__(self, name: str, device: str, dtype: str):
+    def __init__(self, name: str, args: argparse.Namespace, dtype: str):
         torch.manual_seed(0)
-        self.name, self.device = name, device
-        self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
-        config = LAMMViTConfig(dropout=0.0) if name == FLEX else LAMMViTConfig()
-        self.model = (torchvision.models.vit_b_16(num_classes=2) if name == PLAIN else LAMMViT(config)).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.05)
+        self.name, self.device = name, args.device
+        self.autocast = torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bf16")
+        self.model = build(name, args).to(args.device)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05)
         self.criterion = LAMMLoss()
 
     def _loss(self, images: Tensor, masks: Tensor, labels: Tensor) -> Tensor:
@@ -68,6 +76,18 @@ class Contestant:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def build(name: str, args: argparse.Namespace) -> torch.nn.Module:
+    """A contestant's model with its initial weights."""
+    if name == PLAIN:
+        return torchvision.models.vit_b_16(num_classes=2)
+    dropout = 0.0 if name == FLEX else 0.1
+    if not args.init_from:
+        return LAMMViT(LAMMViTConfig(dropout=dropout))
+    options = ["--init_from", args.init_from, "--depth", str(args.depth), "--tune", "norms", "--dropout", str(dropout)]
+    options += ["--without", *PARTS] if name == BARE else []
+    return build_model(train_parser().parse_args(options), 224, read_trunk(args.init_from))
 
 
 def make_batch(batch_size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,13 +123,13 @@ def race(
     return {name: statistics.median(values[2:]) for name, values in seconds.items()}
 
 
-def peak_memory(name: str, device: str, dtype: str, batch_size: int) -> float:
+def peak_memory(name: str, args: argparse.Namespace, dtype: str, batch_size: int) -> float:
     """The most GB that this process (CPU) or PyTorch on the device (CUDA) held, over three training steps."""
-    contestant, batch = Contestant(name, device, dtype), make_batch(batch_size, device)
+    contestant, batch = Contestant(name, args, dtype), make_batch(batch_size, args.device)
     with force_path(PATHS.get(name)):
         for _ in range(3):
             contestant.training_step(*batch)
-    if device == "cuda":
+    if args.device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -118,7 +138,8 @@ def peak_memory(name: str, device: str, dtype: str, batch_size: int) -> float:
 def peak_memory_apart(name: str, args: argparse.Namespace, dtype: str, batch_size: int) -> float:
     """peak_memory in a process of its own."""
     command = [sys.executable, __file__, "--device", args.device, "--dtypes", dtype, "--batch_sizes", str(batch_size)]
-    command += ["--threads", str(args.threads), "--memory_of", name]
+    command += ["--threads", str(args.threads), "--memory_of", name, "--depth", str(args.depth)]
+    command += ["--init_from", args.init_from] if args.init_from else []
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -141,7 +162,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=torch.get_num_threads(),
         help="CPU threads (default: %(default)s, PyTorch's choice)",
     )
-    parser.add_argument("--memory_of", choices=(PLAIN, OURS, *PATHS), help=argparse.SUPPRESS)
+    parser.add_argument("--init_from", metavar="TRUNK", help="as of train.py: a trunk, bare and in LAMM-ViT")
+    parser.add_argument("--depth", type=int, default=8, help="how many of its blocks (default: %(default)s)")
+    parser.add_argument("--memory_of", choices=(PLAIN, BARE, OURS, *PATHS), help=argparse.SUPPRESS)
     return parser
 
 
@@ -149,17 +172,18 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     batch_sizes = args.batch_sizes or ([32, 128] if args.device == "cuda" else [8])
     if args.memory_of:
-        print(peak_memory(args.memory_of, args.device, args.dtypes[0], batch_sizes[0]))
+        print(peak_memory(args.memory_of, args, args.dtypes[0], batch_sizes[0]))
         return
 
+    floor = BARE if args.init_from else PLAIN
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     print(
         f"{where}, torch {torch.__version__}, medians of {args.rounds} interleaved rounds; in brackets the ratio to"
-        f" {PLAIN}\n"
+        f" {floor}\n"
     )
     print("| dtype | batch | model | forward | images/s | training step | images/s | peak memory |")
     print("|---|--:|---|--:|--:|--:|--:|--:|")
-    names = (PLAIN, OURS, TEXTBOOK, *((FLEX,) if args.device == "cuda" else ()))
+    names = (floor, OURS, TEXTBOOK, *((FLEX,) if args.device == "cuda" else ()))
     runs = list(product(args.dtypes, batch_sizes))
     # Before this process grows: on Linux the peak of a new process begins with what its parent holds when it starts it
     gigabytes = {
@@ -167,8 +191,8 @@ def main(args: argparse.Namespace) -> None:
         for name, run in tqdm(list(product(names, runs)), desc="memory", leave=False)
     }
     for dtype, batch_size in runs:
-        label, ours = f"{dtype} batch {batch_size}", Contestant(OURS, args.device, dtype)  # one model for both formulas
-        contestants = {name: Contestant(name, args.device, dtype) for name in names if name in (PLAIN, FLEX)}
+        label, ours = f"{dtype} batch {batch_size}", Contestant(OURS, args, dtype)  # one model for both formulas
+        contestants = {name: Contestant(name, args, dtype) for name in names if name in (floor, FLEX)}
         contestants |= {OURS: ours, TEXTBOOK: ours}
         batch = make_batch(batch_size, args.device)
         forward = race(contestants, batch, "forward", args.rounds, label)
@@ -177,11 +201,11 @@ def main(args: argparse.Namespace) -> None:
             cells = [dtype, str(batch_size), name]
             for seconds in (forward, step):
                 cells += [
-                    f"{1000 * seconds[name]:.0f} ms ({seconds[name] / seconds[PLAIN]:.2f})",
+                    f"{1000 * seconds[name]:.0f} ms ({seconds[name] / seconds[floor]:.2f})",
                     f"{batch_size / seconds[name]:.1f}",
                 ]
-            memory, plain = gigabytes[name, dtype, batch_size], gigabytes[PLAIN, dtype, batch_size]
-            cells.append(f"{memory:.2f} GB ({memory / plain:.2f})")
+            memory, of_floor = gigabytes[name, dtype, batch_size], gigabytes[floor, dtype, batch_size]
+            cells.append(f"{memory:.2f} GB ({memory / of_floor:.2f})")
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
