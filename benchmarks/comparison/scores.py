@@ -6,19 +6,22 @@ from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
 
 from dataset import FaceDataset
 from evaluation.masks import OWN, WRONG, scores_by_masks
 from evaluation.typeset import as_markdown
-from model import LAMMViT
 from runtime.checkpoint import load_checkpoint
+from runtime.files import replacing
 from samples.feature_files import find_feature_files
+
+TABLE = "prediction_results.csv"  # of inference.py, in a model's folder
 
 
 def read_table(folder: Path) -> dict[str, dict[tuple[int, str], float]]:
     """{generator: {(label, path): score}} of a model, from inference.py's CSV file."""
     table = defaultdict(dict)
-    with open(folder / "prediction_results.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with open(folder / TABLE, newline="", encoding="utf-8", errors="surrogateescape") as file:
         for line in csv.DictReader(file):
             table[line["generator"]][int(line["label"]), line["path"]] = float(line["score"])
     return table
@@ -49,11 +52,28 @@ def read_scores(folders: list[Path]) -> tuple[dict[str, tuple[np.ndarray, np.nda
     return scores, sum(label == 0 for label, _ in times)
 
 
-def compare_masks(model: LAMMViT, dataset: FaceDataset, folder: Path) -> dict[str, tuple[float, float]]:
-    """{evaluation.masks' own and wrong masks: the mean change of a score, the mean AUC over generators} of a model, for
-    the images and generators of its folder's CSV file."""
-    paths = dataset.column("paths")
-    scores = {how: dict(zip(paths, values)) for how, values in scores_by_masks(model, dataset).items()}
+def read_masks(folder: Path, files: list[Path]) -> dict[str, dict[str, float]]:
+    """{evaluation.masks' own and wrong masks: {path: score}} of a folder's model, for the samples of these feature
+    files.
+
+    It takes about as long as a training: the scores stay in masks.npz, and are read from it where that is not older
+    than the model's own scores.
+    """
+    kept = folder / "masks.npz"
+    if not kept.exists() or kept.stat().st_mtime < (folder / TABLE).stat().st_mtime:
+        model, checkpoint = load_checkpoint(folder / "best_model.pth")
+        dataset = FaceDataset(files, model.config.grid_size, checkpoint["mask_style"])
+        with replacing(kept) as partial, open(partial, "wb") as file:
+            paths = [path.encode("utf-8", "surrogateescape") for path in dataset.column("paths")]
+            np.savez(file, paths=paths, **scores_by_masks(model, dataset))
+    with np.load(kept) as scores:
+        paths = [path.decode("utf-8", "surrogateescape") for path in scores["paths"].tolist()]
+        return {how: dict(zip(paths, scores[how])) for how in scores if how != "paths"}
+
+
+def compare_masks(scores: dict[str, dict[str, float]], folder: Path) -> dict[str, tuple[float, float]]:
+    """{own and wrong masks, as of read_masks: the mean change of a score, the mean AUC over generators}, for the images
+    and generators of the folder's CSV file."""
     results = {}
     for how, of_path in scores.items():
         changes, aucs = [], []
@@ -74,14 +94,15 @@ def masks_of_models(features: Path, models: dict[str, list[Path]]) -> tuple[dict
         models: {name: folders of its seeds}.
     """
     means, rows = {}, []
+    files = list(find_feature_files(features, "test").values())
+    bar = tqdm(desc="masks", total=sum(map(len, models.values())), unit="model")
     for name, folders in models.items():
         results = []
         for folder in folders:
-            model, checkpoint = load_checkpoint(folder / "best_model.pth")
-            files = list(find_feature_files(features, "test").values())
-            dataset = FaceDataset(files, model.config.grid_size, checkpoint["mask_style"])
-            results.append(compare_masks(model, dataset, folder))
+            results.append(compare_masks(read_masks(folder, files), folder))
+            bar.update()
         means[name] = {how: np.mean([one[how] for one in results], axis=0).tolist() for how in results[0]}
         of_wrong = [f"{auc:.4f} ({change:.4f})" for how, (change, auc) in means[name].items() if how != OWN]
         rows.append([name, f"{means[name][OWN][1]:.4f}", *of_wrong, *[""] * (len(WRONG) - len(of_wrong))])
+    bar.close()
     return means, as_markdown(["AUC (mean change of a score)", OWN, *WRONG], rows)
