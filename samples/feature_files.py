@@ -31,6 +31,7 @@ PER_SAMPLE = (
     "about",
     "sha256",
 )
+ABOUT = {"schema_version": SCHEMA_VERSION, "regions": list(REGIONS), "mask_style": "polygon"}  # attributes of all files
 TEXTS = ("paths", "originals", "treatments", "about")
 
 
@@ -86,8 +87,7 @@ def write_features(
         check_space(path, count * sum(sizes))
     with replacing(path, sync=sync, several=True) as partial:
         with h5py.File(partial, "w", libver="v110") as file:
-            about = {"schema_version": SCHEMA_VERSION, "regions": list(REGIONS), "mask_style": "polygon"}
-            file.attrs.update({**about, **attributes})
+            file.attrs.update({**ABOUT, **attributes})
             create_columns(file, columns, count, compress)
             for name, values in table.items() if count else ():
                 file[name][:] = values
@@ -99,9 +99,8 @@ def write_features(
                     file[name][start : start + len(rows)] = rows
 
                 written = write_blocks(blocks, write_through_hdf5)
-        if (
-            not compress
-        ):  # not through HDF5, which cannot let go of a file when the disk is full, and takes twice as long
+        # Not through HDF5, which cannot let go of a file when the disk is full, and takes twice as long
+        if not compress:
             with open(partial, "rb+") as raw:
 
                 def write(name: str, start: int, rows: np.ndarray) -> None:
