@@ -8,7 +8,7 @@
     python feature_extraction.py ... --test_only FLUX                     a generator that training must not see
     torchrun --nproc_per_node=8 feature_extraction.py ...                 also over machines that share the two folders
 
-Two steps. First, worker processes take the images in shards of 64: decode, find the face, predict its 68 landmarks,
+Two steps. First, worker processes take the images in shards of 128: decode, find the face, predict its 68 landmarks,
 draw the masks, write the shard. A run that is stopped goes on with the images that are in no shard. Then the images are
 dealt out to the three splits and written as the feature files, which appear all at once. Later runs take from these
 what has not changed: added, changed and removed images, another --seed or --compress cost no more than they must.

@@ -36,6 +36,11 @@ OUTLINES: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 CONVEX_HULLS = ("nose", "eyebrows")
 
+# The landmarks of all regions in a row, and where each region begins in it
+_MEMBERS = np.concatenate([np.array(members) for members in REGIONS.values()])
+_STARTS = np.cumsum([0, *map(len, REGIONS.values())])[:-1]
+_IS_DISC = np.array([name == "mouth_corners" for name in REGIONS])
+
 # Widths in units of the inter-ocular distance, so that masks scale with the face. Both chosen here: the paper gives
 # none.
 CORNER_RADIUS = 0.15  # disc around a corner of the mouth; polygon style
@@ -82,9 +87,12 @@ def _draw_polygons(
     points = np.round(landmarks * (1 << fraction_bits)).astype(np.int32)
     radius = round(CORNER_RADIUS * eye_distance * (1 << fraction_bits))
     h, w = image_size
-    masks, plane = np.zeros((len(REGIONS), grid_size, grid_size), np.float32), np.empty((h, w), np.uint8)
+    # The rows of pixels between which each region lies, at the least; what is drawn has a border
+    rows, reach = points[_MEMBERS, 1], np.where(_IS_DISC, radius, 0)
+    tops = ((np.minimum.reduceat(rows, _STARTS) - reach >> fraction_bits) - 1).tolist()
+    bottoms = ((np.maximum.reduceat(rows, _STARTS) + reach >> fraction_bits) + 3).tolist()
+    masks, plane = np.zeros((len(REGIONS), grid_size, grid_size), np.float32), np.zeros((h, w), np.uint8)
     for region, (name, members) in enumerate(REGIONS.items()):
-        plane[:] = 0
         if name == "mouth_corners":  # two points have no area
             for corner in members:
                 cv2.circle(plane, points[corner].tolist(), radius, 255, cv2.FILLED, shift=fraction_bits)
@@ -96,12 +104,14 @@ def _draw_polygons(
                 )
         first, end = 0, grid_size  # rows of patches to average; most regions are a narrow band
         if h % grid_size == 0:
-            _, top, _, height = cv2.boundingRect(plane)
-            first, end = top * grid_size // h, -(-(top + height) * grid_size // h)
+            first, end = max(0, tops[region] * grid_size // h), min(grid_size, -(-bottoms[region] * grid_size // h))
         if first < end:
-            band = plane[first * h // grid_size : end * h // grid_size].astype(np.float32)
-            masks[region, first:end] = cv2.resize(band, (grid_size, end - first), interpolation=cv2.INTER_AREA) / 255
-    return masks
+            band = plane[first * h // grid_size : end * h // grid_size]
+            masks[region, first:end] = cv2.resize(
+                band.astype(np.float32), (grid_size, end - first), interpolation=cv2.INTER_AREA
+            )
+            band[:] = 0
+    return masks / 255
 
 
 def _draw_gaussians(

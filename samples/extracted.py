@@ -2,19 +2,22 @@
 run's feature files appear all at once.
 """
 
+import hashlib
 import json
 import os
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import numpy as np
 
-from samples.feature_files import SPLITS, FeatureFileError, open_features
+from samples.feature_files import SPLITS, FeatureFileError, checksum, open_features
 from samples.sources import Source
 
 # Folders below output_dir while a run goes on: extracted images, finished feature files
 SHARDS, STAGE = ".shards", ".complete"
+CHECKSUM = "checksum"  # of a shard: an attribute
 SKIPPED = "skipped.csv"  # in output_dir: files that were not used, with the reason
 
 
@@ -36,8 +39,23 @@ class Extracted(NamedTuple):
     unused: list[str]  # files with nothing that can be used, and why
 
 
-def find_extracted(sources: list[Source], output_dir: Path, settings: dict) -> Extracted:
+def check_shard(path: Path, file: h5py.File) -> None:
     """
+    Raises:
+        FeatureFileError: it is not what was written.
+    """
+    stored = zip(file["images"], file["sha256"][:])
+    if file.attrs.get(CHECKSUM) != checksum(file) or any(
+        hashlib.sha256(image).digest() != known.tobytes() for image, known in stored
+    ):
+        raise FeatureFileError(f"{path}: damaged, as a power cut leaves it")
+
+
+def find_extracted(sources: list[Source], output_dir: Path, settings: dict, check: bool = False) -> Extracted:
+    """
+    Args:
+        check: looks whether shards are what was written, for which it reads all of them.
+
     Raises:
         FeatureFileError: the feature files are of other settings.
     """
@@ -52,6 +70,8 @@ def find_extracted(sources: list[Source], output_dir: Path, settings: dict) -> E
                     file.attrs["source_stats"].tolist(),
                 )
                 made_with = json.loads(file.attrs["settings"])
+                if is_shard and check:
+                    check_shard(path, file)
         except (FeatureFileError, KeyError) as error:  # cut off, or of an earlier version of this program
             unused.append(f"{path}: not used, its images are extracted anew ({error})")
             continue

@@ -3,7 +3,8 @@
 features/<real|fake>/<Name>/{train,val,test}_features.h5
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import h5py
@@ -30,6 +31,7 @@ PER_SAMPLE = (
     "about",
     "sha256",
 )
+ABOUT = {"schema_version": SCHEMA_VERSION, "regions": list(REGIONS), "mask_style": "polygon"}  # attributes of all files
 TEXTS = ("paths", "originals", "treatments", "about")
 
 
@@ -48,6 +50,7 @@ def write_features(
     table: dict[str, Sequence],
     blocks: Iterable[dict[str, np.ndarray]],
     compress: bool = False,
+    sync: bool = True,
 ) -> None:
     """Writes one feature file. It appears under its name when it is complete and on the disk.
 
@@ -70,6 +73,7 @@ def write_features(
         table: labels, paths, originals, treatments, found_by, filled, about and sha256, whole.
         blocks: images, landmarks and region_masks, some samples at a time.
         compress: images in gzip, which any HDF5 library reads.
+        sync: without, it may be on its way to the disk yet, where a power cut leaves a part of it.
 
     Raises:
         OSError: no space left, or another failure of the disk; nothing is left behind.
@@ -81,10 +85,9 @@ def write_features(
     if not compress:
         sizes = (int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype, _ in columns.values())
         check_space(path, count * sum(sizes))
-    with replacing(path, sync=True, several=True) as partial:
+    with replacing(path, sync=sync, several=True) as partial:
         with h5py.File(partial, "w", libver="v110") as file:
-            about = {"schema_version": SCHEMA_VERSION, "regions": list(REGIONS), "mask_style": "polygon"}
-            file.attrs.update({**about, **attributes})
+            file.attrs.update({**ABOUT, **attributes})
             create_columns(file, columns, count, compress)
             for name, values in table.items() if count else ():
                 file[name][:] = values
@@ -96,9 +99,8 @@ def write_features(
                     file[name][start : start + len(rows)] = rows
 
                 written = write_blocks(blocks, write_through_hdf5)
-        if (
-            not compress
-        ):  # not through HDF5, which cannot let go of a file when the disk is full, and takes twice as long
+        # Not through HDF5, which cannot let go of a file when the disk is full, and takes twice as long
+        if not compress:
             with open(partial, "rb+") as raw:
 
                 def write(name: str, start: int, rows: np.ndarray) -> None:
@@ -194,6 +196,20 @@ def open_features(path: Path) -> h5py.File:
         file.close()
         raise FeatureFileError(f"{path}: {problem}; {again}")
     return file
+
+
+def checksum(columns: Mapping[str, Sequence]) -> str:
+    """SHA-256 of all that a feature file holds beside the images, as it is given to write_features or lies in the file;
+    each image has its own.
+    """
+    digest = hashlib.sha256()
+    for name in PER_SAMPLE[1:]:
+        if name in TEXTS:
+            texts = (text.encode() if isinstance(text, str) else text for text in columns[name][:])
+            digest.update(b"\0".join(texts))
+        else:
+            digest.update(np.ascontiguousarray(columns[name][:], schema(1, 1)[name][1]))
+    return digest.hexdigest()
 
 
 def rows_offset(dataset: h5py.Dataset) -> int | None:

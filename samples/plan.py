@@ -38,7 +38,7 @@ def make_plan(args: argparse.Namespace, checksums: list[str | None]) -> Plan:
     if publish(plan, args.output_dir):
         return plan._replace(published=True)
 
-    extracted = find_extracted(sources, args.output_dir, settings)
+    extracted = find_extracted(sources, args.output_dir, settings, check=True)
     for line in extracted.unused[:3]:
         print(line)
     if len(extracted.unused) > 3:

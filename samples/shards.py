@@ -21,12 +21,12 @@ from faces.images import FILLED, FOUND, LANDMARKS, ORIGINAL, STALE, TREATMENT, l
 from faces.regions import REGIONS, draw_region_masks
 from faces.rejection import Rejected
 from faces.workers import face_workers, load_finder, this_finder
-from samples.extracted import SHARDS
-from samples.feature_files import CLASSES, write_features
+from samples.extracted import CHECKSUM, SHARDS
+from samples.feature_files import CLASSES, checksum, write_features
 from samples.plan import sample_bytes
 from samples.sources import Source, state
 
-SHARD_SIZE = 64  # images between two points that a stopped run can go on from, fewer where memory is short
+SHARD_SIZE = 128  # images between two points that a stopped run can go on from, fewer where memory is short
 CHANGED = "was changed or away while it was to be read; run the same command again"  # a reason
 
 
@@ -105,7 +105,7 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
         no_masks if face is None else draw_region_masks(points, (img_size, img_size), grid_size)
         for face, points in zip(faces, landmarks)
     ]
-    images = images[: len(used)]
+    images, found = images[: len(used)], {"landmarks": landmarks, "region_masks": masks}
     table = {
         "labels": [CLASSES.index(source.data_set.split("/")[0]) for source in used],
         "paths": [source.path.encode("utf-8", "surrogateescape") for source in used],
@@ -118,8 +118,11 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
     }
     name = hashlib.sha256(json.dumps([settings, sources]).encode()).hexdigest()
     attributes = {"settings": json.dumps(settings), "source_stats": np.array([source.stat for source in used])}
-    blocks = [{"images": images, "landmarks": landmarks, "region_masks": masks}]
-    write_features(output_dir / SHARDS / f"{name}.h5", img_size, grid_size, attributes, table, blocks)
+    # A run that was stopped may find that a power cut has left a part of this: the disk is not waited for
+    attributes[CHECKSUM] = checksum(table | found)
+    blocks = [found | {"images": images}]
+    path = output_dir / SHARDS / f"{name}.h5"
+    write_features(path, img_size, grid_size, attributes, table, blocks, sync=False)
     return looked
 
 

@@ -119,6 +119,17 @@ def test_mouth_corners_are_two_discs():
     assert half == pytest.approx(corners[:, 112:].sum(), rel=0.1)
 
 
+def test_no_pixel_of_a_region_is_missed_and_none_is_left_over_from_another():
+    """Only some rows of patches are averaged for each region; the average over the whole image knows better."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        landmarks = mean_face() * rng.uniform(0.1, 2.5) + rng.uniform(-150, 150, 2) + rng.normal(0, 5, (68, 2))
+        whole = draw_region_masks(landmarks, (224, 224), 1)[:, 0, 0]
+        for grid_size in (7, 14, 112):
+            masks = draw_region_masks(landmarks, (224, 224), grid_size)
+            np.testing.assert_allclose(masks.mean(axis=(1, 2)), whole, atol=1e-6)
+
+
 def test_landmarks_outside_the_image_and_broken_ones():
     masks = draw_region_masks(mean_face() + 500, (224, 224), 14)
     assert not masks.any()

@@ -44,7 +44,7 @@ from faces.regions import REGIONS, draw_region_masks
 from runtime.processes import lock
 from samples import shards
 from samples.extracted import SHARDS, STAGE
-from samples.feature_files import SPLITS, open_features
+from samples.feature_files import PER_SAMPLE, SPLITS, TEXTS, open_features
 from samples.shards import extract_shard
 from samples.sources import find_sources
 from samples.splits import deal_splits
@@ -610,6 +610,31 @@ def test_a_file_that_is_no_image_is_named_also_when_all_is_done(datasets, tmp_pa
     extract_here(root, output)
     with open(output / "skipped.csv", newline="") as file:
         assert [row["path"] for row in csv.DictReader(file)] == ["fake/B/broken.png", "real/A/scan.tiff"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("column", [*PER_SAMPLE, None])
+def test_a_shard_that_a_power_cut_left_in_part_is_made_anew(datasets, tmp_path, monkeypatch, capsys, column):
+    """Shards are not waited for on their way to the disk: a file may be there, and a piece of it be another, or its
+    end missing.
+    """
+    root, output = small_root(datasets, tmp_path / "datasets"), tmp_path / "features"
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(feature_extraction, "finish", None)  # stopped when all is in shards
+        extract_here(root, output)
+    (shard,) = (output / SHARDS).glob("[!.]*.h5")
+    if column is None:
+        os.truncate(shard, shard.stat().st_size - 5000)
+    else:
+        with h5py.File(shard, "r+") as file:
+            values = file[column][:]
+            values[3] = b"?" if column in TEXTS else 0 if values[3].any() else 1
+            file[column][:] = values
+    capsys.readouterr()
+    extract_here(root, output)
+    assert f"{shard}: not used, its images are extracted anew" in capsys.readouterr().out
+    extract_here(root, tmp_path / "scratch")
+    assert_same(tmp_path / "scratch", output)
 
 
 @pytest.mark.slow
