@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from attention import region_gated_attention
 from attention.dropout import dropout
@@ -314,8 +313,10 @@ class LAMMViT(nn.Module):
         """(B, 3, h, w) uint8 RGB -> float32, by the mean and deviation that the model was made with. On the device that
         the images are on.
         """
-        pixels = v2.functional.to_dtype(images, torch.float32, scale=True)
-        return v2.functional.normalize(pixels, list(self.config.image_mean), list(self.config.image_std))
+        # As torchvision.transforms.v2 does it, to the bit; to import that would take a second of each start
+        settings = (self.config.image_mean, self.config.image_std)
+        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in settings)
+        return (images.float() * (1 / 255)).sub_(mean).div_(std)
 
     def read_out(self, x: Tensor, region_masks: Tensor) -> Tensor:
         """x (B, N, D) after a block -> what the head reads of it, (B, head_inputs) / number of read_blocks."""

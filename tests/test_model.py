@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torchvision.transforms import v2
 
 from attention import region_gated_attention
 from model import LAMM, LAMMLoss, LAMMViT, LAMMViTConfig, MaskProcessor
@@ -435,3 +436,12 @@ def test_the_head_reads_the_blocks_it_is_told():
     for blocks in ((1, 3), (3, 1, 4), (0, 4), (4, 4)):
         with pytest.raises(ValueError, match="read_blocks are"):
             LAMMViTConfig(depth=4, read_blocks=blocks)
+
+
+def test_normalizes_as_torchvision_does():
+    """To the bit, all 256 values in each channel."""
+    model = LAMMViT(LAMMViTConfig(img_size=32, patch_size=16, embed_dim=24, depth=1, image_mean=(0.48, 0.46, 0.41)))
+    images = torch.arange(256, dtype=torch.uint8).repeat(12).view(1, 3, 32, 32)
+    pixels = v2.functional.to_dtype(images, torch.float32, scale=True)
+    theirs = v2.functional.normalize(pixels, list(model.config.image_mean), list(model.config.image_std))
+    assert torch.equal(model.normalize(images), theirs)
