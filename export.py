@@ -167,7 +167,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--weights",
         type=Path,
         metavar="FILE.safetensors",
-        help="instead of these two, write one file of weights and settings, and its card (default: none)",
+        help="instead of these two, write one file of weights and settings, and its card, unless you wrote one (default:"
+        " none)",
     )
     parser.add_argument(
         "--hub",
@@ -204,9 +205,9 @@ def write_shipped(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
             )
         size = file.stat().st_size / 1e6
         os.replace(file, target)
-    stays = write_card(checkpoint, target)
+    keep = write_card(checkpoint, target)
     print(f"{target}: {size:.1f} MB, largest difference from the checkpoint in probability {difference:.1e}")
-    print(f"{card_path(target)}: " + ("was there, and stays" if stays else "what is known of it"))
+    print(f"{card_path(target)}: " + ("was there, and stays" if keep else "written"))
     tell_trunk(checkpoint, "beside it")
 
 
@@ -234,9 +235,9 @@ def write_for_hub(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
         if not all(torch.equal(values, state[name]) for name, values in model.state_dict().items()):
             raise ValueError(f"{target}: differs from {args.checkpoint}; not written")
 
-    stays = write_folder(checkpoint, target, read_card(args.checkpoint), check)
+    keep = write_folder(checkpoint, target, read_card(args.checkpoint), check)
     size = weights_in(target).stat().st_size / 1e6
-    print(f"{target}: {', '.join(FILES)}; {size:.1f} MB" + (f"; the {README} that was there stays" * stays))
+    print(f"{target}: {', '.join(FILES)}; {size:.1f} MB" + (f"; the {README} that was there stays" * keep))
     tell_trunk(checkpoint, "in that folder")
 
 

@@ -140,7 +140,10 @@ def peak_memory_apart(name: str, args: argparse.Namespace, dtype: str, batch_siz
     command = [sys.executable, __file__, "--device", args.device, "--dtypes", dtype, "--batch_sizes", str(batch_size)]
     command += ["--threads", str(args.threads), "--memory_of", name, "--depth", str(args.depth)]
     command += ["--init_from", args.init_from] if args.init_from else []
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+    return float(done.stdout)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -210,4 +213,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    try:
+        main(get_args_parser().parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(f"{error}")

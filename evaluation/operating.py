@@ -40,7 +40,7 @@ def fit_temperature(labels: np.ndarray, logits: np.ndarray, weights: np.ndarray 
     Args:
         labels: (N,), both classes present.
         logits: (N,) log odds of a fake, that is logit 1 - logit 0; finite.
-        weights: (N,) of the images of a class beside each other, positive (default: all alike).
+        weights: (N,) how much each image counts within its class, positive (default: all alike).
     """
     weights = np.ones(len(labels)) if weights is None else weights
     # Margins: positive on the right side
@@ -163,15 +163,16 @@ def operating_points(
 def judge_left_out(
     others: Mapping[str, tuple[int, np.ndarray]], temperature: float, thresholds: Mapping[str, float]
 ) -> dict[str, dict[str, float]]:
-    """What became of data sets that were left out.
+    """How a model did on data sets that were left out.
 
     Args:
-        others: {data set: its label, and the log odds (n,) of its images by a model that has not seen it}, of both
-            classes.
+        others: {data set: its label, and the log odds (n,) of its images by a model that has not seen it}, finite, of
+            both classes, none of them empty.
+        temperature, thresholds: as of operating_points.
 
     Returns:
-        {data set: "images"; "auc", the mean over the data sets of the other class; and for each threshold, by its name,
-        the share of the images that are called fake}.
+        {data set: "images"; "auc", the mean over the data sets of the other class; and for each rate of the
+        thresholds, "0.05", the share of the images that are called fake}.
     """
     found = {}
     for name, (label, values) in others.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from faces.regions import REGIONS
 from model import LAMMViTConfig
-from runtime.card import README, card_of, is_own, read_card
+from runtime.card import README, card_of, is_own, stays, with_front
 from runtime.files import replacing
 from runtime.weights_file import read_weights, settings_of, write_weights
 
@@ -25,15 +25,6 @@ LABELS = {"architectures": ["LAMMViT"], "model_type": "lamm_vit"}  # in config.j
 WRITER = "export.py --hub"
 AGAIN = f"take another copy, or write it again: python {WRITER}"
 LANCZOS = 1  # as Pillow numbers its filters
-FRONT = """---
-library_name: pytorch
-pipeline_tag: image-classification
-tags:
-- lamm-vit
-- ai-generated-image-detection
-- face
----
-"""
 
 
 # ----------------------------------------------------------------------------------------------------------- the folder
@@ -45,8 +36,8 @@ def write_folder(
     """A checkpoint of load_checkpoint, or a model alone: "version", "config", "model". Each file whole or not at all.
 
     Args:
-        card: the text of README.md, where somebody has written one; else it is what is known. One of somebody's that
-            is there stays.
+        card: the text of README.md, if somebody has written it; in place of one that a program has written, what is
+            known. A README.md that is there stays, if a program has not written it.
         check: is given the folder as it will be, in another place, before a file of it gets its name; raises where it
             is not right.
 
@@ -59,10 +50,10 @@ def write_folder(
     texts = {
         CONFIG: json.dumps(LABELS | settings_of(checkpoint), indent=2) + "\n",
         PREPROCESSOR: json.dumps(preprocessing(checkpoint), indent=2) + "\n",
-        README: with_front(card if is_own(card) else card_of(checkpoint)),
+        README: with_front(card if card and is_own(card) else card_of(checkpoint)),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    stays = is_own(read_card(folder))
+    keep = stays(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as place:
         made = Path(place)
         write_weights(checkpoint, made / WEIGHTS, exact=True)
@@ -71,9 +62,9 @@ def write_folder(
                 partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         check(made)
         for name in FILES:
-            if name != README or not stays:
+            if name != README or not keep:
                 os.replace(made / name, folder / name)
-    return stays
+    return keep
 
 
 def read_folder(folder: Path) -> dict:
@@ -129,7 +120,3 @@ def preprocessing(checkpoint: dict) -> dict:
         # percentile of face_frame, that is of size and of width over height
         settings["framing"] = {name: framing[name].tolist() for name in ("mean_landmarks", "usual")}
     return settings
-
-
-def with_front(card: str) -> str:
-    return card if card.startswith("---\n") else f"{FRONT}\n{card}"

@@ -23,7 +23,7 @@ from runtime.tuning import in_half
 
 TRAINED = Path("output_model/best_model.pth")  # what train.py leaves
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "lamm_vit.safetensors"
-CARD = "MODEL_CARD.md"  # beside the weights that ship
+CARD = "MODEL_CARD.md"  # of the weights that ship, beside them
 SUFFIX = ".safetensors"
 # What is text, of a checkpoint; its model, framing and images are tensors, the rest is a run's record
 SETTINGS = (

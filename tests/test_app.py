@@ -541,11 +541,12 @@ def test_nothing_is_fetched_from_elsewhere(served):
 
 def test_limits_are_those_of_the_card(tmp_path):
     assert LIMITS in limits_of(tmp_path / "mine.pth")
-    card = tmp_path / "MODEL_CARD.md"
-    card.write_text("# Card\n\n## Use\n\nFor this.\n\n## Limits\n\n- not for that\n\n## Data\n\nThese.\n")
-    assert limits_of(tmp_path / "mine.pth") == "**Limits**\n\n- not for that"
-    card.write_text("# Card\n")
-    assert LIMITS in limits_of(tmp_path / "mine.pth")
+    card = tmp_path / "mine.md"
+    card.write_text("# Card\n\n## Use\n\nFor this.\n\n## Limits\n\n### Age\n\n- not for that\n\n## Data\n\nThese.\n")
+    assert limits_of(tmp_path / "mine.pth") == "**Limits**\n\n**Age**\n\n- not for that"
+    for other in ("# Card\n", "# Unlimited faces\n\nAll of them.\n", "## Limits\n"):
+        card.write_text(other)
+        assert LIMITS in limits_of(tmp_path / "mine.pth")
 
 
 def test_old_uploads_are_swept(tmp_path):

@@ -155,6 +155,9 @@ def test_one_place_says_which_card_stays_and_nothing_is_there_before_it_was_chec
     assert (tmp_path / "mine" / README).read_text() == "my own\n"
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == sorted(FILES)
 
+    for _ in range(2):  # a program's card is no reason to keep what it says of other weights
+        assert write_folder(checkpoint, tmp_path / "by a program") is False
+
     def differs(written: Path) -> None:
         assert read_folder(written)["config"] == checkpoint["config"]
         raise ValueError("differs")

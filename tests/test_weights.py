@@ -28,7 +28,7 @@ from drawing.render import draw_face
 from evaluation.pictures import COLUMNS
 from evaluation.scoring import predict_scores
 from runtime import trunk_files, weights_file
-from runtime.card import BY_A_PROGRAM, LIMITS, unknown_table
+from runtime.card import LIMITS, limits_of, sealed, unknown_table
 from runtime.checkpoint import CheckpointError, load_checkpoint
 from runtime.trunk_files import INSTALL
 from runtime.weights_file import CARD, SHIPPED, choose_checkpoint, read_weights, without_folder, write_weights
@@ -307,7 +307,7 @@ def test_export_says_what_it_wrote(made):
     first, card, trunk = made.said.splitlines()
     size = made.weights.stat().st_size / 1e6
     assert first.startswith(f"weights/lamm_vit.safetensors: {size:.1f} MB, largest difference")
-    assert card == f"weights/{CARD}: what is known of it"
+    assert card == f"weights/{CARD}: written"
     assert trunk == "its trunk is not in it: whoever uses it needs vit.pth beside it"
 
 
@@ -321,7 +321,7 @@ def test_export_of_weights_needs_no_other_package_and_refuses_what_differs(made,
     monkeypatch.setattr(export, "TOLERANCE_IN_HALF", -1.0)
     assert "need more than half precision; not written" in refusal(export, "--weights", "mine/again.safetensors")
     assert (here / "mine/again.safetensors").read_bytes() == before
-    assert sorted(path.name for path in (here / "mine").iterdir()) == [CARD, "again.safetensors"]
+    assert sorted(path.name for path in (here / "mine").iterdir()) == ["again.md", "again.safetensors"]
     assert "has to end in .safetensors" in refusal(export, "--weights", "mine/again.pth")
     assert "--output_dir is for" in refusal(export, "--weights", "w.safetensors", "--output_dir", "mine")
 
@@ -401,31 +401,40 @@ def test_one_command_makes_them_and_goes_on_where_it_was_stopped(datasets, tmp_p
     )
     assert checkpoint["datasets"] == ["real/Consistent", "fake/IrisMismatch", "fake/OffAxisMouth"]
     card = weights.with_name(CARD).read_text()
-    assert f"{weights.with_name(CARD)}: what is known of it" in done.stdout and "`fake/OffAxisMouth`" in card
+    assert f"{weights.with_name(CARD)}: written" in done.stdout and "`fake/OffAxisMouth`" in card
 
 
 @pytest.mark.slow
 def test_a_card_says_what_is_known_and_one_of_somebodys_stays(made, tmp_path, capsys):
-    path, card = tmp_path / "mine.safetensors", tmp_path / CARD
+    path, card = tmp_path / "mine.safetensors", tmp_path / "mine.md"
     write = ["--checkpoint", str(made.weights), "--weights", str(path)]
     shutil.copy(made.weights.with_name("vit.pth"), tmp_path)
-    export.main(export.get_args_parser().parse_args(write))
+
+    def said() -> str:
+        export.main(export.get_args_parser().parse_args(write))
+        return capsys.readouterr().out
+
+    assert f"{card}: written" in said()
     told = card.read_text()
-    assert BY_A_PROGRAM in told and "`real/Consistent`" in told and "## Limits" in told and LIMITS in told
+    assert "`real/Consistent`" in told and "## Limits" in told and LIMITS in told and "## Terms" in told
     assert "does not know" not in told, "nothing was left out"
     checkpoint = load_checkpoint(path)[1]
     assert f"{len(checkpoint['images'])} images of {len(checkpoint['datasets'])} data sets" in told
-    card.write_text("An earlier one. " + BY_A_PROGRAM)
-    export.main(export.get_args_parser().parse_args(write))
-    assert card.read_text() == told and "what is known of it" in capsys.readouterr().out
-    card.write_text("# Mine\n")
-    export.main(export.get_args_parser().parse_args(write))
-    assert card.read_text() == "# Mine\n" and f"{card}: was there, and stays" in capsys.readouterr().out
+    earlier = sealed("An earlier one.\n")
+    card.write_text(earlier)
+    assert f"{card}: written" in said() and card.read_text() == told
+    for own in (b"# Mine\n", told.replace("## Terms", "## My terms").encode(), "# Über\n".encode("latin-1")):
+        card.write_bytes(own)
+        assert f"{card}: was there, and stays" in said() and card.read_bytes() == own
+        assert "What it cannot do" in limits_of(path) or b"My terms" in own
+    card.unlink()
+    card.mkdir()
+    assert f"{card}: was there, and stays" in said() and "What it cannot do" in limits_of(path)
 
 
-def test_a_card_has_what_became_of_data_sets_that_were_left_out():
+def test_a_card_has_how_the_head_did_on_data_sets_that_were_left_out():
     unknown = {
-        "real/A": {"images": 12, "auc": 0.75, "0.01": 0.0, "0.05": 0.125},
+        "real/A|`": {"images": 12, "auc": 0.75, "0.01": 0.0, "0.05": 0.125},
         "fake/B": {"images": 8, "auc": 0.5, "0.01": 0.25, "0.05": 1.0},
     }
     lines = unknown_table(unknown).splitlines()
@@ -433,7 +442,7 @@ def test_a_card_has_what_became_of_data_sets_that_were_left_out():
     assert lines[-4:] == [
         "| data set | images | AUC | called fake at 1 % | called fake at 5 % |",
         "|---|--:|--:|--:|--:|",
-        "| `real/A` | 12 | 0.750 | 0.0 % | 12.5 % |",
+        "| ``real/A\\|``` | 12 | 0.750 | 0.0 % | 12.5 % |",
         "| `fake/B` | 8 | 0.500 | 25.0 % | 100.0 % |",
     ]
 

@@ -102,7 +102,8 @@ def write_left_out(results: Results) -> None:
     Whoever knows more about an image than its data set (an age, a size, a camera) can ask whose photographs are called
     fake.
     """
-    with replacing(results.args.output_dir / "left_out.csv") as partial, open(partial, "w", newline="") as file:
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with replacing(results.args.output_dir / "left_out.csv") as partial, open(partial, "w", **text) as file:
         lines = csv.writer(file)
         by_rate = rates(next(iter(results.judged.values())).thresholds[0])
         titles = ("probability", *(f"fake at {title_of(rate)}" for rate in by_rate))
