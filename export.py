@@ -167,8 +167,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--weights",
         type=Path,
         metavar="FILE.safetensors",
-        help="instead of these two, write one file of weights and settings, and its card, unless you wrote one (default:"
-        " none)",
+        help="instead of these two, write one file of weights and settings, and its card, unless you wrote one"
+        " (default: none)",
     )
     parser.add_argument(
         "--hub",
