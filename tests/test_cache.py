@@ -7,21 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
-from conftest import SMALL, refusal, run_one_after_another
+from conftest import SMALL, refusal
+from test_train import CACHED, in_one, in_two, save_trunk  # noqa: F401, fixtures
 
 import train
 from model import Block, LAMMViT
 
-HEAD = ("--tune", "head", "--augment", "none", "--epochs", 2, "--lr", 1e-2, "--num_workers", 0)
-CACHED = (*HEAD, "--cache_blocks", 2)
+HEAD = CACHED[: CACHED.index("--cache_blocks")]
 
 
 @pytest.fixture
 def vit(tmp_path) -> Path:
-    torch.manual_seed(0)
-    torch.save(torchvision.models.VisionTransformer(224, 56, 2, 12, 24, 96).state_dict(), tmp_path / "vit.pth")
-    return tmp_path / "vit.pth"
+    return save_trunk(tmp_path / "vit.pth")
 
 
 def options(features, folder, vit, *more) -> list[str]:
@@ -104,12 +101,10 @@ def test_it_goes_on_to_the_same_bits_with_the_file_and_without_it(features, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_rows(features, tmp_path, vit):
-    fit(features, tmp_path / "one", vit, *CACHED)
-    run = options(features, tmp_path / "two", vit, *CACHED, "--accum_steps", 1)
-    run_one_after_another("train.py", [run], tmp_path)
-    assert cache_of(tmp_path / "one").read_bytes() == cache_of(tmp_path / "two").read_bytes()
-    for one, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+def test_two_processes_write_the_same_rows(features, tmp_path, in_two):  # noqa: F811
+    fit(features, tmp_path, in_two / "vit.pth", *CACHED)
+    assert cache_of(tmp_path).read_bytes() == cache_of(in_two / "cached").read_bytes()
+    for one, other in zip(log_of(tmp_path), log_of(in_two / "cached"), strict=True):
         assert one["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
 
 

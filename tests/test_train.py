@@ -427,7 +427,14 @@ LONG += ("--lr_patience", 0, "--save_minutes", 0, "--epochs", 4)
 # Until the early stop. 72 samples are 4 1/2 steps.
 TO_THE_END = (*"--patch_size 56 --embed_dim 24 --depth 2 --dropout 0 --accum_steps 2 --num_workers 0".split(),)
 TO_THE_END += (*"--lr 1e-4 --lr_patience 1 --stop_patience 3 --epochs 20".split(),)
+CACHED = (*"--tune head --augment none --epochs 2 --lr 1e-2 --num_workers 0 --cache_blocks 2".split(),)
 ABLATED = (*SMALL, "--epochs", 1, "--without", "region_guidance", "head_interaction")
+
+
+def save_trunk(path: Path) -> Path:
+    torch.manual_seed(0)
+    torch.save(torchvision.models.VisionTransformer(224, 56, 2, 12, 24, 96).state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -440,7 +447,7 @@ def in_one(features, made_once) -> Path:
 
 @pytest.fixture(scope="session")
 def in_two(features, made_once, in_one) -> Path:
-    """Runs of two processes, one after another in one torchrun, which saves the seconds of starting it four times."""
+    """Runs of two processes, one after another in one torchrun, which saves the seconds of starting it each time."""
 
     def train_all(folder: Path) -> None:
         shutil.copytree(in_one / "straight", folder / "of_one_before")
@@ -450,6 +457,7 @@ def in_two(features, made_once, in_one) -> Path:
             "to_the_end": (*TO_THE_END, "--batch_size", 4),
             "ablated": ABLATED,
             "of_one_before": (*LONG, "--epochs", 5, "--resume"),
+            "cached": (*SMALL, "--accum_steps", 1, *CACHED, "--init_from", save_trunk(folder / "vit.pth")),
         }
         runs = [["--features", features, "--output_dir", folder / name, *given] for name, given in runs.items()]
         (folder / "said").write_text(run_one_after_another("train.py", runs, folder))
@@ -554,7 +562,7 @@ for folder, arguments in json.loads(sys.argv[1]).items():
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
 def test_a_part_beside_a_trunk_is_killed_and_goes_on_to_the_same_bits(features, tmp_path, processes):
-    torch.save(torchvision.models.VisionTransformer(224, 56, 2, 12, 24, 96).state_dict(), tmp_path / "vit.pth")
+    save_trunk(tmp_path / "vit.pth")
     (tmp_path / "killed.py").write_text(KILLED.format(root=str(ROOT)))
     options = ["--features", features, *LONG, "--epochs", 2, "--init_from", tmp_path / "vit.pth", "--tune"]
     parts = {"norms": ["norms", "--ema", 0.9], "lora": ["lora:2"]}
