@@ -83,11 +83,16 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def run_one_after_another(script: str, runs: list[list], cwd: Path, processes: int = 2) -> str:
-    """Several runs of a script in one torchrun, which saves the seconds of starting it. Returns what they printed."""
+def one_after_another(script: str, runs: list[list], cwd: Path, processes: int = 2, *torchrun: str) -> list[str]:
+    """The command of several runs of a script in one torchrun, which saves the seconds of starting it."""
     program = cwd / f"several_{Path(script).stem}.py"
     program.write_text(SEVERAL.format(root=str(ROOT), script=Path(script).stem))
-    command = [*launcher(processes), str(program), json.dumps([list(map(str, run)) for run in runs])]
+    return [*launcher(processes, *torchrun), str(program), json.dumps([list(map(str, run)) for run in runs])]
+
+
+def run_one_after_another(script: str, runs: list[list], cwd: Path, processes: int = 2) -> str:
+    """Runs them. Returns what they printed."""
+    command = one_after_another(script, runs, cwd, processes)
     done = subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, f"{runs} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -26,6 +26,7 @@ from conftest import (
     SMALL,
     error_line,
     hostile_files,
+    one_after_another,
     refusal,
     run_script,
 )
@@ -506,29 +507,24 @@ def test_what_has_changed_is_made_anew_and_that_alone(datasets, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_give_the_files_of_one(datasets, features, tmp_path):
-    run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", cwd=tmp_path, processes=2)
-    assert_same(features, tmp_path / "features")
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_a_worker_that_is_killed(datasets, tmp_path):
-    """Killed in the middle of its work, while the other is in the middle of its own."""
+def test_two_processes_of_torchrun_give_the_files_of_one_also_when_one_is_killed(datasets, features, tmp_path):
+    """In one torchrun: a run that is left alone, then one of whose processes the second is killed in the middle of its
+    work, while the first is in the middle of its own."""
     root = tmp_path / "datasets"
     for folder in ("real/A", "fake/B"):
         shutil.copytree(datasets / "real/Consistent", root / folder)
     run_script("feature_extraction.py", "--data_root", root, "--output_dir", "one", cwd=tmp_path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
-    script = [ROOT / "feature_extraction.py", "--data_root", root, "--output_dir", tmp_path / "two"]
-    process = subprocess.Popen(
-        list(map(str, launcher + script)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    runs = [["--data_root", datasets, "--output_dir", tmp_path / "alone"]]
+    runs += [["--data_root", root, "--output_dir", tmp_path / "two"]]
+    command = one_after_another("feature_extraction.py", runs, tmp_path, 2, "--max_restarts=2")
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while not list((tmp_path / "two" / SHARDS).glob("[!.]*.h5")) and process.poll() is None:
         time.sleep(0.005)
     victim = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"][0]
     victim.kill()
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "going on:" in said
+    assert process.returncode == 0 and said.count("going on:") == 1 and said.count("up to date") == 1
+    assert_same(features, tmp_path / "alone")
     assert_same(tmp_path / "one", tmp_path / "two")
 
 

@@ -25,8 +25,8 @@ from conftest import (
     ROOT,
     error_line,
     hostile_files,
+    one_after_another,
     picture,
-    run_one_after_another,
     run_script,
 )
 from PIL import Image, ImageCms
@@ -409,40 +409,37 @@ def test_killed_at_any_moment_and_run_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_give_what_one_gives(tmp_path):
-    """In place, and into another folder."""
+def test_two_processes_of_torchrun_give_what_one_gives_also_when_one_is_killed(tmp_path):
+    """In one torchrun: in place, and into another folder; then a run whose second process is killed."""
     for folder in ("D", "E", "F", "G"):
         hostile_files(tmp_path / folder)
-    runs = [["--directory", "E"], ["--directory", "G", "--output_dir", "P"]]
-    together = run_one_after_another("preprocess.py", runs, tmp_path)
+    (tmp_path / "H").mkdir()
+    for i in range(40):
+        picture(1200, 900, i).save(tmp_path / f"H/{i}.jpg", quality=95)
+    shutil.copytree(tmp_path / "H", tmp_path / "I")
     alone = run_script("preprocess.py", "--directory", "D", cwd=tmp_path).stdout
     alone += run_script("preprocess.py", "--directory", "F", "--output_dir", "O", cwd=tmp_path).stdout
+    run_script("preprocess.py", "--directory", "I", cwd=tmp_path)
+
+    runs = [["--directory", "E"], ["--directory", "G", "--output_dir", "P"], ["--directory", "H"]]
+    command = one_after_another("preprocess.py", runs, tmp_path, 2, "--max_restarts=2")
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="surrogateescape"
+    )
+    while len(list((tmp_path / "H").glob("*.png"))) < 10 and process.poll() is None:
+        time.sleep(0.005)
+    [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"][0].kill()
+    together = process.communicate(timeout=120)[0]
+    assert process.returncode == 0
     renamed = [line.replace("/E", "/D").replace("/G", "/F").replace("/P", "/O") for line in together.splitlines()]
-    assert renamed == alone.splitlines()
+    assert renamed[: len(alone.splitlines())] == alone.splitlines()
     for names in (("D", "E"), ("O", "P")):
         for suffix in ("", "_rejected", "_originals"):
             one, two = (contents(tmp_path / f"{name}{suffix}") for name in names)
             one.pop(".source", None), two.pop(".source", None)
             assert one == two
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_a_worker_that_is_killed(tmp_path):
-    (tmp_path / "D").mkdir()
-    for i in range(40):
-        picture(1200, 900, i).save(tmp_path / f"D/{i}.jpg", quality=95)
-    shutil.copytree(tmp_path / "D", tmp_path / "E")
-    run_script("preprocess.py", "--directory", "E", cwd=tmp_path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
-    process = subprocess.Popen(
-        [*launcher, str(ROOT / "preprocess.py"), "--directory", "D"], cwd=tmp_path, stderr=subprocess.DEVNULL
-    )
-    while len(list((tmp_path / "D").glob("*.png"))) < 10 and process.poll() is None:
-        time.sleep(0.005)
-    [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"][0].kill()
-    assert process.wait(timeout=120) == 0
-    assert visible(tmp_path / "D") == contents(tmp_path / "E")
-    assert kept_in(tmp_path / "D_originals") == kept_in(tmp_path / "E_originals")
+    assert visible(tmp_path / "H") == contents(tmp_path / "I")
+    assert kept_in(tmp_path / "H_originals") == kept_in(tmp_path / "I_originals")
 
 
 def test_processes_agree_on_how_often_they_were_started(monkeypatch):
