@@ -310,7 +310,7 @@ def test_killed_at_any_moment_and_run_again(datasets, features, tmp_path):
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_keeps_what_it_has(datasets, features, tmp_path, signal_number):
     command = extraction_command(datasets, tmp_path)
-    for _ in range(5):
+    for _ in range(15):
         process = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         while not list((tmp_path / "features" / SHARDS).glob("[!.]*.h5")) and process.poll() is None:
             time.sleep(0.005)
