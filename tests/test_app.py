@@ -562,7 +562,7 @@ def test_old_uploads_are_swept(tmp_path):
 
 @pytest.mark.slow
 def test_the_script_cleans_up_and_says_where_a_model_comes_from(trained, tmp_path):
-    refused = run_script("app.py", "--port", 0, cwd=tmp_path, expect=1)
+    refused = run_script("app.py", "--port", 0, cwd=tmp_path, expect=1, processes=0)  # it sets the environment
     if "weights" not in refused.stderr.split("no such checkpoint")[0]:
         assert "train.py" in error_line(refused)
     command = [sys.executable, str(ROOT / "app.py"), "--checkpoint", str(trained / "best_model.pth"), "--port", "0"]
