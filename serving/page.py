@@ -16,6 +16,8 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evaluation.detector import Judged
 from evaluation.operating import describe_rates, describe_thresholds, why_apart
@@ -42,6 +44,8 @@ CLICKS = """element.addEventListener('click', event => {
 SCROLL = "() => { document.getElementById('%s').scrollIntoView({behavior: 'smooth', block: 'start'}); }"
 NO_ANSWER = "There is no answer: too many are waiting, or the connection broke off. Try again in a few seconds."
 CSS = Path(__file__).with_name("page.css")
+# A card may be a stranger's: what it names elsewhere is not asked for. The rest is what Gradio's own scripts need
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 # What is left of a label over a small face; css= would lose it
 NARROW = """<style>
 @container (max-width: 90px) { .gradio-container .answer .box i { display: none; } }
@@ -217,9 +221,25 @@ def legend_of(desk: Desk) -> str:
     )
 
 
+class KeepToThisHost:
+    """Tells the browser with each answer to ask no other host for anything."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
 def mount_page(app: FastAPI, page: gr.Blocks, desk: Desk) -> FastAPI:
-    """The page at / of the app, without fonts or scripts of other hosts."""
+    """The page at / of the app, without fonts, scripts or pictures of other hosts."""
     bound_uploads(app, desk)
+    app.add_middleware(KeepToThisHost)
     system = ("system-ui", "sans-serif")
     theme = gr.themes.Default(primary_hue="blue", font=system, font_mono=("ui-monospace", "monospace"))
     return gr.mount_gradio_app(

@@ -577,6 +577,15 @@ def test_the_script_cleans_up_and_says_where_a_model_comes_from(trained, tmp_pat
     assert process.returncode and not folder.exists()
 
 
+# Whether it can be shown on the page
+PICTURE = """address => new Promise(resolve => {
+    const picture = new Image();
+    picture.onload = () => resolve(true);
+    picture.onerror = () => resolve(false);
+    picture.src = address;
+})"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="without Debian's chromium")
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
@@ -612,6 +621,8 @@ def test_in_a_browser(served, pictures, tmp_path, scheme, width):
         assert desk_module.DAMAGED in page.inner_text("#answer") and page.locator("#answer .box").count() == 1
         page.locator("#answer .why").click()
         page.wait_for_selector("#why h3:has-text('large.jpg')")
+        elsewhere = served.url.replace("127.0.0.1", "localhost")  # to a browser another host
+        assert [page.evaluate(PICTURE, f"{host}/favicon.ico") for host in (served.url, elsewhere)] == [True, False]
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
         browser.close()
