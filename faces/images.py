@@ -187,10 +187,9 @@ def load_noted(path: Path) -> Noted | None:
         return None
     if not re.fullmatch(ORIGINAL_PATTERN, original) or not re.fullmatch(TREATMENT_PATTERN, treatment):
         return None
-    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)  # BGR
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
     if pixels is None:
         return None
-    pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     sha256 = hashlib.sha256(pixels).digest()
     found_by, filled, checksum, points = of_face.groups()
     if checksum != sha256.hex()[: len(checksum)]:
