@@ -331,7 +331,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     option(
         "--compress",
         action="store_true",
-        help="lossless gzip of the stored images: about a fifth smaller, but slower to read; README has the figures",
+        help="lossless gzip of the stored images: about a fifth smaller, but slower to read (docs/speed.md)",
     )
     option(
         "--workers",

@@ -87,7 +87,7 @@ def compare_masks(scores: dict[str, dict[str, float]], folder: Path) -> dict[str
 
 
 def masks_of_models(features: Path, models: dict[str, list[Path]]) -> tuple[dict[str, dict], str]:
-    """compare_masks of each model, the mean over its seeds, and a table of them.
+    """compare_masks of each model, the mean over its seeds, and a table of them, with the AUC's deviation over seeds.
 
     Args:
         features: whose test split the models were tested on.
@@ -103,6 +103,8 @@ def masks_of_models(features: Path, models: dict[str, list[Path]]) -> tuple[dict
             bar.update()
         means[name] = {how: np.mean([one[how] for one in results], axis=0).tolist() for how in results[0]}
         of_wrong = [f"{auc:.4f} ({change:.4f})" for how, (change, auc) in means[name].items() if how != OWN]
-        rows.append([name, f"{means[name][OWN][1]:.4f}", *of_wrong, *[""] * (len(WRONG) - len(of_wrong))])
+        own = [one[OWN][1] for one in results]
+        spread = f" ± {np.std(own, ddof=1):.4f}" if len(own) > 1 else ""
+        rows.append([name, f"{np.mean(own):.4f}{spread}", *of_wrong, *[""] * (len(WRONG) - len(of_wrong))])
     bar.close()
     return means, as_markdown(["AUC (mean change of a score)", OWN, *WRONG], rows)
