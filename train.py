@@ -30,12 +30,11 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from sklearn.metrics import log_loss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from evaluation.metrics import binary_metrics, choose_threshold
+from evaluation.metrics import binary_metrics, choose_threshold, log_loss
 from evaluation.scoring import load_batches, predict, scores_and_log_odds
 from model import NUM_HEADS
 from runtime.checkpoint import save
@@ -158,12 +157,12 @@ def validate(run: Run) -> tuple[dict[str, float], np.ndarray, torch.Tensor | Non
         )
     threshold = choose_threshold(labels, scores)
     metrics = binary_metrics(labels, scores, threshold)
-    loss = log_loss(labels, scores.clip(1e-12, 1 - 1e-12), labels=[0, 1])
+    loss = log_loss(labels, scores)
     line = {
         "val_auc": metrics["auc"],
         "val_ap": metrics["ap"],
         "val_accuracy": metrics["accuracy"],
-        "val_loss": float(loss),
+        "val_loss": loss,
         "val_threshold": threshold,
     }
     return line, predicted, (sums / len(labels)).float().cpu() if handle else None

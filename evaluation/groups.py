@@ -5,9 +5,8 @@ each threshold of a checkpoint, false alarms by collection of photographs and fa
 import json
 
 import numpy as np
-from scipy.stats import binomtest
-from sklearn.metrics import roc_auc_score
 
+from evaluation.metrics import roc_auc
 from evaluation.operating import title_of
 from evaluation.protocol import TestSet
 from evaluation.typeset import as_markdown, as_text
@@ -59,6 +58,8 @@ def rate(hits: np.ndarray) -> dict[str, float] | None:
     """Share of True in (N,), with Wilson's 95 % interval; None of nothing."""
     if not len(hits):
         return None
+    from scipy.stats import binomtest  # half a second, hence only here
+
     low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
     return {"rate": float(hits.mean()), "low": float(low), "high": float(high)}
 
@@ -80,7 +81,7 @@ def errors_by(test_set: TestSet, scores: np.ndarray, groups: np.ndarray, thresho
             "fake": int(truth.sum()),
             "false_alarms": rate(of_group[truth == 0] >= threshold),
             "missed": rate(of_group[truth == 1] < threshold),
-            "auc": float(roc_auc_score(truth, of_group)) if both else None,
+            "auc": roc_auc(truth, of_group) if both else None,
         }
     return found
 

@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import expit, logit
-from scipy.stats import norm
-from scipy.stats import t as student_t
+from scipy.special import expit, logit, ndtr, ndtri, stdtrit
 
 from evaluation.metrics import FALSE_POSITIVE_RATES, METRIC_RANGE, binary_metrics
 
@@ -198,7 +196,7 @@ def interval(
         of_logits = np.std(logit((spread + margin) / (1 + 2 * margin)), ddof=1)
         by_slope = np.std(spread, ddof=1) / (share * (1 - share))
         freedom = max(size - 1, 1)
-        reach = student_t.ppf((1 + level) / 2, freedom) * np.sqrt((freedom + 1) / freedom) * max(of_logits, by_slope)
+        reach = stdtrit(freedom, (1 + level) / 2) * np.sqrt((freedom + 1) / freedom) * max(of_logits, by_slope)
         low, high = expit(logit(share) - reach), expit(logit(share) + reach)
     return float(top * max(0.0, min(low, share))), float(top * min(1.0, max(high, share)))
 
@@ -273,5 +271,5 @@ def compare_aucs(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> A
         )
     if not error:
         return AucDifference(difference, np.nan, np.nan, np.nan)
-    reach, p_value = float(norm.ppf(0.975)) * error, float(2 * norm.sf(abs(difference) / error))
+    reach, p_value = float(ndtri(0.975)) * error, float(2 * ndtr(-abs(difference) / error))
     return AucDifference(difference, difference - reach, difference + reach, p_value)

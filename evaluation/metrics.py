@@ -3,13 +3,13 @@
     binary_metrics        the figures of one comparison
     choose_threshold      the threshold for accuracy_val_threshold, from validation scores
     calibration           reliability diagram and expected calibration error
+    roc_auc, roc_curve    scikit-learn's, which takes a second to import: not before it is needed
 
 How sure they are: intervals.py. Everywhere labels (N,) are 1 = fake, 0 = real, both classes present, and scores (N,)
 probabilities of a fake in [0, 1].
 """
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 # The metrics with an interval, and the largest value that each can have. The smallest is 0.
 METRIC_RANGE = {
@@ -39,6 +39,8 @@ def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> 
     in percent, are the share of fakes that are found where no more than 1, 5, 10 % of these real images are called
     fake. ece is calibration's, 0-1; log_loss is in nats, the mean over the images.
     """
+    from sklearn.metrics import average_precision_score
+
     predicted = scores >= 0.5
     return {
         "accuracy": 100 * float(np.mean(predicted == labels)),
@@ -46,7 +48,7 @@ def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> 
         "real_accuracy": 100 * float(np.mean(~predicted[labels == 0])),
         "fake_accuracy": 100 * float(np.mean(predicted[labels == 1])),
         "ap": float(average_precision_score(labels, scores)),
-        "auc": float(roc_auc_score(labels, scores)),
+        "auc": roc_auc(labels, scores),
         "eer": equal_error_rate(labels, scores),
         **{name: 100 * tpr_at_fpr(labels, scores, rate) for name, rate in FALSE_POSITIVE_RATES.items()},
         "ece": calibration(labels, scores)[3],
@@ -54,6 +56,20 @@ def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> 
         "n_real": int(np.sum(labels == 0)),
         "n_fake": int(np.sum(labels == 1)),
     }
+
+
+def roc_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """The area under the ROC curve, 0-1. weights (N,): how much each image counts, all alike if None."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(labels, scores, sample_weight=weights))
+
+
+def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """False and true positive rates and the thresholds, (T,) each, of all thresholds."""
+    from sklearn.metrics import roc_curve as curve_of
+
+    return curve_of(labels, scores, drop_intermediate=False)
 
 
 def equal_error_rate(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -70,7 +86,7 @@ def tpr_at_fpr(labels: np.ndarray, scores: np.ndarray, rate: float) -> float:
 
     Nothing is interpolated between two thresholds. With fewer than 1 / rate real images that means: above all of them.
     """
-    false_positive, true_positive, _ = roc_curve(labels, scores, drop_intermediate=False)
+    false_positive, true_positive, _ = roc_curve(labels, scores)
     return float(true_positive[false_positive <= rate + 1e-12].max())
 
 
@@ -88,7 +104,7 @@ def choose_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
 
     For validation scores only: chosen on test, it would make the test's accuracy too good.
     """
-    false_positive, true_positive, thresholds = roc_curve(labels, scores, drop_intermediate=False)
+    false_positive, true_positive, thresholds = roc_curve(labels, scores)
     best = thresholds[np.argmax(true_positive - false_positive)]
     below = scores[scores < best]
     if not np.isfinite(best):  # no threshold is better than calling everything real

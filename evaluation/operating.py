@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import expit
-from sklearn.metrics import roc_auc_score
+
+from evaluation.metrics import roc_auc
 
 RATES = (0.01, 0.05)  # of false alarms, for which a checkpoint has thresholds
 TEMPERATURES = (0.05, 20.0)
@@ -52,6 +52,8 @@ def fit_temperature(labels: np.ndarray, logits: np.ndarray, weights: np.ndarray 
             scaled, target = margins / np.exp(log_temperature), (len(margins) + 1) / (len(margins) + 2)
             total += float(np.average(np.logaddexp(0, -scaled) + (1 - target) * scaled, weights=weight))
         return total
+
+    from scipy.optimize import minimize_scalar  # takes a while, and few who read thresholds need it
 
     found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
@@ -177,7 +179,7 @@ def judge_left_out(
     found = {}
     for name, (label, values) in others.items():
         pairs = [(values, theirs) if label else (theirs, values) for other, theirs in others.values() if other != label]
-        aucs = [roc_auc_score(np.repeat([1, 0], [len(fake), len(real)]), np.r_[fake, real]) for fake, real in pairs]
+        aucs = [roc_auc(np.repeat([1, 0], [len(fake), len(real)]), np.r_[fake, real]) for fake, real in pairs]
         scores = expit(values / temperature)
         shares = {rate: float(np.mean(scores >= threshold)) for rate, threshold in thresholds.items()}
         found[name] = {"images": len(values), "auc": float(np.mean(aucs))} | shares

@@ -4,8 +4,8 @@ import math
 from collections import Counter
 
 import numpy as np
-from sklearn.metrics import roc_curve
 
+from evaluation.metrics import roc_curve
 from evaluation.protocol import TestSet
 from faces.treatment import describe_treatment
 
@@ -48,7 +48,7 @@ def warn_of_traces(test_set: TestSet, protocol: str) -> list[str]:
             for name in {kind for kind, _ in kinds}
         ]
         apart = 0.5 * float(np.sum([abs(real - fake) for real, fake in formats]))  # total variation
-        false_positive, true_positive, _ = roc_curve(labels, pixels, drop_intermediate=False)
+        false_positive, true_positive, _ = roc_curve(labels, pixels)
         bound = max(0.1, 1.36 * math.sqrt(4 / len(labels)))  # no chance difference, to 95 % (Kolmogorov and Smirnov)
         traces = [
             what

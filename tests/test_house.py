@@ -22,7 +22,7 @@ BENCHMARKS = (
 
 # From the ground up. A module may import what stands on a line above its own, nothing beside it and nothing above.
 ORDER = """
-runtime.processes  runtime.files  runtime.devices  runtime.arguments  evaluation.typeset
+runtime.processes  runtime.files  runtime.devices  runtime.arguments  evaluation.typeset  evaluation.metrics
 attention.layout  attention.textbook  drawing.coordinates  drawing.face
 attention.dropout  attention.kernels  drawing.render  faces.rejection  faces.regions
 attention.blocked  attention.flex  faces.images  faces.finder
@@ -39,7 +39,7 @@ runtime.checkpoint  faces.loose  faces.prepare  samples.sources  dataset
 samples.splits  samples.extracted  samples.manifest  runtime.hub
 samples.plan
 samples.shards
-evaluation.scoring  evaluation.metrics  evaluation.operating
+evaluation.scoring  evaluation.operating
 evaluation.tables  evaluation.intervals  evaluation.figures  evaluation.protocol
 evaluation.summary  evaluation.traces  evaluation.masks  evaluation.mistakes  evaluation.explain  evaluation.groups
 evaluation.robustness  evaluation.report  evaluation.pictures

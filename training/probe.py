@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.linalg import solve
-from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from dataset import FaceDataset, source_numbers
+from evaluation.metrics import roc_auc
 from evaluation.scoring import predict
 from model import LAMMViT
 from runtime.processes import gather
@@ -147,7 +147,7 @@ def choose_shrinkage(known: Known, val: tuple[np.ndarray, np.ndarray]) -> float:
     """
     count = min(GROUPS, *map(len, known.of_classes))
     if count < 2:
-        aucs = [[roc_auc_score(val[1], probe.log_odds(val[0])) for probe in known.fit(SHRINKAGES)]]
+        aucs = [[roc_auc(val[1], probe.log_odds(val[0])) for probe in known.fit(SHRINKAGES)]]
     else:
         aucs = []
         for group in range(count):
@@ -156,7 +156,7 @@ def choose_shrinkage(known: Known, val: tuple[np.ndarray, np.ndarray]) -> float:
             labels, features = known.labels[out], known.features[0, out]
             alike = balance(labels, known.sources[out] if known.by_source else None)
             probes = known.fit(SHRINKAGES, without)
-            aucs.append([roc_auc_score(labels, probe.log_odds(features), sample_weight=alike) for probe in probes])
+            aucs.append([roc_auc(labels, probe.log_odds(features), alike) for probe in probes])
     return SHRINKAGES[int(np.argmax(np.mean(aucs, axis=0)))]
 
 
@@ -198,7 +198,7 @@ def probe_head(run: Run) -> None:
         known = Known(np.stack(views), plain.labels, sources, by_source)
         shrinkage = choose_shrinkage(known, (outside, run.val_set.labels))
         (probe,) = known.fit([shrinkage])
-        auc = float(roc_auc_score(run.val_set.labels, probe.log_odds(outside)))
+        auc = roc_auc(run.val_set.labels, probe.log_odds(outside))
         # After it, there is training: then it says nothing about what comes out
         others = {} if args.epochs else left_out(known, shrinkage)
         found = probe, auc, others
