@@ -509,17 +509,10 @@ def test_stopped_in_any_way_and_resumed_is_the_run_that_was_not_stopped(features
 
 @pytest.mark.slow
 def test_torchrun_stopped_in_any_way_goes_on_to_the_same_end(features, straight, tmp_path):
-    """Killed, asked to end; then torchrun goes on by itself after one of its workers was killed, and after the other
-    was."""
+    """Killed, asked to end; then left alone. Where a worker dies, torchrun goes on by itself: the next test."""
     stop_in_any_way(tmp_path, 2, features, (signal.SIGKILL, signal.SIGTERM))
-    process = started(tmp_path, 2, features, "--max_restarts=3")
-    for rank in (1, 0):
-        wait_for_saves(process, tmp_path / "out", 2)
-        for worker in psutil.Process(process.pid).children():
-            if worker.environ().get("RANK") == str(rank):
-                worker.kill()
+    process = started(tmp_path, 2, features)
     assert process.wait(200) == 0, (tmp_path / "printed").read_text()
-    assert (tmp_path / "printed").read_text().count("goes on from") == 3
     assert_same_run(tmp_path / "out", straight[2])
 
 
