@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 
 @contextlib.contextmanager
 def replacing(path: Path, *, sync: bool = False, several: bool = False) -> Iterator[Path]:
@@ -31,6 +33,13 @@ def replacing(path: Path, *, sync: bool = False, several: bool = False) -> Itera
         with contextlib.suppress(OSError):  # the cause is what counts
             partial.unlink(missing_ok=True)
         raise
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Writes an .npz, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def free_path(

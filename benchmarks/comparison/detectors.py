@@ -31,7 +31,6 @@ from benchmarks.comparison.frozen import (
     probe_inputs,
     read_frozen,
     read_head_inputs,
-    save_arrays,
 )
 from benchmarks.comparison.images import sources_of
 from benchmarks.comparison.probes import PROBES as LINEAR_MODELS
@@ -42,6 +41,7 @@ from evaluation.metrics import SMALLEST_PROBABILITY
 from evaluation.scoring import predict, scores_and_log_odds
 from runtime.checkpoint import load_checkpoint
 from runtime.devices import pick_device
+from runtime.files import save_arrays
 
 DETECTORS = (*PROBES, *VARIANTS)
 MASKED = "LAMM-ViT"  # of which it is asked whether the masks count

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from benchmarks.comparison.folds import TRAIN, VAL, Fold, Stock
 from evaluation.scoring import predict
 from model import LAMMViT
 from runtime.devices import pick_device, pick_precision
-from runtime.files import replacing
+from runtime.files import save_arrays
 from runtime.pretrained import load_trunk, read_trunk
 from samples.transforms import TrainTransform
 from training.options import PARTS
@@ -131,13 +130,6 @@ def read_all(
             read = predict(model, dataset, compute, num_workers=train_args.num_workers, title=name)
         save_arrays(files[name], read=read)
     return np.concatenate([np.load(path)["read"] for path in files.values()])
-
-
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """An .npz that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, open(partial, "wb") as file:
-        np.savez(file, **arrays)
 
 
 def probe_inputs(name: str, frozen: tuple[np.ndarray, np.ndarray], train_args: argparse.Namespace) -> np.ndarray:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from faces.finder import Detection, FaceFinder, detect_face, finder_files, packaged
 from faces.images import LANDMARKS, load_rgb
 from faces.workers import face_workers, this_finder
-from runtime.files import replacing
+from runtime.files import save_arrays
 
 HASH_BITS = 63
 MAX_HASH_DISTANCE = 4  # bits; of 3.8 million pairs of aligned faces, 9 were so near
@@ -121,8 +121,7 @@ def take_fingerprints(folder: Path, paths: list[str], args: argparse.Namespace) 
             known |= dict(zip(new, tqdm(taken, total=len(new), desc="sift", unit="image")))
     found = [known[key] for key in keys]
     hashes, faces = np.stack([one.hashes for one in found]), np.stack([one.face for one in found])
-    with replacing(store) as partial, open(partial, "wb") as file:
-        np.savez(file, keys=keys, hashes=hashes, faces=faces)
+    save_arrays(store, keys=keys, hashes=hashes, faces=faces)
     return found
 
 

@@ -12,7 +12,7 @@ from dataset import FaceDataset
 from evaluation.masks import OWN, WRONG, scores_by_masks
 from evaluation.typeset import as_markdown
 from runtime.checkpoint import load_checkpoint
-from runtime.files import replacing
+from runtime.files import save_arrays
 from samples.feature_files import find_feature_files
 
 TABLE = "prediction_results.csv"  # of inference.py, in a model's folder
@@ -63,9 +63,8 @@ def read_masks(folder: Path, files: list[Path]) -> dict[str, dict[str, float]]:
     if not kept.exists() or kept.stat().st_mtime < (folder / TABLE).stat().st_mtime:
         model, checkpoint = load_checkpoint(folder / "best_model.pth")
         dataset = FaceDataset(files, model.config.grid_size, checkpoint["mask_style"])
-        with replacing(kept) as partial, open(partial, "wb") as file:
-            paths = [path.encode("utf-8", "surrogateescape") for path in dataset.column("paths")]
-            np.savez(file, paths=paths, **scores_by_masks(model, dataset))
+        paths = [path.encode("utf-8", "surrogateescape") for path in dataset.column("paths")]
+        save_arrays(kept, paths=paths, **scores_by_masks(model, dataset))
     with np.load(kept) as scores:
         paths = [path.decode("utf-8", "surrogateescape") for path in scores["paths"].tolist()]
         return {how: dict(zip(paths, scores[how])) for how in scores if how != "paths"}
