@@ -43,7 +43,7 @@ from evaluation.traces import count_originals, warn_of_traces, warn_of_treatment
 from evaluation.typeset import as_markdown, as_text
 from model import LAMMViT
 from runtime.checkpoint import load_checkpoint
-from runtime.devices import backend_for, pick_process_device
+from runtime.devices import backend_for, keep_freed_memory, pick_process_device
 from runtime.files import replacing
 from runtime.hub_folder import weights_in
 from runtime.processes import default_workers, gather, join_processes, under_torchrun
@@ -300,6 +300,7 @@ def check_options(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     check_options(args)
     device = pick_process_device(args.device)
+    keep_freed_memory()
     rank, _, _ = join_processes(backend_for(device), timedelta(minutes=30))
     args.checkpoint = choose_checkpoint(args.checkpoint, rank)
     model, checkpoint = load_checkpoint(args.checkpoint, device)

@@ -38,7 +38,7 @@ from evaluation.metrics import binary_metrics, choose_threshold, log_loss
 from evaluation.scoring import load_batches, predict, scores_and_log_odds
 from model import NUM_HEADS
 from runtime.checkpoint import save
-from runtime.devices import backend_for, memory_gb, pick_process_device
+from runtime.devices import backend_for, keep_freed_memory, memory_gb, pick_process_device
 from runtime.processes import agree, gather, join_processes, lock
 from training.options import check_options, get_args_parser
 from training.record import draw_pictures, open_board, report_epoch, report_left_out, write_board
@@ -236,6 +236,7 @@ def train(run: Run) -> None:
 def main(args: argparse.Namespace) -> None:
     check_options(args)
     device = pick_process_device(args.device)
+    keep_freed_memory()
     rank, world, restarts = join_processes(backend_for(device), timedelta(minutes=30))
     run = build_run(args, rank, world, device)
     try:

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from attention import force_path
 from model import NUM_REGIONS, LAMMLoss, LAMMViT, LAMMViTConfig
+from runtime.devices import keep_freed_memory
 from runtime.pretrained import read_trunk
 from training.options import PARTS
 from training.options import get_args_parser as train_parser
@@ -173,6 +174,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as train.py and inference.py do
     batch_sizes = args.batch_sizes or ([32, 128] if args.device == "cuda" else [8])
     if args.memory_of:
         print(peak_memory(args.memory_of, args, args.dtypes[0], batch_sizes[0]))

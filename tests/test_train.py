@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -618,6 +619,21 @@ def test_a_run_that_lost_its_last_checkpoint_goes_on_from_the_one_before(feature
     ).stdout
     assert "goes on from out/previous.pth" in printed
     assert_same_run(tmp_path / "out", straight[0])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="without glibc")
+def test_the_memory_of_freed_tensors_comes_again_without_the_system():
+    program = """import resource, torch
+from runtime.devices import keep_freed_memory
+
+keep_freed_memory()
+for _ in range(5):
+    torch.ones(2**26)  # 256 MB, 65,536 pages
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    faults = list(map(int, done.stdout.split()))
+    assert faults[-1] - faults[0] < 1000
 
 
 def test_damage_inside_a_checkpoint_is_seen(trained, tmp_path):
