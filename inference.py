@@ -300,7 +300,7 @@ def check_options(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     check_options(args)
     device = pick_process_device(args.device)
-    keep_freed_memory()
+    keep_freed_memory(device)
     rank, _, _ = join_processes(backend_for(device), timedelta(minutes=30))
     args.checkpoint = choose_checkpoint(args.checkpoint, rank)
     model, checkpoint = load_checkpoint(args.checkpoint, device)

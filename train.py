@@ -236,7 +236,7 @@ def train(run: Run) -> None:
 def main(args: argparse.Namespace) -> None:
     check_options(args)
     device = pick_process_device(args.device)
-    keep_freed_memory()
+    keep_freed_memory(device)
     rank, world, restarts = join_processes(backend_for(device), timedelta(minutes=30))
     run = build_run(args, rank, world, device)
     try:

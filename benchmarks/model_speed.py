@@ -174,7 +174,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as train.py and inference.py do
+    keep_freed_memory(torch.device(args.device))  # as train.py and inference.py do
     batch_sizes = args.batch_sizes or ([32, 128] if args.device == "cuda" else [8])
     if args.memory_of:
         print(peak_memory(args.memory_of, args, args.dtypes[0], batch_sizes[0]))

@@ -626,14 +626,14 @@ def test_the_memory_of_freed_tensors_comes_again_without_the_system():
     program = """import resource, torch
 from runtime.devices import keep_freed_memory
 
-keep_freed_memory()
-for _ in range(5):
-    torch.ones(2**26)  # 256 MB, 65,536 pages
+keep_freed_memory(torch.device("cpu"))
+for _ in range(20):
+    torch.ones(2**24)  # 64 MB, 16,384 pages
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     faults = list(map(int, done.stdout.split()))
-    assert faults[-1] - faults[0] < 1000
+    assert faults[-1] - faults[-6] < 1000
 
 
 def test_damage_inside_a_checkpoint_is_seen(trained, tmp_path):
