@@ -120,7 +120,7 @@ def print_results(results: dict[str, dict]) -> None:
 
 
 def print_robustness(rows: list[dict]) -> None:
-    print("\nmean over generators, under corruptions that training has also seen (but resize)")
+    print("\nmean over generators, under corruptions; --augment paper has shown training all of them but resize")
     print(as_text(["corruption", "level", *HEADS], robustness_rows(rows)))
 
 

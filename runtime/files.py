@@ -35,8 +35,8 @@ def replacing(path: Path, *, sync: bool = False, several: bool = False) -> Itera
         raise
 
 
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Writes an .npz, and its folder."""
+def save_arrays(path: Path, /, **arrays: np.ndarray | list[bytes]) -> None:
+    """Writes an .npz, there whole or not at all, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)

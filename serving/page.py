@@ -44,8 +44,12 @@ CLICKS = """element.addEventListener('click', event => {
 SCROLL = "() => { document.getElementById('%s').scrollIntoView({behavior: 'smooth', block: 'start'}); }"
 NO_ANSWER = "There is no answer: too many are waiting, or the connection broke off. Try again in a few seconds."
 CSS = Path(__file__).with_name("page.css")
-# A card may be a stranger's: what it names elsewhere is not asked for. The rest is what Gradio's own scripts need
-POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+# A card may be a stranger's: from elsewhere it shows nothing, and to elsewhere its forms send nothing. Gradio's own
+# scripts need the first line
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "form-action 'self'; base-uri 'self'; object-src 'none'; frame-src 'none'"
+)
 # What is left of a label over a small face; css= would lose it
 NARROW = """<style>
 @container (max-width: 90px) { .gradio-container .answer .box i { display: none; } }
@@ -222,7 +226,7 @@ def legend_of(desk: Desk) -> str:
 
 
 class KeepToThisHost:
-    """Tells the browser with each answer to ask no other host for anything."""
+    """Tells the browser to load nothing from other hosts for the page, and to send them no form."""
 
     def __init__(self, app: ASGIApp):
         self.app = app

@@ -584,6 +584,15 @@ PICTURE = """address => new Promise(resolve => {
     picture.onerror = () => resolve(false);
     picture.src = address;
 })"""
+# What forbids to send it
+FORM = """address => new Promise(resolve => {
+    document.addEventListener('securitypolicyviolation', event => resolve(event.effectiveDirective));
+    const form = document.createElement('form');
+    form.method = 'post';
+    form.action = address;
+    document.body.append(form);
+    form.submit();
+})"""
 
 
 @pytest.mark.slow
@@ -623,6 +632,7 @@ def test_in_a_browser(served, pictures, tmp_path, scheme, width):
         page.wait_for_selector("#why h3:has-text('large.jpg')")
         elsewhere = served.url.replace("127.0.0.1", "localhost")  # to a browser another host
         assert [page.evaluate(PICTURE, f"{host}/favicon.ico") for host in (served.url, elsewhere)] == [True, False]
+        assert page.evaluate(FORM, f"{elsewhere}/score") == "form-action"
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
         browser.close()

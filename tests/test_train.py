@@ -472,10 +472,10 @@ def straight(in_one, in_two) -> dict[int, Path]:
     return {0: in_one / "straight", 2: in_two / "straight"}
 
 
-def started(tmp_path: Path, processes: int, features: Path, *torchrun: str) -> subprocess.Popen:
+def started(tmp_path: Path, processes: int, features: Path) -> subprocess.Popen:
     """The long run in tmp_path/out, going on where it stood; what it says is in tmp_path/printed."""
     options = ("--features", features, *LONG, "--output_dir", tmp_path / "out", "--resume")
-    command = [*launcher(processes, *torchrun), ROOT / "train.py", *options]
+    command = [*launcher(processes), ROOT / "train.py", *options]
     with open(tmp_path / "printed", "w") as printed:
         return subprocess.Popen(list(map(str, command)), stdout=printed, stderr=subprocess.STDOUT)
 
@@ -513,7 +513,7 @@ def test_torchrun_stopped_in_any_way_goes_on_to_the_same_end(features, straight,
     """Killed, asked to end; then left alone. Where a worker dies, torchrun goes on by itself: the next test."""
     stop_in_any_way(tmp_path, 2, features, (signal.SIGKILL, signal.SIGTERM))
     process = started(tmp_path, 2, features)
-    assert process.wait(200) == 0, (tmp_path / "printed").read_text()
+    assert process.wait(200) == 0 and "goes on from" in (tmp_path / "printed").read_text()
     assert_same_run(tmp_path / "out", straight[2])
 
 
@@ -568,8 +568,10 @@ def test_a_part_beside_a_trunk_is_killed_and_goes_on_to_the_same_bits(features, 
         command = [*launcher(processes, "--max_restarts=2"), "killed.py", json.dumps(given)]
         done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
         assert done.returncode == end, done.stderr
+        assert not processes or all(f"goes on from {name}/" in done.stdout for name in parts)
     for folder in () if processes else runs:
-        run_script("train.py", *runs[folder], "--output_dir", folder, "--resume", cwd=tmp_path)
+        printed = run_script("train.py", *runs[folder], "--output_dir", folder, "--resume", cwd=tmp_path).stdout
+        assert ("goes on from" in printed) == (folder in parts)
     for name in parts:
         assert (tmp_path / f"{name}.killed").exists()
         assert_same_run(tmp_path / name, tmp_path / f"straight_{name}")
