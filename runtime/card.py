@@ -172,16 +172,14 @@ def unknown_table(unknown: dict[str, dict] | None) -> str:
         lines.append(f"| {as_code(name)} | {found['images']} | {found['auc']:.3f} | {' | '.join(shares)} |")
     mean = sum(found["auc"] for found in unknown.values()) / len(unknown)
     table = "\n".join(lines)
-    worthless = (
-        "" if mean >= ABOVE_GUESSING else "**On unknown sources it is hardly better than guessing, or worse.**\n\n"
-    )
+    worthless = "" if mean >= ABOVE_GUESSING else "**There it is hardly better than guessing, or worse.**\n\n"
     return f"""
 ## On sources that it does not know
 
-{worthless}Each data set was left out of the training in turn, and its images were judged by a head that had seen none of them.
-The AUC is against the left-out data sets of the other class; {mean:.3f} in the mean. Similar data sets (of the same
-family of generators, say) stayed in. The thresholds were chosen on these photographs, too, so that other photographs
-may be called fake more often. For pictures from other sources, this table is the best guess that there is.
+{worthless}Each data set was left out of the training in turn, and its images were judged by a head that had seen
+none of them. The AUC is against the left-out data sets of the other class; {mean:.3f} in the mean. Similar data sets
+(of the same family of generators, say) stayed in. The thresholds were chosen on these photographs, too, so that other
+photographs may be called fake more often. For pictures from other sources, this table is the best guess that there is.
 
 {table}
 """

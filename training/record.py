@@ -40,8 +40,8 @@ def report_left_out(unknown: dict[str, dict]) -> None:
         print(f"unknown  AUC {mean:.4f} of data sets left out in turn; lowest {lowest}")
         if mean < ABOVE_GUESSING:
             print(
-                "WARNING: on data sets that it does not know, the head is hardly better than guessing (0.5), or worse. No"
-                " verdict on other pictures is worth anything; more data sets of each class may help"
+                "WARNING: on data sets that it does not know, the head is hardly better than guessing (0.5), or worse."
+                " Its verdicts on other pictures are worth nothing; more data sets of each class may help"
             )
 
 
