@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from evaluation.metrics import binary_metrics, choose_threshold, log_loss
+from evaluation.metrics import binary_metrics, choose_threshold
 from evaluation.scoring import load_batches, predict, scores_and_log_odds
 from model import NUM_HEADS
 from runtime.checkpoint import save
@@ -157,12 +157,11 @@ def validate(run: Run) -> tuple[dict[str, float], np.ndarray, torch.Tensor | Non
         )
     threshold = choose_threshold(labels, scores)
     metrics = binary_metrics(labels, scores, threshold)
-    loss = log_loss(labels, scores)
     line = {
         "val_auc": metrics["auc"],
         "val_ap": metrics["ap"],
         "val_accuracy": metrics["accuracy"],
-        "val_loss": loss,
+        "val_loss": metrics["log_loss"],
         "val_threshold": threshold,
     }
     return line, predicted, (sums / len(labels)).float().cpu() if handle else None

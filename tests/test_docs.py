@@ -166,6 +166,7 @@ def test_the_commands_run_one_after_another(workplace, monkeypatch):
                 pytest.importorskip("onnxruntime")
                 once(Command(name, "python export.py", True), workplace, done)
             exec(compile(block, name, "exec"), {"__name__": name})
+    assert {script for script, *_ in done} == set(STAGES)
     assert {command.script[0] for command in commands() if command.runs and command.script} >= set(STAGES)
     assert (workplace / "prediction_results.json").exists() and (workplace / "report/report.html").exists()
 
