@@ -20,6 +20,7 @@ from conftest import NO_IMAGES_BY_NAME, ROOT, error_line, hostile_files, run_scr
 from PIL import Image
 
 import inference
+from benchmarks import wild
 from dataset import FaceDataset
 from drawing.face import sample_face
 from drawing.render import draw_face, render
@@ -537,3 +538,27 @@ def test_images_that_were_not_treated_alike_are_named_and_not_trained_on(aligned
         "train.py", *"--features features --patch_size 28 --embed_dim 24 --depth 1".split(), cwd=tmp_path, expect=1
     )
     assert "not treated alike (resized alone; aligned 0.6 on grey, JPEG 60-90, 160x160)" in error_line(refused)
+
+
+@pytest.mark.slow
+def test_pictures_on_their_way(aligned, trained, finder, tmp_path):
+    large = Image.open(aligned / "raw/real/Photos/00.jpg").resize((2000, 1538))
+    large.save(tmp_path / "large.png")
+    made = dict(wild.variants(tmp_path / "large.png", finder))
+    assert made["messenger, twice"].size == (1280, 984) and made["screenshot"].size == wild.SCREEN
+    assert [made[f"margin {share}"].width == made[f"margin {share}"].height for share in ("0%", "300%")] == [True] * 2
+    # In the middle of the black screen, as wide as that
+    shown = np.asarray(made["screenshot"]).max(axis=(1, 2)).nonzero()[0]
+    assert (shown[0] + shown[-1], len(shown)) == pytest.approx((wild.SCREEN[1] - 1, 1538 * 1080 / 2000), abs=2)
+
+    def table(model: Path, expect: int = 0) -> subprocess.CompletedProcess:
+        folders = ("--real", aligned / "raw/real/Photos", "--fake", aligned / "raw/fake/Gan", "--images", 4)
+        options = ("--checkpoint", model / "best_model.pth", *folders)
+        return run_script("benchmarks/wild.py", *options, cwd=tmp_path, expect=expect)
+
+    rows = table(aligned / "model").stdout.splitlines()[1:]
+    rows = {row.split("  ")[0]: row.split("  ", 1)[1].split() for row in rows if re.search(r"\d of 4", row)}
+    assert list(rows) == list(made)
+    assert rows["as it is"][1:5] == ["4", "of", "4", "0.000"] and all(0 <= float(row[0]) <= 1 for row in rows.values())
+    assert max(float(rows[name][4]) for name in ("JPEG 30", "margin 300%")) > 0
+    assert "the margin is a cue" in error_line(table(trained, expect=1))
