@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from training.probe import SHRINKAGES, Known, balance, choose_shrinkage, left_out
+from training.probe import BETWEEN, CHANGE, SHRINKAGES, Known, balance, choose_shrinkage, left_out
 
 
 def drawn(seed: int = 1, sets: int = 18, size: int = 40, width: int = 200) -> tuple[np.ndarray, ...]:
@@ -95,10 +95,11 @@ def test_views_and_unlike_sizes_weigh_as_they_should(by_source):
     means = np.stack(
         [np.average(images[labels == label], axis=0, weights=weights[labels == label]) for label in (0, 1)]
     )
-    inside = images - means[labels]
-    covariance = (inside * weights[:, None]).T @ inside
-    for view in views:
-        covariance += ((view - images) * weights[:, None]).T @ (view - images) / 2
+    of_sources = np.stack([images[sources == source].mean(axis=0) for source in range(6)])[sources]
+    covariance = np.zeros((12, 12))
+    differences = [(1, images - of_sources), (BETWEEN, of_sources - means[labels])]
+    for share, difference in [*differences, *((CHANGE / 2, view - images) for view in views)]:
+        covariance += share * (difference * weights[:, None]).T @ difference
     apart = means[1] - means[0]
     deviation = np.sqrt(covariance.diagonal() + (apart / 2) ** 2)
     scaled = covariance / np.outer(deviation, deviation) + 0.3 * np.eye(12)

@@ -4,8 +4,10 @@ Linear probing, then fine-tuning (Kumar et al., ICLR 2022, arXiv 2202.10054): a 
 trunk apart before it is of use itself.
 
 Fisher's discriminant and not a logistic regression. Both separate the known sources alike. What the discriminant gets
-wrong of unknown ones is less (docs/results.md): it distrusts each direction in which the data sets of one class differ,
-while a regression is free to use it as long as the known images are separated.
+wrong of unknown ones is less (docs/results.md): it distrusts each direction in which images of one class differ, while
+a regression is free to use it as long as the known images are separated. How two images of one data set differ counts
+whole, how the means of the data sets differ counts a tenth: there are few of these, and they also differ in how
+strongly a generator shows.
 
 Views of an image, smaller, cut tighter, compressed once more, are of its class and its face. The directions in which
 they differ from it are distrusted, too: else a collection of small pictures would be one of fakes.
@@ -28,6 +30,8 @@ from training.run import Run
 
 SHRINKAGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # added to the variance of each feature, which is 1
 GROUPS = 3  # of data sets, each left out once to choose the shrinkage
+BETWEEN = 0.1  # how much counts by what the means of a class's data sets differ, where what is inside of them counts 1
+CHANGE = 0.5  # and by what views differ from their images
 
 
 def read_features(model: LAMMViT, images: torch.Tensor, region_masks: torch.Tensor) -> np.ndarray:
@@ -66,7 +70,7 @@ class Moments(NamedTuple):
 
     weight: float
     total: np.ndarray  # (D,) float64, the weighted sum of the features
-    products: np.ndarray  # (D, D) float64, that of their outer products, and of those of what views change
+    products: np.ndarray  # (D, D) float64, that of their outer products, with means and views as BETWEEN and CHANGE say
 
     def plus(self, other: "Moments", sign: int = 1) -> "Moments":
         return Moments(*(mine + sign * theirs for mine, theirs in zip(self, other)))
@@ -89,13 +93,15 @@ class Known:
 
     def _moments(self, source: int) -> Moments:
         first, *views = self.features[:, self.sources == source]
-        images = first - self.centre
-        products = (images.T @ images).astype(np.float64)
+        count, mean = len(first), first.mean(axis=0, dtype=np.float64)
+        inside = first - mean.astype(np.float32)
+        mean -= self.centre
+        products = inside.T @ inside + BETWEEN * count * np.outer(mean, mean)
         for view in views:
             change = view - first
-            products += (change.T @ change) / np.float64(len(views))
-        weight = 1 / len(images) if self.by_source else 1.0
-        return Moments(weight * len(images), weight * images.sum(axis=0, dtype=np.float64), weight * products)
+            products += CHANGE / len(views) * (change.T @ change)
+        weight = 1 / count if self.by_source else 1.0
+        return Moments(weight * count, weight * count * mean, weight * products)
 
     def _add(self, real: Sequence[int], fake: Sequence[int]) -> list[Moments]:
         """Of each class the moments of these data sets, which are read one after another."""
@@ -118,15 +124,15 @@ class Known:
 def discriminant(real: Moments, fake: Moments, centre: np.ndarray, shrinkage: float) -> Probe:
     """Fisher's linear discriminant of two classes that are as likely.
 
-    The log odds of two normal distributions with one covariance, that inside of the classes and of what views change.
-    With data sets that weigh alike, it holds how their means differ.
+    The log odds of two normal distributions with one covariance: that inside of the data sets, and with less weight
+    those of their means and of what views change.
 
     Args:
         centre: (D,) what was taken off the features before their moments.
         shrinkage: added to the variances of the features, when these have deviation 1 over both classes.
     """
     means = [of_class.total / of_class.weight for of_class in (real, fake)]
-    inside = [of.products / of.weight - np.outer(mean, mean) for of, mean in zip((real, fake), means)]
+    inside = [of.products / of.weight - BETWEEN * np.outer(mean, mean) for of, mean in zip((real, fake), means)]
     covariance, apart = (inside[0] + inside[1]) / 2, means[1] - means[0]
     deviation = np.sqrt(np.maximum(covariance.diagonal() + (apart / 2) ** 2, 0))
     deviation[deviation <= 1e-5 * np.abs(centre)] = np.inf  # a constant one: its rounding says nothing
