@@ -65,7 +65,7 @@ SET_HERE = ("--features", "--output_dir", "--patch_size", "--seed", "--datasets"
 RECIPE = {
     "--init_from": "clip",
     "--depth": "8",
-    "--read_blocks": "6 7 8",
+    "--read_blocks": "7 8",
     "--pool": "patches",
     "--head": "probe",
     "--probe_views": "1",
