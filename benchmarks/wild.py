@@ -3,16 +3,18 @@ with more or less margin around the face.
 
     python benchmarks/wild.py --checkpoint output_model/best_model.pth --real FFHQ/ --fake StyleGAN/
 
-Photographs and fakes are treated alike. Drift is the change of the probability of a fake against that of the picture as
-it is, mean over the pictures whose face is found in both. Flagged is who is not called real: a false alarm among
-photographs, a find among fakes. Margins are put around the face's square, from the brows to the chin: of the picture
-itself, and beyond that of its border drawn on. For a model of aligned images (preprocess.py --align).
+Photographs and fakes are treated alike. Drift is the change of the probability of a fake against that of the file as it
+is. Flagged is who is not called real: a false alarm among photographs, a find among fakes. Both, and the AUC, are of
+the pictures whose face is found before and after, the largest one in each. For a model of recompressed images a quality
+is drawn for each picture, from its bytes. "In memory" has the same pixels and another quality: drift begins there.
+Margins are put around the face's square, from the brows to the chin: of the picture itself, and beyond that of its
+border drawn on. For a model of aligned images (preprocess.py --align).
 """
 
 import argparse
 import io
+import math
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,15 +25,14 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from evaluation.detector import Detector
 from evaluation.metrics import roc_auc
-from evaluation.operating import thresholds_of
-from evaluation.pictures import score_pictures
+from evaluation.operating import REAL
 from evaluation.typeset import as_text
 from faces.alignment import find_landmarks
 from faces.finder import FaceFinder, finder_files, search_copy
 from faces.images import list_images, load_rgb
-from runtime.checkpoint import load_checkpoint
-from runtime.processes import default_workers
+from faces.rejection import Rejected
 from samples.transforms import gaussian_blur, gaussian_noise, rescale
 
 AS_IT_IS = "as it is"
@@ -83,14 +84,19 @@ def with_margin(image: Image.Image, landmarks: np.ndarray, margin: float) -> Ima
     return Image.fromarray(padded[top : top + size, left : left + size])
 
 
-def variants(path: Path, finder: FaceFinder) -> Iterator[tuple[str, Image.Image]]:
-    """What was done, and the picture then. Without margins where no face is found."""
+def variants(path: Path, finder: FaceFinder) -> Iterator[tuple[str, Path | Image.Image]]:
+    """What was done, and the picture then. Without margins where no face is found.
+
+    Raises:
+        Rejected, OSError: it cannot be read.
+    """
     image = load_rgb(path)
-    image.info = {}  # what preprocess.py has noted is of the picture as it is
-    pixels, rng = np.asarray(image), np.random.default_rng(0)
-    yield AS_IT_IS, image
+    image.info = {}  # what preprocess.py notes of a file is not true of what comes below
+    pixels, rng = np.asarray(image), np.random.default_rng(list(path.name.encode()))
+    yield AS_IT_IS, path
+    yield "in memory", image
     yield from ((f"JPEG {quality}", as_jpeg(image, quality)) for quality in QUALITIES)
-    yield from ((f"{factor:g} of its sides", Image.fromarray(rescale(pixels, factor))) for factor in (0.5, 0.25))
+    yield from ((f"{factor:.0%} of its sides", Image.fromarray(rescale(pixels, factor))) for factor in (0.5, 0.25))
     yield "blur, 1 pixel", Image.fromarray(gaussian_blur(pixels, 1.0))
     yield "noise, 2 %", Image.fromarray(gaussian_noise(pixels, 0.02, rng))
     yield "messenger, twice", sent_on(image)
@@ -101,28 +107,30 @@ def variants(path: Path, finder: FaceFinder) -> Iterator[tuple[str, Image.Image]
         yield from ((f"margin {margin:.0%}", with_margin(small, found[0], margin)) for margin in MARGINS)
 
 
-def score_variants(args: argparse.Namespace, folder: Path, finder: FaceFinder) -> dict[str, np.ndarray]:
-    """{what was done: (N,) the probabilities of the largest face in each picture, NaN where none was found}."""
-    model, checkpoint = load_checkpoint(args.checkpoint)
-    paths = list_images(folder)
-    chosen = np.linspace(0, len(paths) - 1, min(args.images, len(paths))).round().astype(int)
-    scores: dict[str, np.ndarray] = {}
-    options = argparse.Namespace(
-        whole_image=False, workers=default_workers(), batch_size=64, predictor=None, without_cnn=False, frames=1
-    )
-    with tempfile.TemporaryDirectory() as temporary:
-        pictures, made = [], []
-        for k, i in enumerate(tqdm(chosen, desc=f"{folder.name}, variants")):
-            for name, image in variants(paths[i], finder):
-                pictures.append((Path(temporary, f"{len(pictures)}.png"), ""))
-                made.append((name, k))
-                image.save(pictures[-1][0], compress_level=1)
-        first: dict[Path, float] = {}  # the largest face of each
-        for row in tqdm(score_pictures(model, checkpoint, pictures, options), total=len(pictures), desc="scores"):
-            first.setdefault(row.path, row.probability)
-    for (name, k), (path, _) in zip(made, pictures):
-        scores.setdefault(name, np.full(len(chosen), np.nan))[k] = first[path]
+def score_variants(detector: Detector, paths: list[Path], finder: FaceFinder) -> list[dict[str, tuple[float, bool]]]:
+    """Of each picture that can be read {what was done: the probability of a fake, and whether it is flagged}; what has
+    no face is missing.
+    """
+    scores = []
+    for path in tqdm(paths, desc=str(paths[0].parent), unit="picture"):
+        try:
+            made = dict(variants(path, finder))
+        except (Rejected, OSError) as reason:
+            print(f"{path}: left out, {reason}", file=sys.stderr)
+            continue
+        largest = {name: judged.faces[0] for name, judged in zip(made, detector(made.values())) if judged.faces}
+        scores.append({name: (row.probability, row.verdict != REAL) for name, row in largest.items()})
     return scores
+
+
+def columns(scores: list[dict[str, tuple[float, bool]]], name: str) -> tuple[list[float], list[str]]:
+    """The probabilities of the pictures whose face is found before and after; faces found, drift and flagged."""
+    both = [(*of_one[name], of_one[AS_IT_IS][0]) for of_one in scores if name in of_one and AS_IT_IS in of_one]
+    found = f"{sum(name in of_one for of_one in scores)} of {len(scores)}"
+    if not both:
+        return [], [found, "–", "–"]
+    after, flagged, before = map(np.array, zip(*both))
+    return after.tolist(), [found, f"{np.abs(after - before).mean():.3f}", f"{flagged.mean():.0%}"]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -135,25 +143,28 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    _, checkpoint = load_checkpoint(args.checkpoint)
-    if not checkpoint["framing"]["treatment"].startswith("aligned"):
-        raise SystemExit(f"{args.checkpoint}: was not trained on aligned images; with others the margin is a cue")
-    lowest = min(thresholds_of(checkpoint, None, args.checkpoint).values())
-    finder, rows = FaceFinder(finder_files()), []
-    both = [score_variants(args, folder, finder) for folder in (args.real, args.fake)]
-    for name in both[0]:
-        of_real, of_fake = (scores[name][np.isfinite(scores[name])] for scores in both)
-        labels = np.repeat([0, 1], [len(of_real), len(of_fake)])
-        row = [name, f"{roc_auc(labels, np.r_[of_real, of_fake]):.3f}"]
-        for scores in both:
-            drift = np.abs(scores[name] - scores[AS_IT_IS])
-            found, of_both = np.isfinite(scores[name]), np.isfinite(drift)
-            flagged = (scores[name][found] >= lowest).mean()
-            row += [f"{found.sum()} of {len(found)}", f"{drift[of_both].mean():.3f}", f"{flagged:.0%}"]
-        rows.append(row)
+    detector, finder = Detector(args.checkpoint), FaceFinder(finder_files())
+    if not detector.framing.treatment.startswith("aligned"):
+        raise ValueError(f"{args.checkpoint}: was not trained on aligned images; with others the margin is a cue")
+    both = []
+    for folder in (args.real, args.fake):
+        paths = list_images(folder)
+        if not paths or args.images < 1:
+            raise ValueError(f"{folder}: no images are there, or --images is below 1")
+        chosen = np.linspace(0, len(paths) - 1, min(args.images, len(paths))).round().astype(int)
+        both.append(score_variants(detector, [paths[i] for i in chosen], finder))
+    rows = []
+    for name in dict.fromkeys(name for scores in both for of_one in scores for name in of_one):
+        (real, of_real), (fake, of_fake) = (columns(scores, name) for scores in both)
+        labels = np.repeat([0, 1], [len(real), len(fake)])
+        auc = roc_auc(labels, np.array(real + fake)) if real and fake else math.nan
+        rows.append([name, "–" if math.isnan(auc) else f"{auc:.3f}", *of_real, *of_fake])
     kinds = [f"{kind}: {what}" for kind in ("real", "fake") for what in ("found", "drift", "flagged")]
     print(as_text(["", "AUC", *kinds], rows, left=1))
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    try:
+        main(get_args_parser().parse_args())
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))

@@ -545,20 +545,47 @@ def test_pictures_on_their_way(aligned, trained, finder, tmp_path):
     large = Image.open(aligned / "raw/real/Photos/00.jpg").resize((2000, 1538))
     large.save(tmp_path / "large.png")
     made = dict(wild.variants(tmp_path / "large.png", finder))
+    assert made.pop(wild.AS_IT_IS) == tmp_path / "large.png"
     assert made["messenger, twice"].size == (1280, 984) and made["screenshot"].size == wild.SCREEN
-    assert [made[f"margin {share}"].width == made[f"margin {share}"].height for share in ("0%", "300%")] == [True] * 2
+    assert made["margin 300%"].width == pytest.approx(7 * made["margin 0%"].width, abs=7)
     # In the middle of the black screen, as wide as that
     shown = np.asarray(made["screenshot"]).max(axis=(1, 2)).nonzero()[0]
     assert (shown[0] + shown[-1], len(shown)) == pytest.approx((wild.SCREEN[1] - 1, 1538 * 1080 / 2000), abs=2)
+    changed = [made[name] for name in made if name.startswith(("JPEG", "blur", "noise", "50%", "25%"))]
+    differences = [np.abs(np.asarray(image).astype(int) - np.asarray(large)).mean() for image in changed]
+    assert len(changed) == 8 and min(differences) > 0 and differences[:4] == sorted(differences[:4])
 
-    def table(model: Path, expect: int = 0) -> subprocess.CompletedProcess:
-        folders = ("--real", aligned / "raw/real/Photos", "--fake", aligned / "raw/fake/Gan", "--images", 4)
-        options = ("--checkpoint", model / "best_model.pth", *folders)
+    folder = tmp_path / "real"
+    folder.mkdir()
+    for i in range(3):
+        shutil.copy(aligned / f"raw/real/Photos/0{i}.jpg", folder)
+    Image.new("RGB", (200, 200), (120, 130, 140)).save(folder / "nobody.png")
+    (folder / "broken.jpg").write_bytes((folder / "00.jpg").read_bytes()[:2000])
+
+    def table(model: Path, fake: Path = aligned / "raw/fake/Gan", expect: int = 0) -> subprocess.CompletedProcess:
+        options = ("--checkpoint", model / "best_model.pth", "--real", folder, "--fake", fake, "--images", 5)
         return run_script("benchmarks/wild.py", *options, cwd=tmp_path, expect=expect)
 
-    rows = table(aligned / "model").stdout.splitlines()[1:]
-    rows = {row.split("  ")[0]: row.split("  ", 1)[1].split() for row in rows if re.search(r"\d of 4", row)}
-    assert list(rows) == list(made)
-    assert rows["as it is"][1:5] == ["4", "of", "4", "0.000"] and all(0 <= float(row[0]) <= 1 for row in rows.values())
-    assert max(float(rows[name][4]) for name in ("JPEG 30", "margin 300%")) > 0
+    done = table(aligned / "model")
+    assert f"{folder / 'broken.jpg'}: left out" in done.stderr
+    rows = (re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines() if " of 5" in line)
+    rows = {name: cells for name, *cells in rows}
+    assert list(rows) == [wild.AS_IT_IS, *made]
+    for auc, found, drift, flagged, *of_fake in rows.values():
+        assert 0 <= float(auc) <= 1 and int(found[0]) <= 3 and found.endswith("of 4") and of_fake[0].endswith("of 5")
+        assert float(drift) < 1 and flagged in ("0%", "33%", "50%", "67%", "100%")
+    assert rows[wild.AS_IT_IS][2] == rows[wild.AS_IT_IS][5] == "0.000" and rows[wild.AS_IT_IS][1] == "3 of 4"
+    assert error_line(table(aligned / "model", tmp_path / "none", expect=1))
     assert "the margin is a cue" in error_line(table(trained, expect=1))
+
+
+def test_drift_is_of_pictures_found_before_and_after():
+    scores = [
+        {wild.AS_IT_IS: (0.2, False), "blur": (0.6, True)},
+        {wild.AS_IT_IS: (0.9, True), "blur": (0.8, False)},
+        {wild.AS_IT_IS: (0.1, False)},
+        {"blur": (0.7, True)},
+        {},
+    ]
+    assert wild.columns(scores, "blur") == ([0.6, 0.8], ["3 of 5", "0.250", "50%"])
+    assert wild.columns(scores[3:], "blur") == ([], ["1 of 2", "–", "–"])
