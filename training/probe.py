@@ -28,10 +28,11 @@ from model import LAMMViT
 from runtime.processes import gather
 from training.run import Run
 
-SHRINKAGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # added to the variance of each feature, which is 1
+SHRINKAGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # added to the variances, scaled to be about 1
 GROUPS = 3  # of data sets, each left out once to choose the shrinkage
-BETWEEN = 0.1  # how much counts by what the means of a class's data sets differ, where what is inside of them counts 1
-CHANGE = 0.5  # and by what views differ from their images
+# Weights in the covariance, where the scatter of images inside of their data sets has 1
+BETWEEN = 0.1  # of the scatter of the means of a class's data sets
+CHANGE = 0.5  # of the differences between views and their images
 
 
 def read_features(model: LAMMViT, images: torch.Tensor, region_masks: torch.Tensor) -> np.ndarray:
@@ -69,8 +70,10 @@ class Moments(NamedTuple):
     """What a discriminant has to know of images of one class. Those of several data sets add up."""
 
     weight: float
-    total: np.ndarray  # (D,) float64, the weighted sum of the features
-    products: np.ndarray  # (D, D) float64, that of their outer products, with means and views as BETWEEN and CHANGE say
+    total: np.ndarray  # (D,) float64, the weighted sum of the features, less Known.centre
+    # (D, D) float64, weighted: scatter inside of data sets, BETWEEN times that of their means about Known.centre, and
+    # CHANGE times that of views about their images
+    products: np.ndarray
 
     def plus(self, other: "Moments", sign: int = 1) -> "Moments":
         return Moments(*(mine + sign * theirs for mine, theirs in zip(self, other)))
@@ -129,7 +132,7 @@ def discriminant(real: Moments, fake: Moments, centre: np.ndarray, shrinkage: fl
 
     Args:
         centre: (D,) what was taken off the features before their moments.
-        shrinkage: added to the variances of the features, when these have deviation 1 over both classes.
+        shrinkage: added to the variances of the features, scaled so that with the distance of the classes they are 1.
     """
     means = [of_class.total / of_class.weight for of_class in (real, fake)]
     inside = [of.products / of.weight - BETWEEN * np.outer(mean, mean) for of, mean in zip((real, fake), means)]
