@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -221,6 +222,14 @@ def test_bootstrap_is_that_of_delong_where_both_fit():
     per_run, (low, high) = mean_of_folds([one, one])
     assert per_run == pytest.approx(one.auc) and low < np.mean(per_run) < high
     assert np.isnan(difference([one], [one]).p_value), "one detector against itself"
+
+
+def test_scores_of_another_probe_are_not_taken_over(tmp_path, monkeypatch):
+    args, stock = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(fingerprint="0123456789")
+    before = detectors.models_folder(args, stock, ["--depth", "8"])
+    assert detectors.models_folder(args, stock, ["--depth", "8"]) == before != detectors.models_folder(args, stock, [])
+    monkeypatch.setattr(detectors, "BETWEEN", 1.0)
+    assert detectors.models_folder(args, stock, ["--depth", "8"]) != before
 
 
 def test_groups_weigh_alike():

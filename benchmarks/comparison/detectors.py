@@ -42,6 +42,7 @@ from evaluation.scoring import predict, scores_and_log_odds
 from runtime.checkpoint import load_checkpoint
 from runtime.devices import pick_device
 from runtime.files import save_arrays
+from training.probe import BETWEEN, CHANGE, GROUPS, SHRINKAGES
 
 DETECTORS = (*PROBES, *VARIANTS)
 MASKED = "LAMM-ViT"  # of which it is asked whether the masks count
@@ -68,8 +69,9 @@ class Job(NamedTuple):
 
 
 def models_folder(args: argparse.Namespace, stock: Stock, options: list[str]) -> Path:
-    """Other images or options, other scores: those of earlier ones stay beside them."""
-    told = hashlib.sha256(repr(options).encode()).hexdigest()
+    """Other images, options or constants of the probe, other scores: those of earlier ones stay beside them."""
+    constants = SHRINKAGES, GROUPS, BETWEEN, CHANGE
+    told = hashlib.sha256(repr((options, constants)).encode()).hexdigest()
     return args.output_dir / "models" / f"{stock.fingerprint[:8]}_{told[:8]}"
 
 
