@@ -12,10 +12,7 @@ border drawn on. For a model of aligned images (preprocess.py --align).
 """
 
 import argparse
-import io
-import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +30,7 @@ from faces.alignment import find_landmarks
 from faces.finder import FaceFinder, finder_files, search_copy
 from faces.images import list_images, load_rgb
 from faces.rejection import Rejected
-from samples.transforms import gaussian_blur, gaussian_noise, rescale
+from samples.transforms import gaussian_blur, gaussian_noise, jpeg_compression, rescale
 
 AS_IT_IS = "as it is"
 QUALITIES = (90, 70, 50, 30)  # of one JPEG
@@ -44,9 +41,7 @@ LONGEST = 512  # longer side in pixels of what the margin is put around
 
 
 def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=quality)
-    return Image.open(stream).convert("RGB")
+    return Image.fromarray(jpeg_compression(np.asarray(image), quality))
 
 
 def sent_on(image: Image.Image) -> Image.Image:
@@ -84,8 +79,8 @@ def with_margin(image: Image.Image, landmarks: np.ndarray, margin: float) -> Ima
     return Image.fromarray(padded[top : top + size, left : left + size])
 
 
-def variants(path: Path, finder: FaceFinder) -> Iterator[tuple[str, Path | Image.Image]]:
-    """What was done, and the picture then. Without margins where no face is found.
+def variants(path: Path, finder: FaceFinder) -> dict[str, Path | Image.Image]:
+    """{what was done: the picture then}. Without margins where no face is found.
 
     Raises:
         Rejected, OSError: it cannot be read.
@@ -93,18 +88,18 @@ def variants(path: Path, finder: FaceFinder) -> Iterator[tuple[str, Path | Image
     image = load_rgb(path)
     image.info = {}  # what preprocess.py notes of a file is not true of what comes below
     pixels, rng = np.asarray(image), np.random.default_rng(list(path.name.encode()))
-    yield AS_IT_IS, path
-    yield "in memory", image
-    yield from ((f"JPEG {quality}", as_jpeg(image, quality)) for quality in QUALITIES)
-    yield from ((f"{factor:.0%} of its sides", Image.fromarray(rescale(pixels, factor))) for factor in (0.5, 0.25))
-    yield "blur, 1 pixel", Image.fromarray(gaussian_blur(pixels, 1.0))
-    yield "noise, 2 %", Image.fromarray(gaussian_noise(pixels, 0.02, rng))
-    yield "messenger, twice", sent_on(image)
-    yield "screenshot", on_screen(image)
+    made = {AS_IT_IS: path, "in memory": image}
+    made |= {f"JPEG {quality}": as_jpeg(image, quality) for quality in QUALITIES}
+    made |= {f"{factor:.0%} of its sides": Image.fromarray(rescale(pixels, factor)) for factor in (0.5, 0.25)}
+    made["blur, 1 pixel"] = Image.fromarray(gaussian_blur(pixels, 1.0))
+    made["noise, 2 %"] = Image.fromarray(gaussian_noise(pixels, 0.02, rng))
+    made["messenger, twice"] = sent_on(image)
+    made["screenshot"] = on_screen(image)
     small = search_copy(image, LONGEST)
     found = find_landmarks(small, finder)
-    if found is not None:
-        yield from ((f"margin {margin:.0%}", with_margin(small, found[0], margin)) for margin in MARGINS)
+    if found is None:
+        return made
+    return made | {f"margin {margin:.0%}": with_margin(small, found[0], margin) for margin in MARGINS}
 
 
 def score_variants(detector: Detector, paths: list[Path], finder: FaceFinder) -> list[dict[str, tuple[float, bool]]]:
@@ -114,9 +109,9 @@ def score_variants(detector: Detector, paths: list[Path], finder: FaceFinder) ->
     scores = []
     for path in tqdm(paths, desc=str(paths[0].parent), unit="picture"):
         try:
-            made = dict(variants(path, finder))
+            made = variants(path, finder)
         except (Rejected, OSError) as reason:
-            print(f"{path}: left out, {reason}", file=sys.stderr)
+            tqdm.write(f"{path}: left out, {reason}", file=sys.stderr)  # above the bar
             continue
         largest = {name: judged.faces[0] for name, judged in zip(made, detector(made.values())) if judged.faces}
         scores.append({name: (row.probability, row.verdict != REAL) for name, row in largest.items()})
@@ -157,8 +152,8 @@ def main(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(name for scores in both for of_one in scores for name in of_one):
         (real, of_real), (fake, of_fake) = (columns(scores, name) for scores in both)
         labels = np.repeat([0, 1], [len(real), len(fake)])
-        auc = roc_auc(labels, np.array(real + fake)) if real and fake else math.nan
-        rows.append([name, "–" if math.isnan(auc) else f"{auc:.3f}", *of_real, *of_fake])
+        auc = f"{roc_auc(labels, np.array(real + fake)):.3f}" if real and fake else "–"
+        rows.append([name, auc, *of_real, *of_fake])
     kinds = [f"{kind}: {what}" for kind in ("real", "fake") for what in ("found", "drift", "flagged")]
     print(as_text(["", "AUC", *kinds], rows, left=1))
 

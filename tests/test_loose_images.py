@@ -544,7 +544,7 @@ def test_images_that_were_not_treated_alike_are_named_and_not_trained_on(aligned
 def test_pictures_on_their_way(aligned, trained, finder, tmp_path):
     large = Image.open(aligned / "raw/real/Photos/00.jpg").resize((2000, 1538))
     large.save(tmp_path / "large.png")
-    made = dict(wild.variants(tmp_path / "large.png", finder))
+    made = wild.variants(tmp_path / "large.png", finder)
     assert made.pop(wild.AS_IT_IS) == tmp_path / "large.png"
     assert made["messenger, twice"].size == (1280, 984) and made["screenshot"].size == wild.SCREEN
     assert made["margin 300%"].width == pytest.approx(7 * made["margin 0%"].width, abs=7)

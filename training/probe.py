@@ -70,9 +70,9 @@ class Moments(NamedTuple):
     """What a discriminant has to know of images of one class. Those of several data sets add up."""
 
     weight: float
-    total: np.ndarray  # (D,) float64, the weighted sum of the features, less Known.centre
-    # (D, D) float64, weighted: scatter inside of data sets, BETWEEN times that of their means about Known.centre, and
-    # CHANGE times that of views about their images
+    total: np.ndarray  # (D,) float64, the weighted sum of the features
+    # (D, D) float64, weighted: scatter inside of data sets, BETWEEN times the outer products of their means, and CHANGE
+    # times the scatter of views about their images
     products: np.ndarray
 
     def plus(self, other: "Moments", sign: int = 1) -> "Moments":
@@ -90,15 +90,13 @@ class Known:
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, sources: np.ndarray, by_source: bool):
         self.features, self.labels, self.sources, self.by_source = features, labels, sources, by_source
-        self.centre = features[0].mean(axis=0)  # near the means: products of large numbers would lose the variances
         self.of_classes = [np.unique(sources[labels == label]).tolist() for label in (0, 1)]
         self._whole = self._add(*self.of_classes)
 
     def _moments(self, source: int) -> Moments:
         first, *views = self.features[:, self.sources == source]
         count, mean = len(first), first.mean(axis=0, dtype=np.float64)
-        inside = first - mean.astype(np.float32)
-        mean -= self.centre
+        inside = first - mean.astype(np.float32)  # products of large numbers would lose the variances
         products = inside.T @ inside + BETWEEN * count * np.outer(mean, mean)
         for view in views:
             change = view - first
@@ -108,7 +106,7 @@ class Known:
 
     def _add(self, real: Sequence[int], fake: Sequence[int]) -> list[Moments]:
         """Of each class the moments of these data sets, which are read one after another."""
-        D = len(self.centre)
+        D = self.features.shape[-1]
         sums = []
         for of_class in (real, fake):
             found = Moments(0.0, np.zeros(D), np.zeros((D, D)))
@@ -121,28 +119,27 @@ class Known:
         """Probes of all data sets but some, one for each shrinkage. A data set has to be left of each class."""
         out = self._add(*([one for one in of_class if one in without] for of_class in self.of_classes))
         real, fake = (whole.plus(less, -1) for whole, less in zip(self._whole, out))
-        return [discriminant(real, fake, self.centre, shrinkage) for shrinkage in shrinkages]
+        return [discriminant(real, fake, shrinkage) for shrinkage in shrinkages]
 
 
-def discriminant(real: Moments, fake: Moments, centre: np.ndarray, shrinkage: float) -> Probe:
+def discriminant(real: Moments, fake: Moments, shrinkage: float) -> Probe:
     """Fisher's linear discriminant of two classes that are as likely.
 
     The log odds of two normal distributions with one covariance: that inside of the data sets, and with less weight
     those of their means and of what views change.
 
     Args:
-        centre: (D,) what was taken off the features before their moments.
         shrinkage: added to the variances of the features, scaled so that with the distance of the classes they are 1.
     """
     means = [of_class.total / of_class.weight for of_class in (real, fake)]
     inside = [of.products / of.weight - BETWEEN * np.outer(mean, mean) for of, mean in zip((real, fake), means)]
-    covariance, apart = (inside[0] + inside[1]) / 2, means[1] - means[0]
+    covariance, apart, middle = (inside[0] + inside[1]) / 2, means[1] - means[0], (means[0] + means[1]) / 2
     deviation = np.sqrt(np.maximum(covariance.diagonal() + (apart / 2) ** 2, 0))
-    deviation[deviation <= 1e-5 * np.abs(centre)] = np.inf  # a constant one: its rounding says nothing
+    deviation[deviation <= 1e-5 * np.abs(middle)] = np.inf  # a constant one: its rounding says nothing
     scaled = covariance / np.outer(deviation, deviation)
     scaled[np.diag_indices_from(scaled)] += np.where(np.isinf(deviation), 1, shrinkage)
     weight = solve(scaled, apart / deviation, assume_a="pos") / deviation
-    return Probe(weight, float(-weight @ (centre + (means[0] + means[1]) / 2)))
+    return Probe(weight, float(-weight @ middle))
 
 
 def choose_shrinkage(known: Known, val: tuple[np.ndarray, np.ndarray]) -> float:
