@@ -20,8 +20,8 @@ WEIGHTS_RUN := weights_run
 CROP := 1.0
 QUALITY := 75-95
 SIDE := 256
-SHARES := 80 20 0
-RECIPE := --init_from clip --depth 8 --read_blocks 7 8 --pool patches --head probe --probe_views 1 \
+SHARES := 90 10 0
+RECIPE := --init_from clip --depth 8 --read_blocks 7 8 --pool patches face --head probe --probe_views 1 \
 	--augment wild --sampling sources --tune head --epochs 0
 
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 3 --dist worksteal

@@ -28,7 +28,8 @@ NUM_HEADS = 12  # one head per region + four learned mixtures of regions
 LAYER_EMBED_DIM = 64
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
 ACTIVATIONS = ("gelu", "quick_gelu")  # of the MLPs; the second is x σ(1.702 x), CLIP's
-POOLS = ("class", "patches", "regions")  # what the head may read
+POOLS = ("class", "patches", "face", "regions")  # what the head may read
+FACE_COVER = 0.25  # a patch is of the face if a region covers more than this part of it
 FIXED_LAMBDA, FIXED_THETA = 1.0, 0.0  # of every gate in a model without LAMM; there, w = 1
 
 
@@ -59,7 +60,7 @@ class LAMMViTConfig:
     image_std: tuple[float, ...] = IMAGE_STD
     # What departs from the paper: off by default (docs/differences.md)
     scale_weights: bool = False  # each head's output times H · w, which is 1 where all heads count alike, instead of w
-    pool: tuple[str, ...] = ("class",)  # the class token, the mean of the patches, their mean in each region
+    pool: tuple[str, ...] = ("class",)  # some of POOLS: the class token, and means of the patches
     read_blocks: tuple[int, ...] = ()  # after these blocks, counted from 1; none: after the last
 
     def __post_init__(self):
@@ -69,17 +70,14 @@ class LAMMViTConfig:
                 f"regions and {NUM_HEADS - NUM_REGIONS} for mixtures of them"
             )
         if self.embed_dim <= 0 or self.embed_dim % NUM_HEADS:
-            raise ValueError(
-                f"embed_dim is {self.embed_dim}, but has to be a positive multiple of {NUM_HEADS}, the number of heads"
-            )
+            raise ValueError(f"embed_dim is {self.embed_dim}, but has to be a positive multiple of {NUM_HEADS} heads")
         if self.patch_size <= 0 or self.img_size <= 0 or self.img_size % self.patch_size:
             raise ValueError(
                 f"img_size is {self.img_size}, but has to be a positive multiple of patch_size, {self.patch_size}"
             )
         if self.depth < 1 or self.num_classes < 2 or self.mlp_ratio <= 0:
             raise ValueError(
-                f"depth {self.depth}, num_classes {self.num_classes} and mlp_ratio {self.mlp_ratio} have to be at least"
-                " 1, 2 and above 0"
+                f"depth {self.depth}, num_classes {self.num_classes} or mlp_ratio {self.mlp_ratio} is too small"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but has to be in [0, 1)")
@@ -103,7 +101,7 @@ class LAMMViTConfig:
 
     @property
     def uses_masks(self) -> bool:
-        return self.region_guidance or "regions" in self.pool
+        return self.region_guidance or not {"face", "regions"}.isdisjoint(self.pool)
 
     @property
     def head_inputs(self) -> int:
@@ -324,9 +322,12 @@ class LAMMViT(nn.Module):
             return self.norm(x[:, 0])
         x = self.norm(x)
         patches, masks = x[:, 1:], region_masks.flatten(2).to(x.dtype)  # (B, P, D), (B, R, P)
-        of_regions = masks @ patches / masks.sum(dim=-1, keepdim=True).clamp(min=1e-6)  # 0 of one outside of the image
-        parts = {"class": x[:, 0], "patches": patches.mean(dim=1), "regions": of_regions.flatten(1)}
-        return torch.cat([parts[part] for part in self.config.pool], dim=-1)
+        cover = masks.amax(dim=1, keepdim=True)  # (B, 1, P)
+        face = (cover > FACE_COVER) | (cover.amax(dim=-1, keepdim=True) <= FACE_COVER)  # all patches if none is of it
+        over = {"patches": torch.ones_like(cover), "face": face.to(x.dtype), "regions": masks}
+        parts = {name: mask @ patches / mask.sum(dim=-1, keepdim=True).clamp(min=1e-6) for name, mask in over.items()}
+        parts["class"] = x[:, :1]
+        return torch.cat([parts[part] for part in self.config.pool], dim=1).flatten(1)
 
     def forward(self, images: Tensor, region_masks: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """Args:

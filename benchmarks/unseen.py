@@ -18,7 +18,8 @@ One command from the files to the tables:
 
     prepare    every image aligned and recompressed alike; left out are images without a face in the crop,
                near-duplicates, and faces that may be one person's
-    extract    feature files; 60/20/20 of each data set to train, val and test, as far as a fold knows the data set
+    extract    feature files; 90 % of each data set to train and 10 % to validation, as far as a fold knows the data
+               set; what it does not know is the test
     linear     what frozen trunks say of the images, read once for all folds, and linear models of it; and of shortcuts:
                the mean spectrum, a thumbnail, how much of a crop lies beyond its picture
     train      in each fold LAMM-ViT and a plain ViT on the same trunk, tuned alike, with several seeds each
@@ -61,12 +62,13 @@ from runtime.processes import default_workers, lock
 from training.setup import config_of
 
 SET_HERE = ("--features", "--output_dir", "--patch_size", "--seed", "--datasets", "--resume", "--device")
+SHARES = 90, 10, 0  # of each data set to train, val and test, as `make weights` deals them
 # The whole trunk stays as it is but for its LayerNorms; the head starts as the probe
 RECIPE = {
     "--init_from": "clip",
     "--depth": "8",
     "--read_blocks": "7 8",
-    "--pool": "patches",
+    "--pool": "patches face",
     "--head": "probe",
     "--probe_views": "1",
     "--augment": "wild",
@@ -184,7 +186,7 @@ def compare(
     """From files to tables."""
     prepare(args, data_sets, [EQUALISED])
     kept, dropped = sift(args, data_sets, [EQUALISED])
-    extract(args, treatments=[EQUALISED])
+    extract(args, treatments=[EQUALISED], shares=SHARES)
     args.features = features_of(args, EQUALISED)
     sizes = check_splits(args.features, kept)
     stock = load_stock(args.features)

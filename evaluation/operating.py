@@ -22,6 +22,7 @@ from evaluation.metrics import roc_auc
 
 RATES = (0.01, 0.05)  # of false alarms, for which a checkpoint has thresholds
 TEMPERATURES = (0.05, 20.0)
+WORST = 3  # times the rate are false alarms of a single collection that a model has not seen, at the most
 # Between the highest score of a photograph and a threshold above it: more than rounding makes of a score elsewhere
 MARGIN = 1e-5
 ON_VALIDATION = "validation"  # stands in the place of a rate where a checkpoint has val_threshold alone
@@ -97,18 +98,25 @@ def threshold_above(highest: float, scores: np.ndarray, margin: float) -> float:
 
 
 def threshold_for_others(left_out: Sequence[np.ndarray], rate: float) -> float:
-    """The lowest threshold that no more than this share of the photographs reach, in the mean over collections.
+    """The lowest threshold that no more than this share of the photographs reach, in the mean over collections, and of
+    each collection no more than WORST times this share.
 
     Args:
         left_out: of each collection the scores (N,) of a model that has seen nothing of it. Each counts alike: the next
-            one may be like any of them, whatever their sizes.
+            one may be like any of them, whatever their sizes. One of which WORST times the rate is not an image counts
+            in the mean alone.
     """
     scores = np.concatenate(left_out)
     order = np.argsort(scores)[::-1]
     shares = np.cumsum(np.concatenate([np.full(len(one), 1 / len(one)) for one in left_out])[order]) / len(left_out)
     scores = scores[order]
     too_many = np.flatnonzero(shares > rate + 1e-9)  # with the first of these, or one that ties with it
-    return threshold_above(scores[too_many[0]], scores, MARGIN) if len(too_many) else float(scores[-1])
+    stay_below = [scores[too_many[0]]] if len(too_many) else []
+    for one in left_out:
+        alarms = int(WORST * rate * len(one) + 1e-9)
+        if 0 < alarms < len(one):
+            stay_below.append(np.sort(one)[-1 - alarms])
+    return threshold_above(max(stay_below), scores, MARGIN) if stay_below else float(scores[-1])
 
 
 def choose_thresholds(

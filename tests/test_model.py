@@ -417,14 +417,14 @@ def test_positions_are_interpolated_to_another_grid():
 
 def test_the_head_reads_the_blocks_it_is_told():
     """Each of read_blocks gives what a model of that depth would read."""
-    config = replace(SMALL, pool=("class", "patches", "regions"), read_blocks=(1, 3, 4))
+    config = replace(SMALL, pool=("class", "patches", "face", "regions"), read_blocks=(1, 3, 4))
     torch.manual_seed(0)
     model = LAMMViT(config).eval()
     images, masks, _ = sample(config)
     seen = []
     model.head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0]))
     model(images, masks)
-    assert seen[0].shape == (4, config.head_inputs) == (4, 3 * 48 * 10)
+    assert seen[0].shape == (4, config.head_inputs) == (4, 3 * 48 * 11)
     for place, depth in enumerate(config.read_blocks):
         shallow = LAMMViT(replace(config, depth=depth, read_blocks=())).eval()
         state = model.state_dict()
@@ -432,10 +432,24 @@ def test_the_head_reads_the_blocks_it_is_told():
         shallow.load_state_dict({name: own[name] for name in own if not name.startswith("head.")}, strict=False)
         shallow.head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0]))
         shallow(images, masks)
-        torch.testing.assert_close(seen[0][:, place * 480 : (place + 1) * 480], seen[-1])
+        torch.testing.assert_close(seen[0][:, place * 528 : (place + 1) * 528], seen[-1])
     for blocks in ((1, 3), (3, 1, 4), (0, 4), (4, 4)):
         with pytest.raises(ValueError, match="read_blocks are"):
             LAMMViTConfig(depth=4, read_blocks=blocks)
+
+
+def test_the_head_reads_the_patches_of_the_face():
+    """Those that a region covers by more than a quarter; all of them where there is none, or no face in the image."""
+    config = replace(SMALL, region_guidance=False, pool=("patches", "face"))
+    assert config.uses_masks and replace(config, pool=("patches",)).uses_masks is False
+    model = LAMMViT(config)
+    x, masks = torch.randn(2, 1 + config.grid_size**2, 48), torch.zeros(2, 8, config.grid_size, config.grid_size)
+    masks[0, 2].view(-1)[:3] = torch.tensor([0.25, 0.3, 0.1])
+    masks[0, 5].view(-1)[:3] = torch.tensor([0.2, 0.0, 1.0])
+    seen, patches = model.read_out(x, masks), model.norm(x)[:, 1:]
+    torch.testing.assert_close(seen[:, :48], patches.mean(dim=1))
+    torch.testing.assert_close(seen[0, 48:], patches[0, 1:3].mean(dim=0))
+    torch.testing.assert_close(seen[1, 48:], patches[1].mean(dim=0))
 
 
 def test_normalizes_as_torchvision_does():

@@ -9,6 +9,7 @@ from evaluation.operating import (
     MARGIN,
     ON_VALIDATION,
     TEMPERATURES,
+    WORST,
     allowed_alarms,
     choose_thresholds,
     describe_rates,
@@ -165,6 +166,17 @@ def test_of_collections_left_out_each_counts_alike():
     assert choose_thresholds(known, left_out=left_out[:1]) == alone, "one says nothing of others"
     high = {"a": np.linspace(0.9, 1, 200)}
     assert choose_thresholds(high, left_out=left_out) == choose_thresholds(high), "those on validation hold as well"
+
+
+def test_the_worst_collection_left_out_has_its_say():
+    """Ten collections of 100 photographs, one of them higher: in the mean 5 % is half of these alone."""
+    scores = np.linspace(0.01, 0.4, 100)
+    left_out = [scores] * 9 + [scores + 0.5]
+    threshold = threshold_for_others(left_out, 0.05)
+    assert (left_out[-1] >= threshold).sum() == 100 * 0.05 * WORST
+    assert (left_out[-1] >= threshold_for_others(left_out, 0.01)).sum() == 100 * 0.01 * WORST
+    few = [*left_out[:9], left_out[-1][::25]]
+    assert (few[-1] >= threshold_for_others(few, 0.05)).sum() == 2, "of four images no such share can be told"
 
 
 def test_a_lower_rate_never_has_a_lower_threshold():

@@ -1,10 +1,10 @@
-"""training/probe.py: Fisher's discriminant, its shrinkage chosen on data sets that are left out."""
+"""training/probe.py: Fisher's discriminant of data sets, and of views."""
 
 import numpy as np
 import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from training.probe import BETWEEN, CHANGE, SHRINKAGES, Known, balance, choose_shrinkage, left_out
+from training.probe import BETWEEN, CHANGE, SHRINKAGE, Known, balance, left_out
 
 
 def drawn(seed: int = 1, sets: int = 18, size: int = 40, width: int = 200) -> tuple[np.ndarray, ...]:
@@ -37,48 +37,24 @@ def test_the_probe_is_fishers_discriminant(shrinkage):
     inside = np.mean([scaled[labels == label].var(axis=0).mean() for label in (0, 1)])
     part = shrinkage / (inside + shrinkage)  # scikit-learn's: (1 - part) * covariance + part * mean variance
     theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=part, priors=[0.5, 0.5]).fit(scaled, labels)
-    (ours,) = Known(features[None], labels, labels, by_source=False).fit([shrinkage])
+    ours = Known(features[None], labels, labels, by_source=False).fit(shrinkage=shrinkage)
     expected = theirs.decision_function(scaled) * (1 - part)
     np.testing.assert_allclose(ours.log_odds(features), expected, rtol=1e-3, atol=1e-3)
     constant = np.column_stack([features, np.full(900, 7, np.float32)])
-    (probe,) = Known(constant[None], labels, labels, by_source=False).fit([shrinkage])
+    probe = Known(constant[None], labels, labels, by_source=False).fit(shrinkage=shrinkage)
     assert probe.weight[-1] == 0
     np.testing.assert_allclose(probe.log_odds(constant), ours.log_odds(features), rtol=1e-4, atol=1e-4)
 
 
-def test_on_data_sets_left_out_more_shrinkage_is_better():
-    features, labels, sources = drawn()
-    rng = np.random.default_rng(1)
-    inside = rng.random(len(labels)) < 0.7
-    val = features[0, ~inside], labels[~inside]
-    known = Known(features[:, inside], labels[inside], sources[inside], by_source=True)
-    chosen = choose_shrinkage(known, val)
-
-    def unseen(shrinkage: float) -> float:
-        """The AUC on further data sets, drawn likewise."""
-        others, of_class, _ = drawn(seed=99, sets=40)
-        (probe,) = known.fit([shrinkage])
-        odds = probe.log_odds(others[0])
-        return float(np.mean(odds[of_class == 1][:, None] > odds[of_class == 0][None]))
-
-    assert chosen == max(SHRINKAGES, key=unseen) == max(SHRINKAGES)
-
-
-def test_where_a_class_has_one_data_set_validation_chooses():
-    features, labels, sources = drawn(sets=2)
-    val = np.array([[1.0] * 200, [-1.0] * 200], np.float32), np.array([1, 0])
-    assert choose_shrinkage(Known(features, labels, sources, False), val) == SHRINKAGES[0], "the first of equals"
-
-
 def test_a_data_set_that_is_left_out_was_not_seen():
     features, labels, sources = drawn(sets=4)
-    found = left_out(Known(features, labels, sources, by_source=True), 0.1)
+    found = left_out(Known(features, labels, sources, by_source=True))
     assert sorted(found) == [0, 1, 2, 3]
     rest = sources != 2
-    (probe,) = Known(features[:, rest], labels[rest], sources[rest], by_source=True).fit([0.1])
+    probe = Known(features[:, rest], labels[rest], sources[rest], by_source=True).fit()
     np.testing.assert_allclose(found[2], probe.log_odds(features[0, ~rest]), rtol=1e-4, atol=1e-4)
     alone = np.where(sources == 0, 0, 1)  # one data set of photographs, three of fakes
-    assert sorted(left_out(Known(features, alone, sources, by_source=False), 0.1)) == [1, 2, 3]
+    assert sorted(left_out(Known(features, alone, sources, by_source=False))) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("by_source", [True, False])
@@ -89,7 +65,7 @@ def test_views_and_unlike_sizes_weigh_as_they_should(by_source):
     some = rng.random(len(sources)) < np.array([1, 1, 0.5, 0.5, 0.2, 0.8])[sources]
     images, labels, sources = features[0, some], labels[some], sources[some]
     views = [images + rng.normal(0.3, scale, images.shape).astype(np.float32) for scale in (0.5, 1.5)]
-    (ours,) = Known(np.stack([images, *views]), labels, sources, by_source).fit([0.3])
+    ours = Known(np.stack([images, *views]), labels, sources, by_source).fit()
     weights = balance(labels, sources if by_source else None).astype(float)
     weights /= weights.sum()
     means = np.stack(
@@ -102,7 +78,7 @@ def test_views_and_unlike_sizes_weigh_as_they_should(by_source):
         covariance += share * (difference * weights[:, None]).T @ difference
     apart = means[1] - means[0]
     deviation = np.sqrt(covariance.diagonal() + (apart / 2) ** 2)
-    scaled = covariance / np.outer(deviation, deviation) + 0.3 * np.eye(12)
+    scaled = covariance / np.outer(deviation, deviation) + SHRINKAGE * np.eye(12)
     expected = np.linalg.solve(scaled, apart / deviation) / deviation
     np.testing.assert_allclose(ours.weight, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(ours.bias, -expected @ means.mean(axis=0), rtol=1e-4, atol=1e-5)
@@ -115,5 +91,5 @@ def test_what_views_change_does_not_count():
     images = rng.normal(0, 1, (2000, 2)) + (2 * labels - 1)[:, None] * [2, 1]
     change = np.stack([rng.normal(0, 20, 2000), np.zeros(2000)], axis=1)
     seen = np.stack([images, images + change]).astype(np.float32)
-    without, with_views = (Known(seen[:count], labels, labels, False).fit([0.0])[0].weight for count in (1, 2))
+    without, with_views = (Known(seen[:count], labels, labels, False).fit(shrinkage=0.0).weight for count in (1, 2))
     assert without[0] > 1.5 * without[1] and abs(with_views[0]) < 0.05 * with_views[1]

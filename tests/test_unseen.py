@@ -138,19 +138,19 @@ PARTS = (
 )
 #                    A       B   X       Y
 LEFT_OUT = np.array([-2, 0.5, 3, -1, 2, 1.0])
-VAL_REAL, VAL_FAKE, TEST_REAL = [-3, -2, 0], [-1, 2, 3], [-2, 1.5]
+VAL_REAL, VAL_FAKE = [-3, -2, 0], [-1, 2, 3]
 
 
 def made_scores(stock: Stock) -> np.ndarray:
-    unused = np.full(8, np.nan)
-    return np.r_[LEFT_OUT, VAL_REAL, VAL_FAKE, TEST_REAL, unused][None]
+    unused = np.full(10, np.nan)
+    return np.r_[LEFT_OUT, VAL_REAL, VAL_FAKE, unused][None]
 
 
 def test_which_images_a_fold_needs():
     stock = stock_of(*PARTS)
     assert stock.of(FOLD.photographs).tolist() == [0, 1, 2] and stock.of(FOLD.fakes).tolist() == [3, 4, 5]
     assert stock.known(FOLD, 1).tolist() == [6, 7, 8, 9, 10, 11] and stock.known(FOLD, 1, 0).tolist() == [6, 7, 8]
-    assert stock.needed(FOLD).tolist() == list(range(14)) and stock.known_names(FOLD) == ["real/C", "fake/Z"]
+    assert stock.needed(FOLD).tolist() == list(range(12)) and stock.known_names(FOLD) == ["real/C", "fake/Z"]
 
 
 def test_a_fold_by_hand():
@@ -160,7 +160,7 @@ def test_a_fold_by_hand():
     pairs = {"X | A": (1 + 0 + 1 + 1) / 4, "X | B": 0, "Y | A": 1, "Y | B": 0}
     assert judged.pairs == pytest.approx(pairs) and judged.auc == [pytest.approx(np.mean(list(pairs.values())))]
     assert judged.auc[0] != pytest.approx(roc_auc_score([0, 0, 0, 1, 1, 1], LEFT_OUT)), "small collections count alike"
-    assert judged.known == [pytest.approx((np.mean([1, 0, 1, 1]) + np.mean([1, 0])) / 2)]
+    assert judged.known == [pytest.approx((5 / 6 + 1) / 2)], "against -3, -2 and 0 of validation"
     # three photographs bound neither rate: the threshold is half way from the highest of them to 1
     scores, highest = expit(LEFT_OUT / judged.temperatures[0]), expit(0)
     assert judged.thresholds == [{"0.01": pytest.approx((highest + 1) / 2), "0.05": pytest.approx((highest + 1) / 2)}]

@@ -68,7 +68,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["class"],
         choices=POOLS,
-        help="what the head reads: class token, mean of the patches, their mean in each region (default: class)",
+        help="what the head reads: class token, mean of the patches, their mean in the face, in each region (default:"
+        " class)",
     )
     option(
         "--read_blocks",

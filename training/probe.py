@@ -28,8 +28,9 @@ from model import LAMMViT
 from runtime.processes import gather
 from training.run import Run
 
-SHRINKAGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # added to the variances, scaled to be about 1
-GROUPS = 3  # of data sets, each left out once to choose the shrinkage
+# Added to the variances of the features, which are scaled to be about 1. Fixed: one that is chosen on other images of
+# the same data sets is too small, and the probe learns their looks; to choose it on data sets left out is a lottery
+SHRINKAGE = 0.3
 # Weights in the covariance, where the scatter of images inside of their data sets has 1
 BETWEEN = 0.1  # of the scatter of the means of a class's data sets
 CHANGE = 0.5  # of the differences between views and their images
@@ -115,11 +116,11 @@ class Known:
             sums.append(found)
         return sums
 
-    def fit(self, shrinkages: Sequence[float], without: Sequence[int] = ()) -> list[Probe]:
-        """Probes of all data sets but some, one for each shrinkage. A data set has to be left of each class."""
+    def fit(self, without: Sequence[int] = (), shrinkage: float = SHRINKAGE) -> Probe:
+        """The probe of all data sets but some. A data set has to be left of each class."""
         out = self._add(*([one for one in of_class if one in without] for of_class in self.of_classes))
         real, fake = (whole.plus(less, -1) for whole, less in zip(self._whole, out))
-        return [discriminant(real, fake, shrinkage) for shrinkage in shrinkages]
+        return discriminant(real, fake, shrinkage)
 
 
 def discriminant(real: Moments, fake: Moments, shrinkage: float) -> Probe:
@@ -142,31 +143,7 @@ def discriminant(real: Moments, fake: Moments, shrinkage: float) -> Probe:
     return Probe(weight, float(-weight @ middle))
 
 
-def choose_shrinkage(known: Known, val: tuple[np.ndarray, np.ndarray]) -> float:
-    """The shrinkage of the best AUC on data sets that are left out, a third of each class at a time.
-
-    One that is chosen on other images of the same sources is too small: with it the probe learns the sources. It is
-    chosen so where a class has one data set alone.
-
-    Args:
-        val: features (M, D) and labels (M,) of validation.
-    """
-    count = min(GROUPS, *map(len, known.of_classes))
-    if count < 2:
-        aucs = [[roc_auc(val[1], probe.log_odds(val[0])) for probe in known.fit(SHRINKAGES)]]
-    else:
-        aucs = []
-        for group in range(count):
-            without = [one for of_class in known.of_classes for one in of_class[group::count]]
-            out = np.isin(known.sources, without)
-            labels, features = known.labels[out], known.features[0, out]
-            alike = balance(labels, known.sources[out] if known.by_source else None)
-            probes = known.fit(SHRINKAGES, without)
-            aucs.append([roc_auc(labels, probe.log_odds(features), alike) for probe in probes])
-    return SHRINKAGES[int(np.argmax(np.mean(aucs, axis=0)))]
-
-
-def left_out(known: Known, shrinkage: float) -> dict[int, np.ndarray]:
+def left_out(known: Known) -> dict[int, np.ndarray]:
     """{data set: log odds of its images as they are}, each by a probe that has seen nothing of this data set.
 
     What a probe gives for the sources of its training is more certain than what it gives for others, and fewer of their
@@ -175,8 +152,7 @@ def left_out(known: Known, shrinkage: float) -> dict[int, np.ndarray]:
     kept = sorted(one for of_class in known.of_classes if len(of_class) > 1 for one in of_class)
     found = {}
     for one in tqdm(kept, desc="probe without a data set", leave=False, disable=None):
-        (probe,) = known.fit([shrinkage], [one])
-        found[one] = probe.log_odds(known.features[0, known.sources == one])
+        found[one] = known.fit([one]).log_odds(known.features[0, known.sources == one])
     return found
 
 
@@ -202,11 +178,10 @@ def probe_head(run: Run) -> None:
     outside, found = read(run.val_set, "probe, validation"), None
     if run.rank == 0:
         known = Known(np.stack(views), plain.labels, sources, by_source)
-        shrinkage = choose_shrinkage(known, (outside, run.val_set.labels))
-        (probe,) = known.fit([shrinkage])
+        probe = known.fit()
         auc = roc_auc(run.val_set.labels, probe.log_odds(outside))
         # After it, there is training: then it says nothing about what comes out
-        others = {} if args.epochs else left_out(known, shrinkage)
+        others = {} if args.epochs else left_out(known)
         found = probe, auc, others
     probe, auc, others = gather(found)[0]
     run.left_out = {one: torch.from_numpy(values) for one, values in others.items()}

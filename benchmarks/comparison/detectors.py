@@ -42,7 +42,7 @@ from evaluation.scoring import predict, scores_and_log_odds
 from runtime.checkpoint import load_checkpoint
 from runtime.devices import pick_device
 from runtime.files import save_arrays
-from training.probe import BETWEEN, CHANGE, GROUPS, SHRINKAGES
+from training.probe import BETWEEN, CHANGE, SHRINKAGE
 
 DETECTORS = (*PROBES, *VARIANTS)
 MASKED = "LAMM-ViT"  # of which it is asked whether the masks count
@@ -70,7 +70,7 @@ class Job(NamedTuple):
 
 def models_folder(args: argparse.Namespace, stock: Stock, options: list[str]) -> Path:
     """Other images, options or constants of the probe, other scores: those of earlier ones stay beside them."""
-    constants = SHRINKAGES, GROUPS, BETWEEN, CHANGE
+    constants = SHRINKAGE, BETWEEN, CHANGE
     told = hashlib.sha256(repr((options, constants)).encode()).hexdigest()
     return args.output_dir / "models" / f"{stock.fingerprint[:8]}_{told[:8]}"
 

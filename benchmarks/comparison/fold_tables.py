@@ -182,7 +182,7 @@ def known_table(results: Results, kind: str, folds: list[Fold]) -> str:
 
     return section(
         f"{kind[0].upper()}{kind[1:]}: against photographs of known collections",
-        "AUC of the left-out fakes against test photographs of collections that training knew, mean over pairs.",
+        "AUC of the left-out fakes against validation photographs of collections that training knew, mean over pairs.",
         as_markdown(["left out", *results.names], rows(lambda one: one.known)),
     )
 

@@ -24,7 +24,7 @@ from samples.feature_files import SPLITS, find_feature_files
 
 FOLDS = Path(__file__).with_name("folds.json")
 ABOUT = "about"
-TRAIN, VAL, TEST = range(len(SPLITS))
+TRAIN, VAL, _ = range(len(SPLITS))
 
 
 class Fold(NamedTuple):
@@ -121,10 +121,9 @@ class Stock(NamedTuple):
         return np.flatnonzero(chosen if label is None else chosen & (self.labels == label))
 
     def needed(self, fold: Fold) -> np.ndarray:
-        """Indices of the images whose scores a fold needs: all left-out ones; of the known ones those of validation
-        and the photographs of the test split."""
-        parts = (self.of(fold.left_out), self.known(fold, VAL), self.known(fold, TEST, 0))
-        return np.sort(np.concatenate(parts))
+        """Indices of the images whose scores a fold needs: all left-out ones, and of the known ones those of
+        validation."""
+        return np.sort(np.concatenate([self.of(fold.left_out), self.known(fold, VAL)]))
 
     def known_names(self, fold: Fold) -> list[str]:
         """The data sets that are left to train on."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.comparison.folds import TRAIN, VAL, Fold, Stock
+from benchmarks.comparison.folds import TRAIN, Fold, Stock
 from evaluation.scoring import predict
 from model import LAMMViT
 from runtime.devices import pick_device, pick_precision
@@ -25,7 +25,7 @@ from runtime.files import save_arrays
 from runtime.pretrained import load_trunk, read_trunk
 from samples.transforms import TrainTransform
 from training.options import PARTS
-from training.probe import Known, choose_shrinkage, left_out, read_features
+from training.probe import Known, left_out, read_features
 from training.setup import build_model, config_of
 
 LAST_CLASS_TOKEN, PROBE = "probe, last class token", "probe"
@@ -142,8 +142,7 @@ def probe_inputs(name: str, frozen: tuple[np.ndarray, np.ndarray], train_args: a
 
 
 def fit_probe(stock: Stock, fold: Fold, views: np.ndarray, for_others: bool) -> tuple[np.ndarray, dict]:
-    """A linear discriminant of what is left to train on. Data sets of a class weigh alike, and its shrinkage is the
-    best on some of these that are left out.
+    """A linear discriminant of what is left to train on. Data sets of a class weigh alike.
 
     Args:
         views: (V, N, D), of the images as they are first.
@@ -152,11 +151,8 @@ def fit_probe(stock: Stock, fold: Fold, views: np.ndarray, for_others: bool) -> 
     Returns:
         log odds (N,) of all images as they are; {data set: log odds of its training images, by what has not seen it}.
     """
-    inside, outside = stock.known(fold, TRAIN), stock.known(fold, VAL)
+    inside = stock.known(fold, TRAIN)
     names, sources = np.unique(stock.names[inside], return_inverse=True)
     known = Known(views[:, inside].astype(np.float32), stock.labels[inside], sources, by_source=True)
-    val = views[0, outside].astype(np.float32), stock.labels[outside]
-    shrinkage = choose_shrinkage(known, val)
-    (probe,) = known.fit([shrinkage])
-    others = left_out(known, shrinkage) if for_others else {}
-    return probe.log_odds(views[0].astype(np.float64)), {str(names[one]): values for one, values in others.items()}
+    others = {str(names[one]): values for one, values in left_out(known).items()} if for_others else {}
+    return known.fit().log_odds(views[0].astype(np.float64)), others

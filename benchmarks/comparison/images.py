@@ -123,13 +123,20 @@ def kind_of(reason: str) -> str:
     return next((kind for kind in sorted(REASONS, key=len, reverse=True) if reason.startswith(kind)), "unusable")
 
 
-def extract(args: argparse.Namespace, test_only: Sequence[str] = (), treatments: Sequence[str] = TREATMENTS) -> None:
-    """Feature files of each treatment; the data sets of test_only are not dealt, but go to the test split whole."""
+def extract(
+    args: argparse.Namespace,
+    test_only: Sequence[str] = (),
+    treatments: Sequence[str] = TREATMENTS,
+    shares: Sequence[float] = (),
+) -> None:
+    """Feature files of each treatment, dealt to train, val and test by these shares, if any are given; the data sets of
+    test_only are not dealt, but go to the test split whole."""
     for treatment in tqdm(treatments, desc="extract"):
         folders = {"data_root": args.output_dir / "data" / treatment, "output_dir": features_of(args, treatment)}
         sizes = {"img_size": args.img_size, "patch_size": args.patch_size, "workers": args.workers}
+        dealt = ["--shares", *map(str, shares)] if shares else []
         kept_apart = ["--test_only", *test_only] if test_only else []
-        run([*command("feature_extraction.py", **folders, **sizes), *kept_apart])
+        run([*command("feature_extraction.py", **folders, **sizes), *dealt, *kept_apart])
 
 
 def features_of(args: argparse.Namespace, treatment: str) -> Path:

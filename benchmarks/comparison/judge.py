@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import expit
 from scipy.stats import norm
 
-from benchmarks.comparison.folds import TEST, VAL, Fold, Stock
+from benchmarks.comparison.folds import VAL, Fold, Stock
 from evaluation.intervals import AucDifference, compare_aucs, draw_multiplicities, interval, win_matrix
 from evaluation.metrics import calibration, log_loss
 from evaluation.operating import operating_points
@@ -33,7 +33,7 @@ class Judged(NamedTuple):
     pairs: dict[str, float]  # {"StyleGAN1 | FFHQ": AUC, mean over runs}
     replicates: np.ndarray  # (RESAMPLES,) of the mean of auc
     size: int  # images of the smallest left-out data set
-    known: list[float]  # AUC of left-out fakes against test photographs of known collections, mean over pairs
+    known: list[float]  # AUC of left-out fakes against validation photographs of known collections, mean over pairs
     alarms: dict[str, dict[str, list[float]]]  # {left-out collection: {"0.05": share called fake}}
     found: dict[str, dict[str, list[float]]]  # {left-out source: {"0.05": share called fake}}
     ece: list[float]  # on the left-out images, both classes weighted alike, and the data sets of a class
@@ -100,7 +100,7 @@ def judge(stock: Stock, fold: Fold, log_odds: np.ndarray, others: Mapping[str, n
         pairs=per_pair,
         replicates=((of_real @ wins) * of_fake).sum(axis=1),
         size=min(len(stock.of([name])) for name in fold.left_out),
-        known=[pair_auc(stock, row, stock.known(fold, TEST, 0), fake) for row in log_odds],
+        known=[pair_auc(stock, row, stock.known(fold, VAL, 0), fake) for row in log_odds],
         alarms={name: {} for name in fold.photographs},
         found={name: {} for name in fold.fakes},
         ece=[],
