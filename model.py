@@ -322,12 +322,12 @@ class LAMMViT(nn.Module):
             return self.norm(x[:, 0])
         x = self.norm(x)
         patches, masks = x[:, 1:], region_masks.flatten(2).to(x.dtype)  # (B, P, D), (B, R, P)
-        cover = masks.amax(dim=1, keepdim=True)  # (B, 1, P)
+        cover = masks.amax(dim=1)  # (B, P)
         face = (cover > FACE_COVER) | (cover.amax(dim=-1, keepdim=True) <= FACE_COVER)  # all patches if none is of it
-        over = {"patches": torch.ones_like(cover), "face": face.to(x.dtype), "regions": masks}
-        parts = {name: mask @ patches / mask.sum(dim=-1, keepdim=True).clamp(min=1e-6) for name, mask in over.items()}
-        parts["class"] = x[:, :1]
-        return torch.cat([parts[part] for part in self.config.pool], dim=1).flatten(1)
+        of_regions = masks @ patches / masks.sum(dim=-1, keepdim=True).clamp(min=1e-6)  # 0 of one outside of the image
+        parts = {"class": x[:, 0], "patches": patches.mean(dim=1), "regions": of_regions.flatten(1)}
+        parts["face"] = (face.unsqueeze(-1) * patches).sum(dim=1) / face.sum(dim=-1, keepdim=True)
+        return torch.cat([parts[part] for part in self.config.pool], dim=-1)
 
     def forward(self, images: Tensor, region_masks: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """Args:
