@@ -421,7 +421,7 @@ def check_a_model(root: Path, summary: dict) -> None:
     model, checkpoint = load_checkpoint(folder / "best_model.pth")
     assert set(checkpoint["datasets"]) == {"real/Photos", "real/Heads", "fake/Diffusion"}
     assert checkpoint["arguments"]["tune"] == "norms" and checkpoint["arguments"]["head"] == "probe"
-    assert len(checkpoint["arguments"]["without"]) == 4 and not model.config.uses_masks
+    assert len(checkpoint["arguments"]["without"]) == 4 and not model.config.region_guidance
     features = root / "out/features/equalised"
     scores = {
         name: predict_scores(model, FaceDataset(sorted(features.glob(f"*/{name}/*.h5"))))
