@@ -48,15 +48,6 @@ def read_features(model: LAMMViT, images: torch.Tensor, region_masks: torch.Tens
     return seen[0].float().cpu().numpy()
 
 
-def balance(labels: np.ndarray, sources: np.ndarray | None) -> np.ndarray:
-    """Weights (N,) of mean 1 by which both classes count alike, and with sources (N,) the data sets of a class, too."""
-    groups = labels.astype(np.int64) if sources is None else sources
-    weights = 1 / np.bincount(groups)[groups]
-    for label in (0, 1):
-        weights[labels == label] *= len(labels) / 2 / weights[labels == label].sum()
-    return weights
-
-
 class Probe(NamedTuple):
     """A linear model: log odds of a fake = features (N, D) @ weight + bias."""
 
