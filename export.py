@@ -89,11 +89,13 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def random_batch(model: LAMMViT, size: int) -> tuple[Tensor, Tensor]:
+    """Masks that cover most patches little, as real ones do; those of the last image cover none."""
     side, grid = model.config.img_size, model.config.grid_size
     generator = torch.Generator().manual_seed(size)
-    return torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator), torch.rand(
-        size, NUM_REGIONS, grid, grid, generator=generator
-    )
+    images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
+    masks = torch.rand(size, NUM_REGIONS, grid, grid, generator=generator) ** 8
+    masks[-1] = 0
+    return images, masks
 
 
 def write_exports(model: LAMMViT, metadata: dict[str, str], onnx_file: Path, pt2_file: Path) -> None:

@@ -49,7 +49,7 @@ class LAMMViTConfig:
     mlp_ratio: float = 4.0
     num_classes: int = 2  # class 1 = fake
     dropout: float = 0.1
-    region_guidance: bool = True  # without: plain attention, no masks, no λ and θ
+    region_guidance: bool = True  # without: plain attention, no λ and θ
     lamm: bool = True  # without: the same fixed λ, θ and w in all heads, layers and images
     head_interaction: bool = True
     norm_eps: float = 1e-5  # of all LayerNorms but LAMM's
@@ -322,7 +322,7 @@ class LAMMViT(nn.Module):
             return self.norm(x[:, 0])
         x = self.norm(x)
         patches, masks = x[:, 1:], region_masks.flatten(2).to(x.dtype)  # (B, P, D), (B, R, P)
-        cover = masks.amax(dim=1)  # (B, P)
+        cover = region_masks.flatten(2).amax(dim=1)  # (B, P)
         face = (cover > FACE_COVER) | (cover.amax(dim=-1, keepdim=True) <= FACE_COVER)  # all patches if none is of it
         of_regions = masks @ patches / masks.sum(dim=-1, keepdim=True).clamp(min=1e-6)  # 0 of one outside of the image
         parts = {"class": x[:, 0], "patches": patches.mean(dim=1), "regions": of_regions.flatten(1)}

@@ -58,11 +58,11 @@ def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> 
     }
 
 
-def roc_auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """The area under the ROC curve, 0-1. weights (N,): how much each image counts, all alike if None."""
+def roc_auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The area under the ROC curve, 0-1."""
     from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(labels, scores, sample_weight=weights))
+    return float(roc_auc_score(labels, scores))
 
 
 def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

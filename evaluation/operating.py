@@ -22,7 +22,7 @@ from evaluation.metrics import roc_auc
 
 RATES = (0.01, 0.05)  # of false alarms, for which a checkpoint has thresholds
 TEMPERATURES = (0.05, 20.0)
-WORST = 3  # times the rate are false alarms of a single collection that a model has not seen, at the most
+WORST = 4  # times the rate are false alarms of a single collection that a model has not seen, at the most
 # Between the highest score of a photograph and a threshold above it: more than rounding makes of a score elsewhere
 MARGIN = 1e-5
 ON_VALIDATION = "validation"  # stands in the place of a rate where a checkpoint has val_threshold alone

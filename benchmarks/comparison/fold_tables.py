@@ -207,7 +207,8 @@ def shares_table(results: Results, kind: str, folds: list[Fold], what: str, titl
     return section(
         f"{kind[0].upper()}{kind[1:]}: {title}",
         f"In %, of each left-out data set, at the {at} threshold of the fold: chosen on validation photographs of known"
-        " collections so that no more of any of them are called fake. Mean over seeds.",
+        " collections so that no more of any of them are called fake. Those of a head alone are also bound by known"
+        " collections that are left out in turn: so many in the mean, four times as many of each. Mean over seeds.",
         as_markdown(["left out (images)", *results.names], rows),
     )
 

@@ -2,7 +2,8 @@
 
     AUC            of each left-out source of fakes against each left-out collection of photographs; the mean over these
                    pairs is the fold's, so each source and each collection counts alike
-    thresholds     for 1 % and 5 % of false alarms, chosen on validation photographs of known collections
+    thresholds     for 1 % and 5 % of false alarms, chosen on validation photographs of known collections; those of a
+                   head alone also on known collections that are left out in turn
     temperature    chosen on validation, too; it makes log odds probabilities
 
 Bootstrap resamples are of the images of each data set by itself, and the same for all detectors, so that replicates can
