@@ -17,7 +17,7 @@ from benchmarks.comparison.judge import Judged, difference, judge, mean_of_folds
 from benchmarks.comparison.tables import images_table, section
 from evaluation.intervals import AucDifference
 from evaluation.masks import OWN, WRONG
-from evaluation.operating import title_of
+from evaluation.operating import WORST, title_of
 from evaluation.typeset import as_markdown
 from runtime.files import replacing
 
@@ -208,7 +208,7 @@ def shares_table(results: Results, kind: str, folds: list[Fold], what: str, titl
         f"{kind[0].upper()}{kind[1:]}: {title}",
         f"In %, of each left-out data set, at the {at} threshold of the fold: chosen on validation photographs of known"
         " collections so that no more of any of them are called fake. Those of a head alone are also bound by known"
-        " collections that are left out in turn: so many in the mean, four times as many of each. Mean over seeds.",
+        f" collections that are left out in turn: so many in the mean, {WORST} times as many of each. Mean over seeds.",
         as_markdown(["left out (images)", *results.names], rows),
     )
 
