@@ -47,6 +47,7 @@ from benchmarks.comparison.detectors import (
     models_folder,
     plan_jobs,
     read_others,
+    runs_of,
     score_linear_models,
     scores_of,
     train_all,
@@ -114,7 +115,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     option("--img_size", type=int, default=128, help="side of the images in pixels (default: 128)")
     option("--patch_size", type=int, default=16, help="side of a patch in pixels (default: 16)")
-    option("--seeds", type=int, default=3, help="runs of each trained model, with the seeds 0, 1, ... (default: 3)")
+    option(
+        "--seeds",
+        type=int,
+        default=3,
+        help="runs of each trained model and of each head, whose views are drawn anew (default: 3)",
+    )
     option(
         "--detectors",
         nargs="+",
@@ -202,7 +208,7 @@ def compare(
     log_odds = {}
     for fold in folds:
         for name in args.detectors:
-            log_odds[fold, name] = scores_of(models, fold, name, args.seeds if name in VARIANTS else 1)
+            log_odds[fold, name] = scores_of(models, fold, name, runs_of(args, name, train_args))
         log_odds |= {(fold, name): values for name, values in others.items()}
         log_odds |= {(fold, name): scores_of(models, fold, name) for name in SHORTCUTS}
     return write_tables(judge_all(args, stock, folds, log_odds, models), sizes, dropped, command_line(args, options))

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.linalg import solve
 from tqdm import tqdm
 
 from dataset import FaceDataset, source_numbers
@@ -128,9 +127,12 @@ def discriminant(real: Moments, fake: Moments, shrinkage: float) -> Probe:
     covariance, apart, middle = (inside[0] + inside[1]) / 2, means[1] - means[0], (means[0] + means[1]) / 2
     deviation = np.sqrt(np.maximum(covariance.diagonal() + (apart / 2) ** 2, 0))
     deviation[deviation <= 1e-5 * np.abs(middle)] = np.inf  # a constant one: its rounding says nothing
-    scaled = covariance / np.outer(deviation, deviation)
+    scaled = covariance / deviation[:, None]
+    scaled /= deviation
     scaled[np.diag_indices_from(scaled)] += np.where(np.isinf(deviation), 1, shrinkage)
-    weight = solve(scaled, apart / deviation, assume_a="pos") / deviation
+    # Of these sizes, several times as fast as SciPy
+    factor, aim = torch.linalg.cholesky(torch.from_numpy(scaled)), torch.from_numpy(apart / deviation)
+    weight = torch.cholesky_solve(aim[:, None], factor)[:, 0].numpy() / deviation
     return Probe(weight, float(-weight @ middle))
 
 

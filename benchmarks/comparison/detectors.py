@@ -86,6 +86,11 @@ def plan_jobs(args: argparse.Namespace, folds: list[Fold], models: Path) -> list
     return [Job(fold, name, seed, folder_of(models, fold, name, seed)) for fold, name, seed in jobs]
 
 
+def runs_of(args: argparse.Namespace, detector: str, train_args: argparse.Namespace) -> int:
+    """How many runs there are of a detector: one where no seed changes it. That of a head alone draws its views."""
+    return args.seeds if detector in VARIANTS or (detector in HEADS and train_args.probe_views) else 1
+
+
 def scores_of(models: Path, fold: Fold, detector: str, seeds: int = 1) -> np.ndarray:
     """Log odds (S, N) of the stock's images, NaN where the fold needs none."""
     rows = []
@@ -95,11 +100,14 @@ def scores_of(models: Path, fold: Fold, detector: str, seeds: int = 1) -> np.nda
     return np.stack(rows)
 
 
-def others_of(models: Path, fold: Fold, detector: str) -> dict[str, np.ndarray]:
-    """{data set: log odds of its images by what has not seen it}, where a detector's scores.npz has them."""
-    path = folder_of(models, fold, detector) / "scores.npz"
-    with np.load(path) if path.exists() else contextlib.nullcontext({}) as kept:
-        return {name: kept[name] for name in kept if name != "log_odds"}
+def others_of(models: Path, fold: Fold, detector: str, seeds: int) -> list[dict[str, np.ndarray]]:
+    """Of each run {data set: log odds of its images by what has not seen it}, where scores.npz has them."""
+    found = []
+    for seed in range(seeds):
+        path = folder_of(models, fold, detector, seed) / "scores.npz"
+        with np.load(path) if path.exists() else contextlib.nullcontext({}) as kept:
+            found.append({name: kept[name] for name in kept if name != "log_odds"})
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- linear models
@@ -108,29 +116,32 @@ def others_of(models: Path, fold: Fold, detector: str) -> dict[str, np.ndarray]:
 def score_linear_models(
     args: argparse.Namespace, stock: Stock, folds: list[Fold], models: Path, train_args: argparse.Namespace
 ) -> None:
-    """The probes of the frozen trunk that are asked for, and the shortcuts."""
-    names = [name for name in args.detectors if name in PROBES]
-    todo = [(fold, name) for name in (*names, *SHORTCUTS) for fold in folds]
-    todo = [(fold, name) for fold, name in todo if not (folder_of(models, fold, name) / "scores.npz").exists()]
+    """The probes of the frozen trunk that are asked for, and the shortcuts. One seed of all of them first."""
+    names = [*(name for name in args.detectors if name in PROBES), *SHORTCUTS]
+    runs = [(seed, name) for seed in range(args.seeds) for name in names if seed < runs_of(args, name, train_args)]
+    todo = [
+        (seed, name, fold, folder_of(models, fold, name, seed) / "scores.npz") for seed, name in runs for fold in folds
+    ]
+    todo = [job for job in todo if not job[-1].exists()]
     frozen = functools.cache(lambda: read_frozen(args, stock, train_args))  # once for both probes of the trunk alone
 
-    def inputs_of(name: str) -> np.ndarray:
+    def inputs_of(name: str, seed: int) -> np.ndarray:
         if name in HEADS:
-            return read_head_inputs(args, stock, train_args, left_out_parts(HEADS[name], train_args))
+            return read_head_inputs(args, stock, train_args, left_out_parts(HEADS[name], train_args), seed)
         return probe_inputs(name, frozen(), train_args) if name in PROBES else shortcut_inputs(stock, name)
 
-    inputs, read = np.empty(0), ""
-    for fold, name in (bar := tqdm(todo, desc="linear models", unit="fold", disable=not todo)):
-        bar.set_postfix_str(f"{name}, {fold.name}")
-        if read != name:
-            inputs, read = inputs_of(name), name
+    inputs, read = np.empty(0), None
+    for seed, name, fold, path in (bar := tqdm(todo, desc="linear models", unit="fold", disable=not todo)):
+        bar.set_postfix_str(f"{name}, {fold.name}, seed {seed}")
+        if read != (seed, name):
+            inputs, read = inputs_of(name, seed), (seed, name)
         others = {}
         if name in PROBES:
             log_odds, others = fit_probe(stock, fold, inputs, for_others=name in HEADS)
         else:
             inside = stock.known(fold, TRAIN)
             log_odds = linear_model().fit(inputs[inside], stock.labels[inside]).decision_function(inputs)
-        save_arrays(folder_of(models, fold, name) / "scores.npz", log_odds=log_odds, **others)
+        save_arrays(path, log_odds=log_odds, **others)
 
 
 def shortcut_inputs(stock: Stock, name: str) -> np.ndarray:

@@ -59,7 +59,7 @@ def judge_all(
 ) -> Results:
     names = list(dict.fromkeys(name for _, name in log_odds))
     judged = {
-        (fold, name): judge(stock, fold, values, others_of(models, fold, name))
+        (fold, name): judge(stock, fold, values, others_of(models, fold, name, len(values)))
         for (fold, name), values in log_odds.items()
     }
     return Results(args, stock, folds, names, log_odds, judged, models)

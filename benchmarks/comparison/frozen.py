@@ -76,10 +76,15 @@ def read_frozen(
 
 
 def read_head_inputs(
-    args: argparse.Namespace, stock: Stock, train_args: argparse.Namespace, without: Sequence[str]
+    args: argparse.Namespace, stock: Stock, train_args: argparse.Namespace, without: Sequence[str], seed: int = 0
 ) -> np.ndarray:
     """What the head of the untrained model of these options, but --without these parts, reads of all images, as they
-    are and in --probe_views: (V, N, D) float16."""
+    are and in --probe_views: (V, N, D) float16.
+
+    Args:
+        seed: of the views, which are drawn anew. The model's initial values are those of train.py's own --seed: what
+            the head reads does not depend on them, but for --start paper.
+    """
     trunk = read_trunk(train_args.init_from)
     train_args = argparse.Namespace(**vars(train_args) | {"without": list(without)})
     model = build_model(train_args, stock.img_size, trunk).eval()
@@ -91,7 +96,7 @@ def read_head_inputs(
         return read_features(*of_batch).astype(np.float16)
 
     views = [read_all(args, stock, train_args, model, digest, compute)]
-    for view in range(train_args.probe_views):
+    for view in range(seed * train_args.probe_views, (seed + 1) * train_args.probe_views):
         told = (*digest, train_args.augment, train_args.color_jitter, view)
         views.append(read_all(args, stock, train_args, model, told, compute, transform, view))
     return np.stack(views)

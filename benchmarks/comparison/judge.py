@@ -12,7 +12,7 @@ be subtracted. They say what other images would change; other seeds show in the 
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,14 +77,13 @@ def pair_auc(stock: Stock, scores: np.ndarray, real: np.ndarray, fake: np.ndarra
     return float(np.clip(alike(stock.names[real]) @ wins @ alike(stock.names[fake]), 0, 1))  # 1 + 2e-16, say
 
 
-def judge(stock: Stock, fold: Fold, log_odds: np.ndarray, others: Mapping[str, np.ndarray] | None = None) -> Judged:
+def judge(stock: Stock, fold: Fold, log_odds: np.ndarray, others: Sequence[Mapping[str, np.ndarray]] = ()) -> Judged:
     """
     Args:
         log_odds: (S, N) of the stock's images, a row for each run; those of stock.needed(fold) are looked at.
-        others: {known data set: log odds of its images by what has not seen it}: temperature and thresholds are of
-            these, then, as training.state.calibrated chooses them.
+        others: of each run {known data set: log odds of its images by what has not seen it}: temperature and thresholds
+            are of these, then, as training.state.calibrated chooses them.
     """
-    of_others = [(int(one.startswith("fake/")), values) for one, values in (others or {}).items()]
     real, fake = stock.of(fold.photographs), stock.of(fold.fakes)
     both, val = np.r_[real, fake], stock.known(fold, VAL)
     wins = win_matrix(stock.labels[both], log_odds[:, both])  # (n_real, n_fake), the mean over runs
@@ -110,7 +109,8 @@ def judge(stock: Stock, fold: Fold, log_odds: np.ndarray, others: Mapping[str, n
         thresholds=[],
     )
     collections = {name: stock.names[val] == name for name in np.unique(stock.names[val][stock.labels[val] == 0])}
-    for row in log_odds:
+    for row, theirs in zip(log_odds, others or [{}] * len(log_odds), strict=True):
+        of_others = [(int(one.startswith("fake/")), values) for one, values in theirs.items()]
         temperature, thresholds = operating_points(stock.labels[val], row[val], collections, of_others)
         scores = expit(row / temperature)
         judged.temperatures.append(temperature)
