@@ -168,18 +168,17 @@ def probe_head(run: Run) -> None:
     for view in range(args.probe_views):
         seen.set_epoch(view)
         views.append(read(seen, f"probe, view {view + 1} of {args.probe_views}"))
-    outside, found = read(run.val_set, "probe, validation"), None
+    # Where training follows, it begins at this AUC, and what a probe says of data sets left out is not its result
+    outside, found = read(run.val_set, "probe, validation") if args.epochs else None, None
     if run.rank == 0:
         known = Known(np.stack(views), plain.labels, sources, by_source)
         probe = known.fit()
-        auc = roc_auc(run.val_set.labels, probe.log_odds(outside))
-        # After it, there is training: then it says nothing about what comes out
-        others = {} if args.epochs else left_out(known)
-        found = probe, auc, others
-    probe, auc, others = gather(found)[0]
+        found = probe, {} if args.epochs else left_out(known)
+    probe, others = gather(found)[0]
     run.left_out = {one: torch.from_numpy(values) for one, values in others.items()}
     with torch.no_grad():  # of the two logits, half of the decision each
         run.model.head.weight.copy_(torch.from_numpy(np.stack([-probe.weight / 2, probe.weight / 2])))
         run.model.head.bias.copy_(torch.tensor([-probe.bias / 2, probe.bias / 2]))
-    if run.rank == 0:
-        print(f"probe  validation AUC {auc:.4f}{' before the training' if args.epochs else ''}", flush=True)
+    if run.rank == 0 and args.epochs:
+        auc = roc_auc(run.val_set.labels, probe.log_odds(outside))
+        print(f"probe  validation AUC {auc:.4f} before the training", flush=True)
