@@ -383,12 +383,14 @@ def test_from_files_to_tables(tmp_path, calls, monkeypatch, capsys):
             assert {*one} == {*other} > {"log_odds"}
             for values in one:
                 assert 0 < np.abs(one[values] - other[values]).max(), "another draw of the views"
-                assert np.corrcoef(one[values], other[values])[0, 1] > 0.9, "of the same images"
         masks = summary["masks"][kind][fold]
         assert masks.keys() == {OWN, *WRONG} and masks[OWN] == (
             0,
             pytest.approx(np.mean(of["detectors"]["LAMM-ViT"]["auc"])),
         )
+    read = [sorted(path.name for path in folder.iterdir()) for folder in (tmp_path / "out/trunk").iterdir()]
+    assert len(read) == 1 + 2 * 3, "of the trunk alone, and of each of two heads the images and two draws of views"
+    assert all(names == read[0] for names in read) and len(read[0]) == len(DRAWN)
     assert "`python benchmarks/unseen.py --data_root" in tables.splitlines()[-1]
     check_left_out(tmp_path / "out/left_out.csv", summary)
     check_a_model(tmp_path, summary)
