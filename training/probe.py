@@ -57,21 +57,32 @@ class Probe(NamedTuple):
         return features @ self.weight + self.bias
 
 
-class Moments(NamedTuple):
-    """What a discriminant has to know of images of one class. Those of several data sets add up."""
+class DataSet(NamedTuple):
+    """What a discriminant has to know of a data set."""
 
+    label: int
     weight: float
-    total: np.ndarray  # (D,) float64, the weighted sum of the features
-    # (D, D) float64, weighted: scatter inside of data sets, BETWEEN times the outer products of their means, and CHANGE
-    # times the scatter of views about their images
-    products: np.ndarray
+    mean: np.ndarray  # (D,) float64
+    # (D, D) float32, its covariance, and CHANGE times that of the differences between views and their images
+    scatter: torch.Tensor
 
-    def plus(self, other: "Moments", sign: int = 1) -> "Moments":
-        return Moments(*(mine + sign * theirs for mine, theirs in zip(self, other)))
+
+def look_at(first: np.ndarray, *views: np.ndarray, label: int, by_source: bool) -> DataSet:
+    """first: (n, D) float32, the images of a data set as they are; views: the same in views."""
+    count, mean = len(first), first.mean(axis=0, dtype=np.float64)
+    inside = first - mean.astype(np.float32)  # products of large numbers would lose the variances
+    products = inside.T @ inside
+    for view in views:
+        change = view - first
+        products += np.float32(CHANGE / len(views)) * (change.T @ change)
+    products /= np.float32(count)
+    return DataSet(label, 1 if by_source else count, mean, torch.from_numpy(products))
 
 
 class Known:
     """What a probe may learn from: images in data sets, each of which may be left out.
+
+    It holds a (D, D) matrix of each data set, so that a probe of all but some is a matter of additions.
 
     Args:
         features: (V, N, D) float32, each image as it is, then in V - 1 views.
@@ -80,72 +91,72 @@ class Known:
     """
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, sources: np.ndarray, by_source: bool):
-        self.features, self.labels, self.sources, self.by_source = features, labels, sources, by_source
-        self.of_classes = [np.unique(sources[labels == label]).tolist() for label in (0, 1)]
-        self._whole = self._add(*self.of_classes)
+        D = features.shape[-1]
+        self.features, self.sources, self.data_sets = features, sources, {}
+        self.scatter = [torch.zeros(D, D), torch.zeros(D, D)]  # of the classes, weighted, all data sets together
+        for source in np.unique(sources).tolist():
+            label = int(labels[sources == source][0])
+            one = look_at(*features[:, sources == source], label=label, by_source=by_source)
+            self.scatter[label].add_(one.scatter, alpha=one.weight)
+            self.data_sets[source] = one
 
-    def _moments(self, source: int) -> Moments:
-        first, *views = self.features[:, self.sources == source]
-        count, mean = len(first), first.mean(axis=0, dtype=np.float64)
-        inside = first - mean.astype(np.float32)  # products of large numbers would lose the variances
-        products = inside.T @ inside + BETWEEN * count * np.outer(mean, mean)
-        for view in views:
-            change = view - first
-            products += CHANGE / len(views) * (change.T @ change)
-        weight = 1 / count if self.by_source else 1.0
-        return Moments(weight * count, weight * count * mean, weight * products)
-
-    def _add(self, real: Sequence[int], fake: Sequence[int]) -> list[Moments]:
-        """Of each class the moments of these data sets, which are read one after another."""
-        D = self.features.shape[-1]
-        sums = []
-        for of_class in (real, fake):
-            found = Moments(0.0, np.zeros(D), np.zeros((D, D)))
-            for source in of_class:
-                found = found.plus(self._moments(source))
-            sums.append(found)
-        return sums
+    def of_class(self, label: int, without: Sequence[int] = ()) -> list[int]:
+        """The data sets of a class, but some."""
+        return [number for number, one in self.data_sets.items() if one.label == label and number not in without]
 
     def fit(self, without: Sequence[int] = (), shrinkage: float = SHRINKAGE) -> Probe:
         """The probe of all data sets but some. A data set has to be left of each class."""
-        out = self._add(*([one for one in of_class if one in without] for of_class in self.of_classes))
-        real, fake = (whole.plus(less, -1) for whole, less in zip(self._whole, out))
-        return discriminant(real, fake, shrinkage)
+        means, covariance = [], torch.zeros_like(self.scatter[0])
+        for label in (0, 1):
+            kept = [self.data_sets[number] for number in self.of_class(label, without)]
+            total = sum(one.weight for one in kept)
+            shares = np.array([one.weight / total for one in kept])
+            of_sets = np.stack([one.mean for one in kept])  # (S, D)
+            means.append(shares @ of_sets)
+            covariance.add_(self.scatter[label], alpha=0.5 / total)
+            for one in (one for number, one in self.data_sets.items() if one.label == label and number in without):
+                covariance.sub_(one.scatter, alpha=0.5 * one.weight / total)
+            between = torch.from_numpy(((of_sets - means[-1]) * np.sqrt(shares)[:, None]).astype(np.float32))
+            covariance.addmm_(between.T, between, alpha=0.5 * BETWEEN)
+        return discriminant(*means, covariance, shrinkage)
 
 
-def discriminant(real: Moments, fake: Moments, shrinkage: float) -> Probe:
-    """Fisher's linear discriminant of two classes that are as likely.
-
-    The log odds of two normal distributions with one covariance: that inside of the data sets, and with less weight
-    those of their means and of what views change.
+def discriminant(real: np.ndarray, fake: np.ndarray, covariance: torch.Tensor, shrinkage: float) -> Probe:
+    """Fisher's linear discriminant of two classes that are as likely: the log odds of two normal distributions with one
+    covariance.
 
     Args:
+        real, fake: (D,) float64, the means.
+        covariance: (D, D) float32: that inside of the data sets, and with less weight those of their means and of what
+            views change. It is overwritten.
         shrinkage: added to the variances of the features, scaled so that with the distance of the classes they are 1.
+            Then the matrix is a good one to solve, in single precision, too.
     """
-    means = [of_class.total / of_class.weight for of_class in (real, fake)]
-    inside = [of.products / of.weight - BETWEEN * np.outer(mean, mean) for of, mean in zip((real, fake), means)]
-    covariance, apart, middle = (inside[0] + inside[1]) / 2, means[1] - means[0], (means[0] + means[1]) / 2
-    deviation = np.sqrt(np.maximum(covariance.diagonal() + (apart / 2) ** 2, 0))
+    apart, middle = fake - real, (real + fake) / 2
+    deviation = np.sqrt(np.maximum(covariance.diagonal().double().numpy() + (apart / 2) ** 2, 0))
     deviation[deviation <= 1e-5 * np.abs(middle)] = np.inf  # a constant one: its rounding says nothing
-    scaled = covariance / deviation[:, None]
-    scaled /= deviation
-    scaled[np.diag_indices_from(scaled)] += np.where(np.isinf(deviation), 1, shrinkage)
-    # Of these sizes, several times as fast as SciPy
-    factor, aim = torch.linalg.cholesky(torch.from_numpy(scaled)), torch.from_numpy(apart / deviation)
-    weight = torch.cholesky_solve(aim[:, None], factor)[:, 0].numpy() / deviation
+    scale = torch.from_numpy(1 / deviation).float()
+    covariance.mul_(scale).mul_(scale[:, None])
+    covariance.diagonal().add_(torch.from_numpy(np.where(np.isinf(deviation), 1, shrinkage)))
+    aim = torch.from_numpy(apart / deviation).float()
+    weight = torch.cholesky_solve(aim[:, None], torch.linalg.cholesky(covariance))[:, 0].double().numpy() / deviation
     return Probe(weight, float(-weight @ middle))
 
 
-def left_out(known: Known) -> dict[int, np.ndarray]:
+def left_out(known: Known, without: Sequence[int] = ()) -> dict[int, np.ndarray]:
     """{data set: log odds of its images as they are}, each by a probe that has seen nothing of this data set.
 
     What a probe gives for the sources of its training is more certain than what it gives for others, and fewer of their
     photographs look like fakes. A data set that is alone in its class cannot be left out.
+
+    Args:
+        without: data sets that none of these probes may see.
     """
-    kept = sorted(one for of_class in known.of_classes if len(of_class) > 1 for one in of_class)
+    of_classes = [known.of_class(label, without) for label in (0, 1)]
+    kept = sorted(one for of_class in of_classes if len(of_class) > 1 for one in of_class)
     found = {}
     for one in tqdm(kept, desc="probe without a data set", leave=False, disable=None):
-        found[one] = known.fit([one]).log_odds(known.features[0, known.sources == one])
+        found[one] = known.fit([*without, one]).log_odds(known.features[0, known.sources == one])
     return found
 
 

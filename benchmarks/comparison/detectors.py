@@ -28,6 +28,7 @@ from benchmarks.comparison.frozen import (
     HEADS,
     PROBES,
     fit_probe,
+    learn,
     probe_inputs,
     read_frozen,
     read_head_inputs,
@@ -130,14 +131,15 @@ def score_linear_models(
             return read_head_inputs(args, stock, train_args, left_out_parts(HEADS[name], train_args), seed)
         return probe_inputs(name, frozen(), train_args) if name in PROBES else shortcut_inputs(stock, name)
 
-    inputs, read = np.empty(0), None
+    inputs, known, read = np.empty(0), None, None
     for seed, name, fold, path in (bar := tqdm(todo, desc="linear models", unit="fold", disable=not todo)):
         bar.set_postfix_str(f"{name}, {fold.name}, seed {seed}")
         if read != (seed, name):
             inputs, read = inputs_of(name, seed), (seed, name)
+            known = learn(stock, inputs) if name in PROBES else None  # for all folds
         others = {}
         if name in PROBES:
-            log_odds, others = fit_probe(stock, fold, inputs, for_others=name in HEADS)
+            log_odds, others = fit_probe(stock, fold, known, inputs[0], for_others=name in HEADS)
         else:
             inside = stock.known(fold, TRAIN)
             log_odds = linear_model().fit(inputs[inside], stock.labels[inside]).decision_function(inputs)

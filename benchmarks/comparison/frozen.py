@@ -146,18 +146,30 @@ def probe_inputs(name: str, frozen: tuple[np.ndarray, np.ndarray], train_args: a
     return patches[:, [block - 1 for block in blocks]].reshape(1, len(patches), -1)
 
 
-def fit_probe(stock: Stock, fold: Fold, views: np.ndarray, for_others: bool) -> tuple[np.ndarray, dict]:
-    """A linear discriminant of what is left to train on. Data sets of a class weigh alike.
+def learn(stock: Stock, views: np.ndarray) -> Known:
+    """The training images of all data sets, numbered in the order of stock.files: probes of all folds learn from these.
 
     Args:
-        views: (V, N, D), of the images as they are first.
+        views: (V, N, D), of all images as they are first.
+    """
+    inside, number = stock.splits == TRAIN, {name: i for i, name in enumerate(stock.files)}
+    sources = np.array([number[name] for name in stock.names[inside]])
+    return Known(views[:, inside].astype(np.float32), stock.labels[inside], sources, by_source=True)
+
+
+def fit_probe(
+    stock: Stock, fold: Fold, known: Known, features: np.ndarray, for_others: bool
+) -> tuple[np.ndarray, dict]:
+    """A linear discriminant of what the fold leaves to train on. Data sets of a class weigh alike.
+
+    Args:
+        features: (N, D) of all images as they are.
         for_others: also what training.probe.left_out gives for each known data set in turn.
 
     Returns:
-        log odds (N,) of all images as they are; {data set: log odds of its training images, by what has not seen it}.
+        log odds (N,) of all images; {data set: log odds of its training images, by what has not seen it}.
     """
-    inside = stock.known(fold, TRAIN)
-    names, sources = np.unique(stock.names[inside], return_inverse=True)
-    known = Known(views[:, inside].astype(np.float32), stock.labels[inside], sources, by_source=True)
-    others = {str(names[one]): values for one, values in left_out(known).items()} if for_others else {}
-    return known.fit().log_odds(views[0].astype(np.float64)), others
+    names = list(stock.files)
+    without = [names.index(name) for name in fold.left_out]
+    others = {names[one]: values for one, values in left_out(known, without).items()} if for_others else {}
+    return known.fit(without).log_odds(features.astype(np.float64)), others
