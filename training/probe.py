@@ -86,36 +86,33 @@ class Known:
 
     Args:
         features: (V, N, D) float32, each image as it is, then in V - 1 views.
-        labels, sources: (N,) the class of each image, and the number of its data set, which is of one class.
+        labels, sources: (N,) the class of each image, and the number or name of its data set, which is of one class.
         by_source: whether the data sets of a class weigh the same; else all images do.
     """
 
     def __init__(self, features: np.ndarray, labels: np.ndarray, sources: np.ndarray, by_source: bool):
-        D = features.shape[-1]
         self.features, self.sources, self.data_sets = features, sources, {}
-        self.scatter = [torch.zeros(D, D), torch.zeros(D, D)]  # of the classes, weighted, all data sets together
         for source in np.unique(sources).tolist():
-            label = int(labels[sources == source][0])
-            one = look_at(*features[:, sources == source], label=label, by_source=by_source)
-            self.scatter[label].add_(one.scatter, alpha=one.weight)
-            self.data_sets[source] = one
+            mine = sources == source
+            label = int(labels[mine][0])
+            self.data_sets[source] = look_at(*features[:, mine], label=label, by_source=by_source)
 
-    def of_class(self, label: int, without: Sequence[int] = ()) -> list[int]:
+    def of_class(self, label: int, without: Sequence[int | str]) -> list[int | str]:
         """The data sets of a class, but some."""
-        return [number for number, one in self.data_sets.items() if one.label == label and number not in without]
+        return [source for source, one in self.data_sets.items() if one.label == label and source not in without]
 
-    def fit(self, without: Sequence[int] = (), shrinkage: float = SHRINKAGE) -> Probe:
+    def fit(self, without: Sequence[int | str] = (), shrinkage: float = SHRINKAGE) -> Probe:
         """The probe of all data sets but some. A data set has to be left of each class."""
-        means, covariance = [], torch.zeros_like(self.scatter[0])
+        D = self.features.shape[-1]
+        means, covariance = [], torch.zeros(D, D)
         for label in (0, 1):
-            kept = [self.data_sets[number] for number in self.of_class(label, without)]
+            kept = [self.data_sets[source] for source in self.of_class(label, without)]
             total = sum(one.weight for one in kept)
             shares = np.array([one.weight / total for one in kept])
             of_sets = np.stack([one.mean for one in kept])  # (S, D)
             means.append(shares @ of_sets)
-            covariance.add_(self.scatter[label], alpha=0.5 / total)
-            for one in (one for number, one in self.data_sets.items() if one.label == label and number in without):
-                covariance.sub_(one.scatter, alpha=0.5 * one.weight / total)
+            for one, share in zip(kept, shares.tolist()):
+                covariance.add_(one.scatter, alpha=0.5 * share)
             between = torch.from_numpy(((of_sets - means[-1]) * np.sqrt(shares)[:, None]).astype(np.float32))
             covariance.addmm_(between.T, between, alpha=0.5 * BETWEEN)
         return discriminant(*means, covariance, shrinkage)
@@ -143,7 +140,7 @@ def discriminant(real: np.ndarray, fake: np.ndarray, covariance: torch.Tensor, s
     return Probe(weight, float(-weight @ middle))
 
 
-def left_out(known: Known, without: Sequence[int] = ()) -> dict[int, np.ndarray]:
+def left_out(known: Known, without: Sequence[int | str] = ()) -> dict[int | str, np.ndarray]:
     """{data set: log odds of its images as they are}, each by a probe that has seen nothing of this data set.
 
     What a probe gives for the sources of its training is more certain than what it gives for others, and fewer of their
@@ -179,17 +176,18 @@ def probe_head(run: Run) -> None:
     for view in range(args.probe_views):
         seen.set_epoch(view)
         views.append(read(seen, f"probe, view {view + 1} of {args.probe_views}"))
-    # Where training follows, it begins at this AUC, and what a probe says of data sets left out is not its result
-    outside, found = read(run.val_set, "probe, validation") if args.epochs else None, None
+    found = None
     if run.rank == 0:
         known = Known(np.stack(views), plain.labels, sources, by_source)
-        probe = known.fit()
-        found = probe, {} if args.epochs else left_out(known)
+        # With training after it, what a probe says of data sets left out is not the result
+        found = known.fit(), {} if args.epochs else left_out(known)
     probe, others = gather(found)[0]
     run.left_out = {one: torch.from_numpy(values) for one, values in others.items()}
     with torch.no_grad():  # of the two logits, half of the decision each
         run.model.head.weight.copy_(torch.from_numpy(np.stack([-probe.weight / 2, probe.weight / 2])))
         run.model.head.bias.copy_(torch.tensor([-probe.bias / 2, probe.bias / 2]))
-    if run.rank == 0 and args.epochs:
-        auc = roc_auc(run.val_set.labels, probe.log_odds(outside))
-        print(f"probe  validation AUC {auc:.4f} before the training", flush=True)
+    if args.epochs:
+        outside = read(run.val_set, "probe, validation")
+        if run.rank == 0:
+            auc = roc_auc(run.val_set.labels, probe.log_odds(outside))
+            print(f"probe  validation AUC {auc:.4f} before the training", flush=True)

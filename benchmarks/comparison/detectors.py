@@ -139,7 +139,7 @@ def score_linear_models(
             known = learn(stock, inputs) if name in PROBES else None  # for all folds
         others = {}
         if name in PROBES:
-            log_odds, others = fit_probe(stock, fold, known, inputs[0], for_others=name in HEADS)
+            log_odds, others = fit_probe(known, fold, inputs[0], for_others=name in HEADS)
         else:
             inside = stock.known(fold, TRAIN)
             log_odds = linear_model().fit(inputs[inside], stock.labels[inside]).decision_function(inputs)

@@ -76,7 +76,7 @@ def read_frozen(
 
 
 def read_head_inputs(
-    args: argparse.Namespace, stock: Stock, train_args: argparse.Namespace, without: Sequence[str], seed: int = 0
+    args: argparse.Namespace, stock: Stock, train_args: argparse.Namespace, without: Sequence[str], seed: int
 ) -> np.ndarray:
     """What the head of the untrained model of these options, but --without these parts, reads of all images, as they
     are and in --probe_views: (V, N, D) float16.
@@ -147,19 +147,16 @@ def probe_inputs(name: str, frozen: tuple[np.ndarray, np.ndarray], train_args: a
 
 
 def learn(stock: Stock, views: np.ndarray) -> Known:
-    """The training images of all data sets, numbered in the order of stock.files: probes of all folds learn from these.
+    """The training images of all data sets, from which the probes of all folds learn.
 
     Args:
         views: (V, N, D), of all images as they are first.
     """
-    inside, number = stock.splits == TRAIN, {name: i for i, name in enumerate(stock.files)}
-    sources = np.array([number[name] for name in stock.names[inside]])
-    return Known(views[:, inside].astype(np.float32), stock.labels[inside], sources, by_source=True)
+    inside = stock.splits == TRAIN
+    return Known(views[:, inside].astype(np.float32), stock.labels[inside], stock.names[inside], by_source=True)
 
 
-def fit_probe(
-    stock: Stock, fold: Fold, known: Known, features: np.ndarray, for_others: bool
-) -> tuple[np.ndarray, dict]:
+def fit_probe(known: Known, fold: Fold, features: np.ndarray, for_others: bool) -> tuple[np.ndarray, dict]:
     """A linear discriminant of what the fold leaves to train on. Data sets of a class weigh alike.
 
     Args:
@@ -169,7 +166,5 @@ def fit_probe(
     Returns:
         log odds (N,) of all images; {data set: log odds of its training images, by what has not seen it}.
     """
-    names = list(stock.files)
-    without = [names.index(name) for name in fold.left_out]
-    others = {names[one]: values for one, values in left_out(known, without).items()} if for_others else {}
-    return known.fit(without).log_odds(features.astype(np.float64)), others
+    others = left_out(known, fold.left_out) if for_others else {}
+    return known.fit(fold.left_out).log_odds(features.astype(np.float64)), others
