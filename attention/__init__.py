@@ -61,7 +61,8 @@ def region_gated_attention(
         RuntimeError: the path was forced to one that cannot run here.
     """
     device = q.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    # Not is_autocast_available, which says so of "meta": torch's compiler knows it only in newer versions
+    if device != "meta" and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     _check_arguments(q, k, v, masks, lam, theta, dropout_p)
     path = _forced_path or _default_path(q, dropout_p)

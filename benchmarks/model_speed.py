@@ -7,8 +7,11 @@
 In each round every model runs once, each round in another order, so that whatever slows the machine down for a while
 slows all down alike; the times are medians of the rounds, the ratios those of the medians. Forward is inference,
 without gradients; a training step is forward, loss, backward and AdamW. bf16 is autocast, as in train.py. Each model is
-as its users get it: vit_b_16 without dropout, LAMM-ViT with 0.1. Peak memory of a training step is measured apart, in a
-process of its own for each model: resident memory of the whole process on a CPU, memory allocated by PyTorch on CUDA.
+as its users get it: vit_b_16 without dropout, LAMM-ViT with 0.1. Memory is the peak of a training step: on a CPU the
+resident memory of a process of its own for each model, on CUDA what PyTorch allocated for this model.
+
+On CUDA two models race once more, apart: made by torch.compile, with CUDA graphs, where no launch of a kernel has to be
+waited for. A model that cannot run there has its reason in its row.
 
 With --init_from all is about a pre-trained trunk, cut off after --depth blocks: the bare trunk has its LayerNorms and a
 head trained, LAMM-ViT the method beside them (train.py --tune norms).
@@ -20,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -46,6 +49,7 @@ PLAIN, OURS, TEXTBOOK = "vit_b_16", "LAMM-ViT", "LAMM-ViT, textbook formula"
 BARE = "bare trunk"  # in the place of PLAIN, with --init_from
 FLEX = "LAMM-ViT, FlexAttention"  # on CUDA: on a CPU it has no backward. Without dropout in attention and MLP
 PATHS = {TEXTBOOK: "textbook", FLEX: "flex"}
+COMPILED = ", compiled"  # on CUDA: the floor's and ours once more
 
 
 class Contestant:
@@ -53,12 +57,17 @@ class Contestant:
 
     def __init__(self, name: str, args: argparse.Namespace, dtype: str):
         torch.manual_seed(0)
-        self.name, self.device = name, args.device
+        self.name, self.device = name.removesuffix(COMPILED), args.device
         self.autocast = torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bf16")
-        self.model = build(name, args).to(args.device)
+        self.model = build(self.name, args).to(args.device)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=args.device == "cuda" or None)
         self.criterion = LAMMLoss()
+        self.is_compiled = name.endswith(COMPILED)
+        if self.is_compiled:
+            self.model = torch.compile(self.model, mode="reduce-overhead")
+            for parameter in trained:  # what a CUDA graph returns is overwritten by its next run
+                parameter.grad = torch.zeros_like(parameter)
 
     def _loss(self, images: Tensor, masks: Tensor, labels: Tensor) -> Tensor:
         if self.name == PLAIN:
@@ -76,7 +85,7 @@ class Contestant:
             loss = self._loss(images, masks, labels)
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.is_compiled)
 
 
 def build(name: str, args: argparse.Namespace) -> torch.nn.Module:
@@ -125,13 +134,11 @@ def race(
 
 
 def peak_memory(name: str, args: argparse.Namespace, dtype: str, batch_size: int) -> float:
-    """The most GB that this process (CPU) or PyTorch on the device (CUDA) held, over three training steps."""
+    """The most GB that this process held, over three training steps."""
     contestant, batch = Contestant(name, args, dtype), make_batch(batch_size, args.device)
     with force_path(PATHS.get(name)):
         for _ in range(3):
             contestant.training_step(*batch)
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -145,6 +152,49 @@ def peak_memory_apart(name: str, args: argparse.Namespace, dtype: str, batch_siz
     if done.returncode:
         sys.exit(done.returncode)  # it has said why
     return float(done.stdout)
+
+
+def on_device(name: str, args: argparse.Namespace, dtype: str, batch: tuple[Tensor, ...]) -> tuple[Contestant, float]:
+    """A contestant, and the most GB that PyTorch held on the device for it, over three training steps. What a CUDA
+    graph works in counts as reserved, not as allocated.
+    """
+    torch.cuda.empty_cache()
+    kind = "reserved" if name.endswith(COMPILED) else "allocated"
+    held, peak = getattr(torch.cuda, f"memory_{kind}"), getattr(torch.cuda, f"max_memory_{kind}")
+    before, contestant = held(), Contestant(name, args, dtype)
+    torch.cuda.reset_peak_memory_stats()
+    with force_path(PATHS.get(name)):
+        contestant.forward(*batch)
+        for _ in range(3):
+            contestant.training_step(*batch)
+    return contestant, (peak() - before) / 1e9
+
+
+def rows_of(
+    names: tuple[str, ...], args: argparse.Namespace, dtype: str, batch: tuple[Tensor, ...], gigabytes: dict
+) -> Iterator[list[str]]:
+    """A race of these models, the floor first: a row of the table for each. On CUDA, fills in gigabytes."""
+    batch_size, floor, contestants = len(batch[0]), names[0], {}
+    label = f"{dtype} batch {batch_size}"
+    for name in names:
+        if args.device == "cpu":  # one model for both formulas
+            contestants[name] = contestants[OURS] if name == TEXTBOOK else Contestant(name, args, dtype)
+            continue
+        try:
+            contestants[name], gigabytes[name, dtype, batch_size] = on_device(name, args, dtype, batch)
+        except Exception as error:  # whatever torch's compiler, Triton and the driver raise
+            if name == floor:
+                raise
+            yield [dtype, str(batch_size), name, f"{type(error).__name__}: {error}".splitlines()[0], *[""] * 4]
+    stages = [race(contestants, batch, stage, args.rounds, label) for stage in ("forward", "training_step")]
+    of_floor = gigabytes[floor, dtype, batch_size]
+    for name in contestants:
+        cells = [dtype, str(batch_size), name]
+        for seconds in stages:
+            cells.append(f"{1000 * seconds[name]:.0f} ms ({seconds[name] / seconds[floor]:.2f})")
+            cells.append(f"{batch_size / seconds[name]:.1f}")
+        memory = gigabytes[name, dtype, batch_size]
+        yield [*cells, f"{memory:.2f} GB ({memory / of_floor:.2f})"]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -168,7 +218,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--init_from", metavar="TRUNK", help="as of train.py: a trunk, bare and in LAMM-ViT")
     parser.add_argument("--depth", type=int, default=8, help="how many of its blocks (default: %(default)s)")
-    parser.add_argument("--memory_of", choices=(PLAIN, BARE, OURS, *PATHS), help=argparse.SUPPRESS)
+    parser.add_argument("--memory_of", choices=(PLAIN, BARE, OURS, TEXTBOOK), help=argparse.SUPPRESS)
     return parser
 
 
@@ -184,34 +234,23 @@ def main(args: argparse.Namespace) -> None:
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     print(
         f"{where}, torch {torch.__version__}, medians of {args.rounds} interleaved rounds; in brackets the ratio to"
-        f" {floor}\n"
+        f" {floor}, of compiled ones to the compiled one\n"
     )
     print("| dtype | batch | model | forward | images/s | training step | images/s | peak memory |")
     print("|---|--:|---|--:|--:|--:|--:|--:|")
-    names = (floor, OURS, TEXTBOOK, *((FLEX,) if args.device == "cuda" else ()))
+    fields = [(floor, OURS, TEXTBOOK)]
+    if args.device == "cuda":
+        fields = [(floor, OURS, TEXTBOOK, FLEX), (floor + COMPILED, OURS + COMPILED)]
     runs = list(product(args.dtypes, batch_sizes))
     # Before this process grows: on Linux the peak of a new process begins with what its parent holds when it starts it
-    gigabytes = {
-        (name, *run): peak_memory_apart(name, args, *run)
-        for name, run in tqdm(list(product(names, runs)), desc="memory", leave=False)
-    }
-    for dtype, batch_size in runs:
-        label, ours = f"{dtype} batch {batch_size}", Contestant(OURS, args, dtype)  # one model for both formulas
-        contestants = {name: Contestant(name, args, dtype) for name in names if name in (floor, FLEX)}
-        contestants |= {OURS: ours, TEXTBOOK: ours}
-        batch = make_batch(batch_size, args.device)
-        forward = race(contestants, batch, "forward", args.rounds, label)
-        step = race(contestants, batch, "training_step", args.rounds, label)
-        for name in names:
-            cells = [dtype, str(batch_size), name]
-            for seconds in (forward, step):
-                cells += [
-                    f"{1000 * seconds[name]:.0f} ms ({seconds[name] / seconds[floor]:.2f})",
-                    f"{batch_size / seconds[name]:.1f}",
-                ]
-            memory, of_floor = gigabytes[name, dtype, batch_size], gigabytes[floor, dtype, batch_size]
-            cells.append(f"{memory:.2f} GB ({memory / of_floor:.2f})")
-            print("| " + " | ".join(cells) + " |", flush=True)
+    gigabytes = {}
+    if args.device == "cpu":
+        for name, run in tqdm(list(product(fields[0], runs)), desc="memory", leave=False):
+            gigabytes[(name, *run)] = peak_memory_apart(name, args, *run)
+    for (dtype, batch_size), names in product(runs, fields):
+        torch.compiler.reset()  # another batch size would be compiled for any
+        for row in rows_of(names, args, dtype, make_batch(batch_size, args.device), gigabytes):
+            print("| " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     if device.type == "cuda":
         try_kernels(device, dtype)  # before --compile takes them without a trial
     groups = parameter_groups(model, args.weight_decay, args.lr, args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda" or None)
     sources = source_numbers(train_set) if args.sampling == "sources" else None
     images = torch.from_numpy(np.concatenate([image_ids(train_set), image_ids(val_set)]))
     return Run(
