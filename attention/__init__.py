@@ -61,7 +61,7 @@ def region_gated_attention(
         RuntimeError: the path was forced to one that cannot run here.
     """
     device = q.device.type
-    # Not is_autocast_available, which says so of "meta": torch's compiler knows it only in newer versions
+    # is_autocast_enabled raises for "meta"; is_autocast_available would tell, but torch 2.11's compiler cannot trace it
     if device != "meta" and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     _check_arguments(q, k, v, masks, lam, theta, dropout_p)

@@ -30,9 +30,10 @@ def flex_gated_attention(
 
     # In bfloat16, λ M M would be another number
     masks, lam, theta = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (masks, lam, theta))
+    of_keys = masks.clone()  # the compiler refuses a second index into one tensor that needs a gradient
 
     def gate(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score * torch.sigmoid(lam[b, h] * (masks[b, h, i] * masks[b, h, j] - theta[b, h]))
+        return score * torch.sigmoid(lam[b, h] * (masks[b, h, i] * of_keys[b, h, j] - theta[b, h]))
 
     attend = _compiled() if q.is_cuda else flex_attention
     return attend(q, k, v, score_mod=gate)

@@ -8,7 +8,8 @@ In each round every model runs once, each round in another order, so that whatev
 slows all down alike; the times are medians of the rounds, the ratios those of the medians. Forward is inference,
 without gradients; a training step is forward, loss, backward and AdamW. bf16 is autocast, as in train.py. Each model is
 as its users get it: vit_b_16 without dropout, LAMM-ViT with 0.1. Memory is the peak of a training step: on a CPU the
-resident memory of a process of its own for each model, on CUDA what PyTorch allocated for this model.
+resident memory of a process of its own for each model, on CUDA what PyTorch allocated for this model, or reserved for a
+compiled one.
 
 On CUDA two models race once more, apart: made by torch.compile, with CUDA graphs, where no launch of a kernel has to be
 waited for. A model that cannot run there has its reason in its row.
@@ -18,11 +19,13 @@ head trained, LAMM-ViT the method beside them (train.py --tune norms).
 """
 
 import argparse
+import gc
 import resource
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -158,6 +161,7 @@ def on_device(name: str, args: argparse.Namespace, dtype: str, batch: tuple[Tens
     """A contestant, and the most GB that PyTorch held on the device for it, over three training steps. What a CUDA
     graph works in counts as reserved, not as allocated.
     """
+    gc.collect()
     torch.cuda.empty_cache()
     kind = "reserved" if name.endswith(COMPILED) else "allocated"
     held, peak = getattr(torch.cuda, f"memory_{kind}"), getattr(torch.cuda, f"max_memory_{kind}")
@@ -183,15 +187,18 @@ def rows_of(
         try:
             contestants[name], gigabytes[name, dtype, batch_size] = on_device(name, args, dtype, batch)
         except Exception as error:  # whatever torch's compiler, Triton and the driver raise
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0].replace("|", "/")
+            yield [dtype, str(batch_size), name, reason[:160], *[""] * 4]
             if name == floor:
-                raise
-            yield [dtype, str(batch_size), name, f"{type(error).__name__}: {error}".splitlines()[0], *[""] * 4]
+                return
     stages = [race(contestants, batch, stage, args.rounds, label) for stage in ("forward", "training_step")]
     of_floor = gigabytes[floor, dtype, batch_size]
     for name in contestants:
         cells = [dtype, str(batch_size), name]
         for seconds in stages:
-            cells.append(f"{1000 * seconds[name]:.0f} ms ({seconds[name] / seconds[floor]:.2f})")
+            digits = 0 if seconds[name] > 0.1 else 1
+            cells.append(f"{1000 * seconds[name]:.{digits}f} ms ({seconds[name] / seconds[floor]:.2f})")
             cells.append(f"{batch_size / seconds[name]:.1f}")
         memory = gigabytes[name, dtype, batch_size]
         yield [*cells, f"{memory:.2f} GB ({memory / of_floor:.2f})"]
@@ -247,7 +254,7 @@ def main(args: argparse.Namespace) -> None:
     if args.device == "cpu":
         for name, run in tqdm(list(product(fields[0], runs)), desc="memory", leave=False):
             gigabytes[(name, *run)] = peak_memory_apart(name, args, *run)
-    for (dtype, batch_size), names in product(runs, fields):
+    for names, (dtype, batch_size) in product(fields, runs):
         torch.compiler.reset()  # another batch size would be compiled for any
         for row in rows_of(names, args, dtype, make_batch(batch_size, args.device), gigabytes):
             print("| " + " | ".join(row) + " |", flush=True)

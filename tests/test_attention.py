@@ -375,6 +375,8 @@ def test_flex_attention_agrees():
         with pytest.raises(ValueError, match="drops no attention weights"):
             region_gated_attention(q, k, v, *gates, 0.1)
     torch.testing.assert_close(computed, expected[0], atol=1e-5, rtol=0)
+    if CUDA:  # on a CPU it has no backward
+        assert trial.flex_serves(torch.device("cuda"), torch.bfloat16), "the same for all gradients"
 
 
 @triton_needed
@@ -523,6 +525,9 @@ for name, kernel in (("forward", kernels._forward_kernel), ("rows", kernels._bac
                      ("columns", kernels._backward_columns_kernel)):
     for dtype, dropout, capability in ((torch.bfloat16, True, 90), (torch.float32, False, 80)):
         compile(name, kernel, dtype, dropout, capability)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    compile(name, kernel, torch.float32, True, 80)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
 print("compiled")
 """
 

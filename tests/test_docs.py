@@ -62,6 +62,16 @@ def commands() -> list[Command]:
     return found
 
 
+def test_each_test_that_a_page_names_is_there():
+    """`test_file.py::test_name`, or `::test_name` of the file named last."""
+    named = re.findall(r"`(\w+\.py)?::(test_\w+)", (ROOT / "docs/differences.md").read_text(encoding="utf-8"))
+    assert len(named) > 50
+    file = ""
+    for other, test in named:
+        file = other or file
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
 def test_the_pages_have_commands_and_the_readme_is_short():
     per_page = {page: sum(command.page == page for command in commands()) for page in ("README.md", "docs/images.md")}
     assert min(per_page.values()) >= 4

@@ -148,6 +148,8 @@ def load_state(run: Run, path: Path, is_restart: bool) -> None:
     averages = checkpoint.get("ema")  # None before the first step
     run.ema = averages and {name: values.to(run.device) for name, values in averages.items()}
     run.left_out = checkpoint.get("left_out", {})
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group["fused"] = run.optimizer.defaults["fused"]  # the device's business, not the run's
     for part, name in ((run.optimizer, "optimizer"), (run.plateau, "schedule"), (run.scaler, "scaler")):
         part.load_state_dict(checkpoint[name])
     for name in ("epoch", "samples", "best_auc", "epochs_since_best", "val_threshold", "log"):
