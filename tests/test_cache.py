@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, refusal
+from conftest import SMALL, refusal, run_script
 from test_train import CACHED, in_one, in_two, save_trunk  # noqa: F401, fixtures
 
 import train
 from model import Block, LAMMViT
+from training import readings
 
 HEAD = CACHED[: CACHED.index("--cache_blocks")]
 
@@ -153,3 +154,39 @@ def test_blocks_below_what_is_trained_have_no_graph_and_no_dropout(features, tmp
     monkeypatch.setattr(Block, "forward", watching)
     fit(features, tmp_path / "out", vit, "--tune", tune, "--epochs", 1)
     assert list(seen.values()) == [(False, False, False)] * first + [(True, True, True)] * (2 - first)
+
+
+@pytest.mark.slow
+def test_what_was_read_before_a_stop_is_not_read_again(features, tmp_path, vit, monkeypatch):
+    """--head probe, stopped in its third part: on it goes. Parts of other options and damaged ones are read anew."""
+    monkeypatch.setattr(readings, "BATCHES", 2)
+    calls, stop_at, predict = [], [3], readings.predict
+
+    def counted(*arguments):
+        calls.append(arguments[-2])
+        if len(calls) == stop_at[0]:
+            raise KeyboardInterrupt
+        return predict(*arguments)
+
+    monkeypatch.setattr(readings, "predict", counted)
+    fixed = ("--features", features, *SMALL, "--init_from", vit, "--tune", "head", "--epochs", 0, "--head", "probe")
+    fixed = (*fixed, "--pool", "patches", "--augment", "wild", "--probe_views", 1)
+
+    def train(name: str, *more: object, expect: int = 0) -> int:
+        calls.clear()
+        run_script("train.py", *fixed, "--output_dir", name, *more, cwd=tmp_path, expect=expect)
+        return len(calls)
+
+    assert train("out", "--resume", expect=1) == 3 and calls[0].startswith("probe, images 1 to ")
+    parts = sorted((tmp_path / "out/readings").iterdir())
+    assert len(parts) == 2 and not (tmp_path / "out/last.pth").exists()
+    stop_at[0] = 0
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    shutil.copytree(tmp_path / "out", tmp_path / "damaged")
+    (tmp_path / "damaged/readings" / parts[1].name).write_bytes(parts[1].read_bytes()[:-100])
+    whole = train("straight")
+    assert train("out", "--resume") == whole - 2 and not (tmp_path / "out/readings").exists()
+    assert train("damaged", "--resume") == whole - 1
+    for name in ("out", "damaged"):
+        assert (tmp_path / name / "best_model.pth").read_bytes() == (tmp_path / "straight/best_model.pth").read_bytes()
+    assert train("other", "--resume", "--augment", "none", "--probe_views", 0) == whole // 2

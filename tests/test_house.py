@@ -51,7 +51,8 @@ serving.uploads
 serving.page
 training.options  training.data  training.run
 training.schedule  training.record  training.cache
-training.setup  training.step  training.probe
+training.setup  training.step  training.readings
+training.probe
 training.state
 benchmarks.comparison.near_duplicates  benchmarks.comparison.variants
 benchmarks.comparison.images

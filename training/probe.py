@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from dataset import FaceDataset, source_numbers
 from evaluation.metrics import roc_auc
-from evaluation.scoring import predict
 from model import LAMMViT
 from runtime.processes import gather
+from training.readings import read_all
 from training.run import Run
 
 # Added to the variances of the features, which are scaled to be about 1. Fixed: one that is chosen on other images of
@@ -157,10 +157,13 @@ def left_out(known: Known, without: Sequence[int | str] = ()) -> dict[int | str,
     return found
 
 
-def probe_head(run: Run) -> None:
+def probe_head(run: Run, told: str) -> None:
     """Gives the head the weights of a discriminant of the training images, which have --probe_views views.
 
     All processes read a part of the images, the first one computes the probe.
+
+    Args:
+        told: which run it is, as readings.read_all takes it.
     """
     args, files = run.args, run.train_set.files
     # A cache is of images as they are
@@ -168,14 +171,10 @@ def probe_head(run: Run) -> None:
     seen = FaceDataset(files, plain.grid_size, args.mask_style, run.train_set.transform, args.seed)
     sources, by_source = source_numbers(plain), args.sampling == "sources"
 
-    def read(dataset: FaceDataset, title: str) -> np.ndarray:
-        with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
-            return predict(run.fed, dataset, read_features, args.batch_size, args.num_workers, title)
-
-    views = [read(plain, "probe")]
+    views = [read_all(run, plain, read_features, "probe", told)]
     for view in range(args.probe_views):
         seen.set_epoch(view)
-        views.append(read(seen, f"probe, view {view + 1} of {args.probe_views}"))
+        views.append(read_all(run, seen, read_features, f"probe, view {view + 1}", told))
     found = None
     if run.rank == 0:
         known = Known(np.stack(views), plain.labels, sources, by_source)
@@ -187,7 +186,7 @@ def probe_head(run: Run) -> None:
         run.model.head.weight.copy_(torch.from_numpy(np.stack([-probe.weight / 2, probe.weight / 2])))
         run.model.head.bias.copy_(torch.tensor([-probe.bias / 2, probe.bias / 2]))
     if args.epochs:
-        outside = read(run.val_set, "probe, validation")
+        outside = read_all(run, run.val_set, read_features, "probe, validation", told)
         if run.rank == 0:
             auc = roc_auc(run.val_set.labels, probe.log_odds(outside))
             print(f"probe  validation AUC {auc:.4f} before the training", flush=True)

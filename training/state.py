@@ -22,6 +22,7 @@ from runtime.tuning import held_state
 from training.cache import use_cache
 from training.options import get_args_parser
 from training.probe import probe_head
+from training.readings import forget as forget_readings
 from training.run import BEST, FILES, LAST, LOG, PREVIOUS, Run
 
 # Options that may change between a run and its resumption. The schedule "cosine" depends on --epochs.
@@ -204,6 +205,13 @@ def changes_since(checkpoint: dict, run: Run) -> list[str]:
     return changed or (["other features"] if checkpoint["features"] != now["features"] else [])
 
 
+def told_of(run: Run) -> str:
+    """What the untrained model reads of the images depends on."""
+    now = describe(run)
+    options = {name: value for name, value in now["arguments"].items() if name not in MAY_CHANGE}
+    return repr((options, run.world, now["features"], now["trunk"], [now[name] for name in COMPARED]))
+
+
 def begin(run: Run, restarts: int) -> None:
     """Puts the run at its beginning; or where it stopped, with --resume, or if torchrun has started it again.
 
@@ -226,12 +234,15 @@ def begin(run: Run, restarts: int) -> None:
             print(f"goes on from {path}: epoch {run.epoch}, {run.samples} samples seen")
             write_log(run)
         return
+    if not (asked or restarts):
+        forget_readings(run)
     if run.args.head == "probe":
-        probe_head(run)
+        probe_head(run, told_of(run))
     if run.rank == 0:
         keep_earlier(run.args.output_dir)
     torch.manual_seed((run.args.seed << 16) + run.rank)  # dropout
     save_state(run)
+    forget_readings(run)
 
 
 def checkpoint_to_go_on_from(run: Run) -> Path | None:
