@@ -233,6 +233,7 @@ def begin(run: Run, restarts: int) -> None:
         if run.rank == 0:
             print(f"goes on from {path}: epoch {run.epoch}, {run.samples} samples seen")
             write_log(run)
+        forget_readings(run)
         return
     if not (asked or restarts):
         forget_readings(run)
