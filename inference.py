@@ -180,8 +180,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     option(
         "--output",
         type=Path,
-        help="a name in .json, the other files beside it (default: prediction_results.json); with --images the rows"
-        " (default: standard output)",
+        help="a name in .json, the other files beside it (default: prediction_results.json); with --images the rows, a"
+        " name in .csv (default: standard output)",
     )
     option("--batch_size", type=int, default=BATCH_SIZE, help=f"images at a time (default: {BATCH_SIZE})")
     option(
@@ -291,6 +291,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--redetect goes with --robustness")
     if args.images and under_torchrun():
         raise ValueError("--images runs in one process, which starts --workers more; leave torchrun away")
+    if args.images and args.output and args.output.suffix == ".json":
+        raise ValueError(f"--output {args.output}: the rows of --images are CSV; give it a name in .csv")
     if not args.images:
         args.output = args.output or Path("prediction_results.json")
         if args.output.suffix != ".json":

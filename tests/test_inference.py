@@ -519,6 +519,7 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
         ),
         (("--features", features, "--datasets", "OffAxisMouth"), ("holds one class only",)),
         (("--images", "empty"), ("empty: no images there",)),
+        (("--images", "empty", "--output", "rows.json"), ("rows.json: the rows of --images are CSV",)),
         (("--features", features, "--output", "scores.csv"), ("has to end in .json",)),
         (("--features", features, "--report", checkpoint[1]), ("File exists",)),
         (("--features", features, "--output", "taken.json"), ("taken.csv: is a folder",)),
