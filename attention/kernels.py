@@ -278,8 +278,8 @@ def _backward_columns_kernel(
 # --------------------------------------------------------------------------------------------------------------- launch
 
 
-def _launch(q: Tensor, on_device: bool = True) -> dict[str, dict]:
-    """What each kernel is launched with for q (B, H, N, Dh), beside tensors, strides and dropout."""
+def _launch(q: Tensor, *kernels: str, on_device: bool = True) -> list[dict]:
+    """What each of these kernels is launched with for q (B, H, N, Dh), beside tensors, strides and dropout."""
     _, H, N, Dh = q.shape
     if triton is None:
         raise RuntimeError("the triton path needs the package triton, which PyTorch brings on Linux")
@@ -290,16 +290,17 @@ def _launch(q: Tensor, on_device: bool = True) -> dict[str, dict]:
         )
     if on_device and not q.is_cuda and not triton.knobs.runtime.interpret:
         raise RuntimeError("the triton path takes CUDA tensors; for a CPU set TRITON_INTERPRET=1 before Python starts")
-    products = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    kind = products if q.dtype == torch.float32 else "half"
-    precision = "ieee" if kind == "half" else kind  # of half precision there is but one
+    kind = "half"
+    if q.dtype == torch.float32:
+        kind = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    precision = "tf32" if kind == "tf32" else "ieee"
     if kind == "tf32" and Dh > 64:
         kind = "ieee"  # the larger blocks would want more than the 100 KB of shared memory that many GPUs have
     shared = dict(H=H, N=N, scale=Dh**-0.5, DH=Dh, BLOCK_D=max(16, triton.next_power_of_2(Dh)), PRECISION=precision)
-    return {
-        kernel: shared | dict(BLOCK_M=rows, BLOCK_N=columns, num_warps=warps, num_stages=stages)
-        for kernel, (rows, columns, warps, stages) in SIZES[kind].items()
-    }
+    return [
+        shared | dict(BLOCK_M=rows, BLOCK_N=columns, num_warps=warps, num_stages=stages)
+        for rows, columns, warps, stages in (SIZES[kind][kernel] for kernel in kernels)
+    ]
 
 
 def _for_kernels(x: Tensor) -> Tensor:
@@ -315,7 +316,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def forward(q, k, v, masks, lam, theta, random, dropout_p):
-    how = _launch(q)[FORWARD]
+    [how] = _launch(q, FORWARD)
     q, k, v = (_for_kernels(x) for x in (q, k, v))
     masks, lam, theta = (x.float().contiguous() for x in (masks, lam, theta))
     out, lse = empty_token_major(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -329,8 +330,7 @@ def forward(q, k, v, masks, lam, theta, random, dropout_p):
 
 
 def backward(grad, out, lse, q, k, v, masks, lam, theta, random, dropout_p):
-    launch = _launch(q)
-    of_rows, of_columns = launch[ROWS], launch[COLUMNS]
+    of_rows, of_columns = _launch(q, ROWS, COLUMNS)
     q, k, v, grad = (_for_kernels(x) for x in (q, k, v, grad))
     masks32, lam32, theta32 = (x.float().contiguous() for x in (masks, lam, theta))
     grad_q, grad_k, grad_v = (empty_token_major(x) for x in (q, k, v))

@@ -505,7 +505,7 @@ from attention import blocked, kernels, layout
 from attention import dropout as attention_dropout
 
 def compile(name, kernel, dtype, dropout, capability):
-    launch = kernels._launch(torch.empty(1, 12, 197, 64, dtype=dtype), on_device=False)[name]
+    [launch] = kernels._launch(torch.empty(1, 12, 197, 64, dtype=dtype), name, on_device=False)
     how = {name: launch[name] for name in ("num_warps", "num_stages")}
     fixed = {name: value for name, value in launch.items() if name.isupper() and name not in "HN"}
     fixed |= {"DROPOUT": dropout} | ({} if dropout else {"SEED": None})

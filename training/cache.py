@@ -88,13 +88,13 @@ def use_cache(run: Run) -> None:
     run.fed = run.trained = behind
 
 
-def fingerprint(run: Run) -> str:
-    """Of all that the rows depend on: the frozen weights, the images, the precision."""
+def fingerprint(run: Run, only_frozen: bool = True) -> str:
+    """Of all that the rows depend on: the weights, frozen or all of them, the images, the precision."""
     model = run.model
     told = (str(model.config), run.args.mask_style, run.train_set.fingerprint, str(run.dtype), run.device.type)
     digest = hashlib.sha256(json.dumps(told).encode() + run.images.numpy().tobytes())
     for name, values in model.named_parameters():
-        if not values.requires_grad:
+        if not (only_frozen and values.requires_grad):
             digest.update(name.encode() + values.detach().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -24,6 +24,7 @@ from dataset import FaceDataset, source_numbers
 from evaluation.metrics import roc_auc
 from model import LAMMViT
 from runtime.processes import gather
+from training.cache import fingerprint
 from training.readings import read_all
 from training.run import Run
 
@@ -157,13 +158,10 @@ def left_out(known: Known, without: Sequence[int | str] = ()) -> dict[int | str,
     return found
 
 
-def probe_head(run: Run, told: str) -> None:
+def probe_head(run: Run) -> None:
     """Gives the head the weights of a discriminant of the training images, which have --probe_views views.
 
     All processes read a part of the images, the first one computes the probe.
-
-    Args:
-        told: which run it is, as readings.read_all takes it.
     """
     args, files = run.args, run.train_set.files
     # A cache is of images as they are
@@ -171,6 +169,8 @@ def probe_head(run: Run, told: str) -> None:
     seen = FaceDataset(files, plain.grid_size, args.mask_style, run.train_set.transform, args.seed)
     sources, by_source = source_numbers(plain), args.sampling == "sources"
 
+    of_views = args.augment, args.color_jitter, args.seed
+    told = repr((fingerprint(run, only_frozen=False), of_views, args.batch_size, run.world))
     views = [read_all(run, plain, read_features, "probe", told)]
     for view in range(args.probe_views):
         seen.set_epoch(view)

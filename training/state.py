@@ -205,13 +205,6 @@ def changes_since(checkpoint: dict, run: Run) -> list[str]:
     return changed or (["other features"] if checkpoint["features"] != now["features"] else [])
 
 
-def told_of(run: Run) -> str:
-    """What the untrained model reads of the images depends on."""
-    now = describe(run)
-    options = {name: value for name, value in now["arguments"].items() if name not in MAY_CHANGE}
-    return repr((options, run.world, now["features"], now["trunk"], [now[name] for name in COMPARED]))
-
-
 def begin(run: Run, restarts: int) -> None:
     """Puts the run at its beginning; or where it stopped, with --resume, or if torchrun has started it again.
 
@@ -229,16 +222,15 @@ def begin(run: Run, restarts: int) -> None:
             raise CheckpointError(f"{path}: not the same on all machines; they have to share {run.args.output_dir}")
     if run.args.cache_blocks:
         use_cache(run)
+    if gone_on or not (asked or restarts):
+        forget_readings(run)
     if gone_on:
         if run.rank == 0:
             print(f"goes on from {path}: epoch {run.epoch}, {run.samples} samples seen")
             write_log(run)
-        forget_readings(run)
         return
-    if not (asked or restarts):
-        forget_readings(run)
     if run.args.head == "probe":
-        probe_head(run, told_of(run))
+        probe_head(run)
     if run.rank == 0:
         keep_earlier(run.args.output_dir)
     torch.manual_seed((run.args.seed << 16) + run.rank)  # dropout
