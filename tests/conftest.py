@@ -6,6 +6,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import contextlib
+import functools
 import io
 import json
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import dlib
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,10 @@ if not torch.cuda.is_available():  # before attention is imported: its kernels t
     os.environ["TRITON_INTERPRET"] = "1"
 
 from drawing.render import draw_face  # noqa: E402
+
+# Scripts that run in this process read dlib's 100 MB once; what a script needs of its own it starts as a process
+for model in ("get_frontal_face_detector", "shape_predictor", "cnn_face_detection_model_v1"):
+    setattr(dlib, model, functools.cache(getattr(dlib, model)))
 
 ROOT = Path(__file__).parent.parent
 GENERATORS = ("IrisMismatch", "OffAxisMouth")
