@@ -163,6 +163,21 @@ def test_result_does_not_depend_on_the_pieces(elements, dropout_p, monkeypatch):
         torch.testing.assert_close(pieces, expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_without_gradients_the_same_bits_without_the_dispatcher(path, dropout_p):
+    tensors = [x.to("cuda" if path == "triton" and CUDA else "cpu") for x in arguments(2, 3, 5, 16)]
+    results, operators = [], []
+    for wanted in (True, False):
+        torch.manual_seed(0)
+        with force_path(path), torch.set_grad_enabled(wanted), torch.profiler.profile() as profile:
+            out = region_gated_attention(*(x.detach().requires_grad_() for x in tensors), dropout_p)
+        results.append(out.detach())
+        operators.append({event.name for event in profile.events()})
+    assert torch.equal(*results)
+    assert ["lamm_vit::region_gated_attention" in names for names in operators] == [True, False]
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """With one thread, as tests have it else, a piece may be smaller than the largest of the inputs."""
