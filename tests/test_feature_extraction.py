@@ -310,7 +310,10 @@ def test_killed_at_any_moment_and_run_again(datasets, features, tmp_path):
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_keeps_what_it_has(datasets, features, tmp_path, signal_number):
     command = [*extraction_command(datasets, tmp_path), "--workers", "2"]
-    process, said = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True), ""
+    # Ctrl-C as at a terminal: what a script starts in the background ignores it, and so would its children
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    said = ""
     while "faces" not in said:  # the bar: workers are at their first shards, which they are let finish
         said += process.stderr.read(1)
     process.send_signal(signal_number)
