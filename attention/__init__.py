@@ -80,7 +80,7 @@ def region_gated_attention(
             else torch.randint(2**62, (1,), device=q.device)
         )
     tensors = (q, k, v, masks, lam, theta)
-    # Going through PyTorch's dispatcher takes as long as a sixth of one image's attention: only who differentiates or
+    # Through PyTorch's dispatcher the attention of one image takes up to a sixth longer, and only who differentiates or
     # makes a graph needs it
     is_plain = not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors)
     forward = _compute if is_plain and not torch.compiler.is_compiling() else _forward
