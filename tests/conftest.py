@@ -31,9 +31,9 @@ if not torch.cuda.is_available():  # before attention is imported: its kernels t
 
 from drawing.render import draw_face  # noqa: E402
 
-# Scripts that run in this process read dlib's 100 MB once; what a script needs of its own it starts as a process
-for model in ("get_frontal_face_detector", "shape_predictor", "cnn_face_detection_model_v1"):
-    setattr(dlib, model, functools.cache(getattr(dlib, model)))
+# For scripts that run_here runs in this process: dlib's 100 MB take half a second to read
+for maker in ("get_frontal_face_detector", "shape_predictor", "cnn_face_detection_model_v1"):
+    setattr(dlib, maker, functools.cache(getattr(dlib, maker)))
 
 ROOT = Path(__file__).parent.parent
 GENERATORS = ("IrisMismatch", "OffAxisMouth")

@@ -314,8 +314,9 @@ def test_a_run_that_is_stopped_keeps_what_it_has(datasets, features, tmp_path, s
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     said = ""
-    while "faces" not in said:  # the bar: workers are at their first shards, which they are let finish
-        said += process.stderr.read(1)
+    # Up to the bar: workers are at their first shards, which they are let finish
+    while "faces" not in said and (letter := process.stderr.read(1)):
+        said += letter
     process.send_signal(signal_number)
     said += process.communicate()[1]
     assert "run the same command again to go on" in said and process.returncode == 1
