@@ -42,6 +42,7 @@ def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> 
     from sklearn.metrics import average_precision_score
 
     predicted = scores >= 0.5
+    false_positive, true_positive, _ = roc_curve(labels, scores)
     return {
         "accuracy": 100 * float(np.mean(predicted == labels)),
         "accuracy_val_threshold": 100 * float(np.mean((scores >= threshold) == labels)),
@@ -49,8 +50,8 @@ def binary_metrics(labels: np.ndarray, scores: np.ndarray, threshold: float) -> 
         "fake_accuracy": 100 * float(np.mean(predicted[labels == 1])),
         "ap": float(average_precision_score(labels, scores)),
         "auc": roc_auc(labels, scores),
-        "eer": equal_error_rate(labels, scores),
-        **{name: 100 * tpr_at_fpr(labels, scores, rate) for name, rate in FALSE_POSITIVE_RATES.items()},
+        "eer": equal_error_rate(false_positive, true_positive),
+        **{name: 100 * tpr_at_fpr(false_positive, true_positive, rate) for name, rate in FALSE_POSITIVE_RATES.items()},
         "ece": calibration(labels, scores)[3],
         "log_loss": log_loss(labels, scores),
         "n_real": int(np.sum(labels == 0)),
@@ -72,21 +73,20 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nd
     return curve_of(labels, scores, drop_intermediate=False)
 
 
-def equal_error_rate(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The equal error rate, 0-1. labels (N,) 1 = fake, both classes present; scores (N,)."""
-    false_positive, true_positive, _ = roc_curve(labels, scores)
+def equal_error_rate(false_positive: np.ndarray, true_positive: np.ndarray) -> float:
+    """The equal error rate, 0-1, of roc_curve's rates (T,)."""
     excess = false_positive + true_positive - 1  # rises from -1 to 1; 0 where the two errors are equal
     after = int(np.argmax(excess >= 0))
     share = -excess[after - 1] / (excess[after] - excess[after - 1])
     return float(false_positive[after - 1] + share * (false_positive[after] - false_positive[after - 1]))
 
 
-def tpr_at_fpr(labels: np.ndarray, scores: np.ndarray, rate: float) -> float:
-    """The largest true positive rate, 0-1, at a threshold whose false positive rate is no more than `rate`.
+def tpr_at_fpr(false_positive: np.ndarray, true_positive: np.ndarray, rate: float) -> float:
+    """The largest true positive rate, 0-1, of roc_curve's rates (T,), where the false positive rate is no more than
+    `rate`.
 
     Nothing is interpolated between two thresholds. With fewer than 1 / rate real images that means: above all of them.
     """
-    false_positive, true_positive, _ = roc_curve(labels, scores)
     return float(true_positive[false_positive <= rate + 1e-12].max())
 
 

@@ -29,7 +29,9 @@ from PIL import Image, ImageCms
 if not torch.cuda.is_available():  # before attention is imported: its kernels then run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
+import train  # noqa: E402
 from drawing.render import draw_face  # noqa: E402
+from training import record  # noqa: E402
 
 # For scripts that run_here runs in this process: dlib's 100 MB take half a second to read
 for maker in ("get_frontal_face_detector", "shape_predictor", "cnn_face_detection_model_v1"):
@@ -243,6 +245,14 @@ def hostile_files(folder: Path) -> dict[str, str]:
         **{name: "left alone: its name ends in none of" for name in NO_IMAGES_BY_NAME},
         **({} if os.access(folder / "locked.png", os.R_OK) else {"locked.png": "Permission denied"}),
     }
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(request, monkeypatch) -> None:
+    """The pictures of a training take longer than the trainings of the tests: who looks at them says so by a marker."""
+    if not request.node.get_closest_marker("pictures"):
+        for module in (record, train):  # the second as a module, the first for run_here
+            monkeypatch.setattr(module, "draw_pictures", lambda run: None)
 
 
 # ---------------------------------------------------------------------------------------------- made once for all tests

@@ -608,16 +608,28 @@ def test_a_file_that_is_no_image_is_named_also_when_all_is_done(datasets, tmp_pa
         assert [row["path"] for row in csv.DictReader(file)] == ["fake/B/broken.png", "real/A/scan.tiff"]
 
 
+@pytest.fixture(scope="module")
+def all_in_shards(datasets, made_once) -> Path:
+    """`datasets`, `stopped`, where all is in shards and no feature file is written, and `scratch`, a run to the end."""
+
+    def extract(folder: Path) -> None:
+        root = small_root(datasets, folder / "datasets")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(feature_extraction, "finish", None)
+            extract_here(root, folder / "stopped")
+        extract_here(root, folder / "scratch")
+
+    return made_once("all_in_shards", extract)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("column", [*PER_SAMPLE, None])
-def test_a_shard_that_a_power_cut_left_in_part_is_made_anew(datasets, tmp_path, monkeypatch, capsys, column):
+def test_a_shard_that_a_power_cut_left_in_part_is_made_anew(all_in_shards, tmp_path, capsys, column):
     """Shards are not waited for on their way to the disk: a file may be there, and a piece of it be another, or its
     end missing.
     """
-    root, output = small_root(datasets, tmp_path / "datasets"), tmp_path / "features"
-    with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(feature_extraction, "finish", None)  # stopped when all is in shards
-        extract_here(root, output)
+    output = tmp_path / "features"
+    shutil.copytree(all_in_shards / "stopped", output)
     (shard,) = (output / SHARDS).glob("[!.]*.h5")
     if column is None:
         os.truncate(shard, shard.stat().st_size - 5000)
@@ -627,10 +639,9 @@ def test_a_shard_that_a_power_cut_left_in_part_is_made_anew(datasets, tmp_path, 
             values[3] = b"?" if column in TEXTS else 0 if values[3].any() else 1
             file[column][:] = values
     capsys.readouterr()
-    extract_here(root, output)
+    extract_here(all_in_shards / "datasets", output)
     assert f"{shard}: not used, its images are extracted anew" in capsys.readouterr().out
-    extract_here(root, tmp_path / "scratch")
-    assert_same(tmp_path / "scratch", output)
+    assert_same(all_in_shards / "scratch", output)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from evaluation.metrics import (
     calibration,
     choose_threshold,
     log_loss,
+    roc_curve,
     tpr_at_fpr,
 )
 
@@ -89,7 +90,8 @@ def test_fakes_found_at_a_rate_of_false_alarms_by_hand(rate, expected):
     a rate of 0.25 the fakes found are those of 0.2."""
     real = [0.05, 0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9]
     fake = [0.95, 0.8, 0.6, 0.55, 0.01]  # one above 0.9, two above 0.7, four above 0.5 with the real one at 0.6
-    assert tpr_at_fpr(np.repeat([0, 1], [10, 5]), np.array(real + fake), rate) == pytest.approx(expected)
+    curve = roc_curve(np.repeat([0, 1], [10, 5]), np.array(real + fake))
+    assert tpr_at_fpr(*curve[:2], rate) == pytest.approx(expected)
 
 
 def test_log_loss_is_finite_where_a_model_is_certain_and_wrong():

@@ -208,7 +208,6 @@ def calls(monkeypatch) -> list[str]:
 
     # real_faces.py's threads wait for processes
     monkeypatch.setattr(train, "stopping_on_signals", lambda run: contextlib.nullcontext())
-    monkeypatch.setattr(train, "draw_pictures", lambda run: None)  # half of the time
     for module in (variants, images, jobs):
         monkeypatch.setattr(module, "run", run_here)
     monkeypatch.setattr(near_duplicates, "MAX_FACE_DISTANCE", 0.01)

@@ -777,6 +777,7 @@ train.guarded_main()
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     "without",
     [

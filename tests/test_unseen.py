@@ -306,7 +306,6 @@ def calls(monkeypatch) -> list[str]:
         script.main(script.get_args_parser().parse_args(command[1:]))
 
     monkeypatch.setattr(train, "stopping_on_signals", lambda run: contextlib.nullcontext())
-    monkeypatch.setattr(train, "draw_pictures", lambda run: None)  # half of the time
     for module in (images, detectors):
         monkeypatch.setattr(module, "run", run_here)
     monkeypatch.setattr(near_duplicates, "MAX_FACE_DISTANCE", 0.01)
