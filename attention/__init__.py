@@ -79,12 +79,7 @@ def region_gated_attention(
             if path == "blocked"
             else torch.randint(2**62, (1,), device=q.device)
         )
-    tensors = (q, k, v, masks, lam, theta)
-    # Through PyTorch's dispatcher the attention of one image takes up to a sixth longer, and only who differentiates or
-    # makes a graph needs it
-    is_plain = not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors)
-    forward = _compute if is_plain and not torch.compiler.is_compiling() else _forward
-    return forward(*tensors, random, dropout_p, path)[0]
+    return _forward(q, k, v, masks, lam, theta, random, dropout_p, path)[0]
 
 
 @contextmanager
@@ -144,7 +139,8 @@ def _check_arguments(
         raise ValueError(f"dropout_p is {dropout_p}, but has to be in [0, 1)")
 
 
-def _compute(
+@torch.library.custom_op("lamm_vit::region_gated_attention", mutates_args=())
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -161,9 +157,6 @@ def _compute(
     with torch.autocast(q.device.type, enabled=False):
         way = kernels if path == "triton" else blocked
         return way.forward(q, k, v, masks, lam, theta, random, dropout_p)
-
-
-_forward = torch.library.custom_op("lamm_vit::region_gated_attention", _compute, mutates_args=())
 
 
 @_forward.register_fake

@@ -249,7 +249,11 @@ def hostile_files(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def without_pictures(request, monkeypatch) -> None:
-    """The pictures of a training take longer than the trainings of the tests: who looks at them says so by a marker."""
+    """The pictures of a training take longer than the trainings of the tests.
+
+    A training inside of a test, in this process, draws them where the test says by the marker that it looks at them.
+    Trainings of fixtures that are made once for all tests, and those in a process of their own, always do.
+    """
     if not request.node.get_closest_marker("pictures"):
         for module in (record, train):  # the second as a module, the first for run_here
             monkeypatch.setattr(module, "draw_pictures", lambda run: None)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from functools import partial
@@ -313,12 +314,14 @@ def test_a_run_that_is_stopped_keeps_what_it_has(datasets, features, tmp_path, s
     # Ctrl-C as at a terminal: what a script starts in the background ignores it, and so would its children
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
-    said = ""
+    said, too_long = "", threading.Timer(120, process.kill)
+    too_long.start()
     # Up to the bar: workers are at their first shards, which they are let finish
     while "faces" not in said and (letter := process.stderr.read(1)):
         said += letter
     process.send_signal(signal_number)
     said += process.communicate()[1]
+    too_long.cancel()
     assert "run the same command again to go on" in said and process.returncode == 1
     done = run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", cwd=tmp_path)
     assert "going on:" in done.stdout

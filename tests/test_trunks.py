@@ -333,8 +333,8 @@ def test_clip_of_the_package_is_clip():
         weights[name] = values
     textbook.load_state_dict(weights, strict=False)
     rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.normal(size=(1, 3, 224, 224)).astype(np.float32))
-    masks = torch.rand(1, 8, 14, 14)
+    images = torch.from_numpy(rng.normal(size=(2, 3, 224, 224)).astype(np.float32))
+    masks = torch.rand(2, 8, 14, 14)
     kept = LAMMViT(LAMMViTConfig(**trunk.config, dropout=0.0)).eval()
     load_trunk(kept, trunk)
     start_method(kept, "preserved")
@@ -523,6 +523,7 @@ def test_a_head_starts_as_a_discriminant(features, tmp_path, vit, capsys, more):
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 def test_a_probe_alone_is_a_model_and_data_sets_left_out_set_its_thresholds(features, tmp_path, vit, capsys):
     """Two data sets a class, so that each can be left out; no epoch."""
     split = tmp_path / "split"
@@ -535,6 +536,7 @@ def test_a_probe_alone_is_a_model_and_data_sets_left_out_set_its_thresholds(feat
     held = torch.load(tmp_path / "out/best_model.pth", weights_only=True)
     last = torch.load(tmp_path / "out/last.pth", weights_only=True)
     assert held["epoch"] == 1 and held["samples"] == 0 and last["log"] == []
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["lamm_weights.png"], "no epoch has no curves"
     others = {one: values.numpy() for one, values in last["left_out"].items()}
     files = list(find_feature_files(split, "train").values())
     of_class = {one: int(FaceDataset(files[one : one + 1]).labels[0]) for one in others}
