@@ -52,6 +52,7 @@ from samples.extracted import (
     has_fingerprint,
     mean_over,
     publish,
+    stale_rows,
 )
 from samples.feature_files import CLASSES, SPLITS, FeatureFileError, open_features, write_features
 from samples.plan import dealing, fingerprint_of, make_plan
@@ -134,6 +135,8 @@ def fill_in_means(stock: Stock, in_train: np.ndarray, args: argparse.Namespace) 
 def assemble(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> None:
     """Deals the extracted images to the splits, fills in mean landmarks, and writes the feature files."""
     stock = take_stock(plan, skipped, args)
+    if not args.search_again:
+        report_stale(stock)
     data_sets = [source.data_set for source in stock.sources]
     splits = deal(stock.sources, stock.contents, args)
     report_duplicates(data_sets, stock.contents)
@@ -198,8 +201,8 @@ def finish(plan: Plan, skipped: dict[str, str], args: argparse.Namespace) -> Non
     ]
     if others:
         print(
-            f"WARNING: {', '.join(map(str, others))} is not made from {args.data_root}; remove it, or name the others"
-            " to train.py with --datasets"
+            f"WARNING: {', '.join(map(str, others))} is not made from {args.manifest or args.data_root}; remove it, or"
+            " name the others to train.py with --datasets"
         )
 
 
@@ -253,8 +256,11 @@ def report_row(ways: Counter, sizes: list, filled: list[float]) -> list[str]:
     return [str(ways.total()), *map(str, sizes), *(str(ways[way]) for way in FOUND_BY), *shares]
 
 
-def report_stale(stale: list[str], args: argparse.Namespace) -> None:
-    if stale and not args.search_again:
+def report_stale(stock: Stock) -> None:
+    """Of what this run has extracted, also before it was stopped."""
+    shards = zip(stock.files[stock.finished :], stock.store.starts[stock.finished :])
+    rows = {row for shard, start in shards for row in (start + stale_rows(shard)).tolist()}
+    if stale := [source.path for source, row in zip(stock.sources, stock.rows.tolist()) if row in rows]:
         print(
             f"WARNING: {len(stale)} images were changed since preprocess.py aligned them, {min(stale)} for one; their"
             " faces were searched again"
@@ -369,8 +375,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"{files.predictor}: not the files of rank 0; give all machines the same ones")
         results = gather(extract(missing, settings, files, rank == 0, args))
         if rank == 0:
-            report_stale([path for looked in results for path in looked.stale], args)
-            finish(plan, {path: reason for looked in results for path, reason in looked.skipped.items()}, args)
+            finish(plan, {path: reason for skipped in results for path, reason in skipped.items()}, args)
         gather(None)  # nobody leaves before all is done, lest a restart miss one
 
 

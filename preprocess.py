@@ -163,8 +163,8 @@ def plan_work(
     work = [(image, output / name) for image, name in plan_outputs(directory, images).items()]
     work += [(video, output / video.relative_to(directory)) for video in videos]
     targets, others = {target for _, target in work}, [path for path in others if path not in videos]
-    if clash := [image for image in images if videos and video_of(output / image.relative_to(directory)) in targets]:
-        sys.exit(f"{clash[0]}: has the name that a frame of {video_of(clash[0]).name} beside it gets; rename it")
+    if clash := [(image, video_of(target).name) for image, target in work if videos and video_of(target) in targets]:
+        sys.exit(f"{clash[0][0]}: has the name that a frame of {clash[0][1]} beside it gets; rename it")
     orphans = [path for path in list_images(output) if path not in targets and video_of(path) not in targets]
     if args.output_dir is not None and orphans:
         print(

@@ -48,7 +48,10 @@ def in_parts(values: np.ndarray) -> np.ndarray:
         return values
     inner = np.unique(np.quantile(numbers, np.linspace(0, 1, PARTS + 1)[1:-1]))
     part = np.searchsorted(inner, numbers, side="right")
-    names = {k: f"{numbers[part == k].min():.12g} to {numbers[part == k].max():.12g}" for k in np.unique(part)}
+    ends = {
+        k: (np.where(part == k, numbers, np.inf).argmin(), np.where(part == k, numbers, -np.inf).argmax()) for k in part
+    }
+    names = {k: " to ".join(values[said][list(of_part)]) for k, of_part in ends.items()}
     result = values.astype(object)
     result[said] = [names[k] for k in part]
     return result.astype(str)

@@ -21,7 +21,7 @@ from faces.rejection import ORIGINALS_NOTE, REJECTED_LIST, Rejected, is_set_asid
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 # A video's frame that preprocess.py stores: clip.mp4.frame000123.png; the first part names the video
-FRAME_PATTERN = r"(.+\.(?i:mp4|mov|mkv|webm|avi|gif))\.frame\d{6,}\.png"
+FRAME_PATTERN = r"((?s:.+)\.(?i:mp4|mov|mkv|webm|avi|gif))\.frame\d{6,}\.png"
 VIDEO = "left alone: a video, of whose frames --output_dir makes images"  # a reason
 NO_IMAGE_BY_NAME = f"left alone: its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"  # a reason
 
@@ -64,9 +64,14 @@ FOUND = "Found"
 LANDMARKS = "Landmarks"
 STALE = "stale"  # in image.info alone: the pixels are not those whose landmarks the PNG holds
 ORIGINAL_PATTERN = r"\w+ \d+x\d+"
-FACE_NOTE_PATTERN = r"(frontal|upsampled|cnn|padded) ([01]\.\d{4}) ([0-9a-f]{16}) ((?:-?\d{1,5}\.\d\d ?){136})"
+NUMBER_PATTERN = r"-?\d{1,5}\.\d\d"
+FACE_NOTE_PATTERN = (
+    r"(frontal|upsampled|cnn|padded) (0\.\d{4}|1\.0000) ([0-9a-f]{16})"
+    rf" ((?:{NUMBER_PATTERN} ){{135}}{NUMBER_PATTERN})"
+)
 TREATMENT_PATTERN = r"(?=aligned|JPEG)(?:aligned ([\d.]+)( on grey)?, )?(?:JPEG (\d+)(?:-(\d+))?, )?(\d+)x(\d+)"
 
+TURNING = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where a PNG may have the EXIF tag, at its end, too
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -178,10 +183,12 @@ def load_noted(path: Path) -> Noted | None:
 
     try:
         content = path.read_bytes() if path.suffix == ".png" and stat.S_ISREG(os.stat(path).st_mode) else b""
+        if any(word in content for word in TURNING):
+            return None
         with Image.open(io.BytesIO(content)) as file:
             of_face = re.fullmatch(FACE_NOTE_PATTERN, str(file.info.get(LANDMARKS)))
             original, treatment = (str(file.info.get(name)) for name in (ORIGINAL, TREATMENT))
-            if not of_face or file.mode != "RGB" or {"exif", "transparency"} & file.info.keys():
+            if not of_face or file.mode != "RGB" or "transparency" in file.info:
                 return None
     except UNREADABLE:
         return None

@@ -316,13 +316,24 @@ def list_pictures(given: list[str]) -> Iterator[tuple[Path, str]]:
             sorted(glob.glob(name, recursive=True)) if not os.path.lexists(name) and glob.has_magic(name) else [name]
         )
         for path in map(Path, matches or [name]):
-            if path.is_dir():
+            if os.path.isdir(path):
                 images, others = list_files(path)
                 others = [(other, "" if is_video(other) else NO_IMAGE_BY_NAME) for other in others]
                 files = sorted([(image, "") for image in images] + others)
             else:
-                files = [(path, "" if os.path.lexists(path) else "no such file")]
+                files = [(path, why_away(path))]
             for file, reason in files:
                 if (real := os.path.realpath(file)) not in seen:
                     seen.add(real)
                     yield file, reason
+
+
+def why_away(path: Path) -> str:
+    """Why there is no file, "" where there is one."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return error.strerror
+    return ""

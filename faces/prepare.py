@@ -14,6 +14,7 @@ from faces.prepared import filled_of, is_prepared, write_png
 from faces.rejection import Rejected
 from faces.treatment import treat, treatment_of
 
+LONGEST_NAME = 255  # bytes, on the file systems in use
 WITHOUT_ORIGINAL = "without its original"  # an earlier run made the image, of one that is not found
 
 
@@ -37,6 +38,8 @@ def prepare(source: Path, target: Path, args: argparse.Namespace) -> Outcome:
     """
     size, in_place = (args.target_width, args.target_height), args.output_dir is None
     directory, kept = args.directory.resolve(), None
+    if len(os.fsencode(target.name)) > LONGEST_NAME:
+        return Outcome(source, "rejected", "its PNG would have a name that is too long; rename it")
     if (
         not in_place
         and not args.look_again
@@ -121,7 +124,8 @@ def prepare_video(source: Path, folder: Path, args: argparse.Namespace) -> list[
     except (Rejected, MemoryError, cv2.error) as error:
         reason = str(error)
     except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.EACCES):
+        of_video = error.errno == errno.EACCES and str(error.filename) == str(source)
+        if not of_video and error.errno != errno.ENAMETOOLONG:
             raise
         reason = error.strerror
     for path in made:  # last of all: frames of a run that was stopped are made anew

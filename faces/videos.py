@@ -19,7 +19,8 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # nor OpenCV's
 
 NO_STREAM = "cannot be read as a video: no video stream in it, or cut off before its index"  # reasons
 NO_FRAME = "cannot be read as a video: none of its frames can be decoded"
-MOST_FRAMES = 10_000_000  # of a file that does not say how many it has
+MOST_FRAMES = 10_000_000  # that are counted
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # of a frame, as Pillow has it for pictures
 STEP = 250  # frames; what is nearer than that is read on to, what is farther is sought
 NEAR = 0.7  # mean distance of landmarks, in face sizes, at which two faces of neighbouring frames may be one
 OVERLAP = 0.3  # of their boxes, intersection over union, at which they are
@@ -27,36 +28,37 @@ OVERLAP = 0.3  # of their boxes, intersection over union, at which they are
 
 class Frame(NamedTuple):
     number: int  # from 0 on
-    seconds: float  # at the mean rate of frames
+    seconds: float
     image: Image.Image  # RGB
 
 
 def sample_frames(path: Path, count: int) -> Iterator[Frame]:
     """So many frames, the middles of equal parts of the video; all of a shorter one. One is held at a time.
 
-    Of a file that is cut off, of what can be decoded.
+    Of a file that is cut off, of what can be decoded. Numbers count frames; in a long video whose rate changes they
+    count at the mean rate.
 
     Raises:
         Rejected: none can.
     """
     capture = open_video(path)
-    total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    if total <= 0 or not reaches(capture, total - 1):
-        total = count_frames(path, total)
+    total, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
+    steady = total > 0 and rate > 0 and is_near(seek(capture, total - 1), (total - 1) / rate, rate)
+    if not steady:  # cut off, or its rate changes, or it does not say how long it is
+        total = count_frames(path)
     if not total:
         raise Rejected(NO_FRAME)
-    capture = open_video(path)
-    rate, position, given = capture.get(cv2.CAP_PROP_FPS), 0, 0
-    for number in sorted({int((i + 0.5) * total / count) for i in range(count)}):
-        position = go_to(capture, position, number)
-        decoded, pixels = capture.read()
-        position += 1
+    numbers = sorted({int((i + 0.5) * total / count) for i in range(count)})
+    far = steady and total > STEP * count
+    given = False
+    for number, capture in seek_frames(path, numbers, rate) if far else read_on(path, numbers):
+        decoded, pixels = capture.retrieve()
         if not decoded:
             continue
         image = Image.fromarray(np.ascontiguousarray(pixels[..., ::-1]))  # BGR -> RGB
         image.info = {ORIGINAL: f"{path.suffix[1:].upper()} {image.width}x{image.height}", TREATMENT: ""}
-        given += 1
-        yield Frame(number, round(number / rate, 3) if rate > 0 else 0.0, image)
+        given = True
+        yield Frame(number, round(seconds_of(capture) or (number / rate if rate > 0 else 0.0), 3), image)
     if not given:
         raise Rejected(NO_FRAME)
 
@@ -79,29 +81,63 @@ def open_video(path: Path) -> cv2.VideoCapture:
     capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
     if not capture.isOpened():
         raise Rejected(NO_STREAM)
+    width, height = (int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+    if width * height > MOST_PIXELS:
+        raise Rejected(f"has frames of {width}x{height} pixels, more than the {MOST_PIXELS} that are read")
     return capture
 
 
-def reaches(capture: cv2.VideoCapture, number: int) -> bool:
-    """Whether a frame is there: the last one of a file that was cut off is not."""
+def seconds_of(capture: cv2.VideoCapture) -> float:
+    """When the frame that was grabbed last is shown; 0 where the file does not say."""
+    return capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+
+
+def seek(capture: cv2.VideoCapture, number: int) -> float | None:
+    """Grabs a frame where the mean rate has it. Returns when it is shown, None where there is none."""
     capture.set(cv2.CAP_PROP_POS_FRAMES, number)
-    return capture.grab()
+    return seconds_of(capture) if capture.grab() else None
 
 
-def go_to(capture: cv2.VideoCapture, position: int, number: int) -> int:
-    """Moves to a frame, so that it is the next one to be read. Returns its number."""
-    if number - position > STEP:
-        capture.set(cv2.CAP_PROP_POS_FRAMES, number)
-        return number
-    while position < number and capture.grab():
-        position += 1
-    return position
+def is_near(seconds: float | None, wanted: float, rate: float) -> bool:
+    return seconds is not None and abs(seconds - wanted) <= max(0.5, 2 / rate)
 
 
-def count_frames(path: Path, promised: int) -> int:
-    """How many frames can be read, by reading them: of a file that does not say so, or that was cut off."""
-    capture, found, most = open_video(path), 0, promised if promised > 0 else MOST_FRAMES
-    while found < most and capture.grab():
+def read_on(path: Path, numbers: list[int]) -> Iterator[tuple[int, cv2.VideoCapture]]:
+    """Each of these frames, grabbed, by reading all before it."""
+    capture, position = open_video(path), 0
+    for number in numbers:
+        while position <= number and capture.grab():
+            position += 1
+        if position > number:
+            yield number, capture
+
+
+def seek_frames(path: Path, numbers: list[int], rate: float) -> Iterator[tuple[int, cv2.VideoCapture]]:
+    """Frames where the mean rate has them, grabbed: those between are left out. Each is later than the one before.
+
+    A frame that is found elsewhere shows that the rate changes, or that the file is broken there. Then all is read, as
+    far as that goes.
+    """
+    capture, reading, last = open_video(path), None, -1.0
+    for number in numbers:
+        wanted, seconds = number / rate, None
+        if reading is None:
+            seconds = seek(capture, number)
+            if seconds is not None and not is_near(seconds, wanted, rate):
+                reading, seconds = open_video(path), None
+        if reading is not None and last < wanted:
+            while (there := reading.grab()) and seconds_of(reading) < wanted:
+                pass
+            seconds = seconds_of(reading) if there else seek(capture, number)  # beyond what is broken
+        if seconds is not None and seconds > last:
+            last = seconds
+            yield number, reading if reading is not None and there else capture
+
+
+def count_frames(path: Path) -> int:
+    """How many frames can be read, by reading them."""
+    capture, found = open_video(path), 0
+    while found < MOST_FRAMES and capture.grab():
         found += 1
     return found
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
+from faces.images import STALE
 from samples.feature_files import SPLITS, FeatureFileError, checksum, open_features
 from samples.sources import Source
 
@@ -95,6 +96,12 @@ def find_extracted(sources: list[Source], output_dir: Path, settings: dict, chec
         files.append(path)
         end += len(there)
     return Extracted(files, rows, held, unused)
+
+
+def stale_rows(shard: Path) -> np.ndarray:
+    """Which rows are aligned images that were changed since, so that their faces were searched again."""
+    with open_features(shard) as file:
+        return np.flatnonzero(file.attrs.get(STALE, ()))
 
 
 def find_all_rows(plan: Plan, skipped: dict[str, str], output_dir: Path) -> tuple[list[Path], np.ndarray]:

@@ -34,6 +34,11 @@ def make_plan(args: argparse.Namespace, checksums: list[str | None]) -> Plan:
     }
     if unknown := [name for name in args.test_only if not any(is_named(source.data_set, [name]) for source in sources)]:
         raise ValueError(f"--test_only {', '.join(unknown)}: no such data set in {args.manifest or args.data_root}")
+    for source in sources:
+        if source.split not in ("", "test") and is_named(source.data_set, args.test_only):
+            raise ValueError(
+                f"{args.manifest}: {source.path} is for {source.split}, and --test_only names its data set"
+            )
     plan = Plan(sources, others, settings, fingerprint_of(sources, settings, args), published=False, missing=[])
     if publish(plan, args.output_dir):
         return plan._replace(published=True)

@@ -30,13 +30,6 @@ SHARD_SIZE = 128  # images between two points that a stopped run can go on from,
 CHANGED = "was changed or away while it was to be read; run the same command again"  # a reason
 
 
-class Looked(NamedTuple):
-    """What was odd about the images of a shard."""
-
-    skipped: dict[str, str]  # {path: reason} of the files that are no images, or changed meanwhile: not in the shard
-    stale: list[str]  # aligned images that were changed since, so that their faces were searched again
-
-
 class Known(NamedTuple):
     """A face that preprocess.py has found."""
 
@@ -71,25 +64,27 @@ def look_at(path: Path, img_size: int, search_again: bool) -> Look:
     return Look(stored, face, info, hashlib.sha256(stored).digest())
 
 
-def extract_shard(sources: list[Source], settings: dict, data_root: Path, output_dir: Path) -> Looked:
-    """Writes one shard, a feature file whose samples without a face have NaN for landmarks."""
+def extract_shard(sources: list[Source], settings: dict, data_root: Path, output_dir: Path) -> dict[str, str]:
+    """Writes one shard, a feature file whose samples without a face have NaN for landmarks.
+
+    Returns:
+        {path: reason} of the files that are no images, or changed meanwhile: not in the shard.
+    """
     img_size, grid_size = settings["img_size"], settings["img_size"] // settings["patch_size"]
     images = np.empty((len(sources), img_size, img_size, 3), np.uint8)
-    used, looks, looked = [], [], Looked({}, [])
+    used, looks, skipped = [], [], {}
     for source in sources:
         try:
             look = look_at(data_root / source.path, img_size, settings["search_again"])
         except Rejected as reason:
             there = state(data_root / source.path) == source.stat
-            looked.skipped[source.path] = str(reason) if there else CHANGED
+            skipped[source.path] = str(reason) if there else CHANGED
             continue
         images[len(used)] = look.stored
         used.append(source)
         looks.append(look._replace(stored=None))  # it is in images
-        if STALE in look.info:
-            looked.stale.append(source.path)
     if not used:
-        return looked
+        return skipped
     faces = [look.face for look in looks]
     # All predictions in a row: the predictor's 100 MB are slow to come back into the cache after each detection.
     landmarks = [
@@ -117,20 +112,26 @@ def extract_shard(sources: list[Source], settings: dict, data_root: Path, output
         "sha256": [np.frombuffer(look.sha256, np.uint8) for look in looks],
     }
     name = hashlib.sha256(json.dumps([settings, sources]).encode()).hexdigest()
-    attributes = {"settings": json.dumps(settings), "source_stats": np.array([source.stat for source in used])}
+    attributes = {
+        "settings": json.dumps(settings),
+        "source_stats": np.array([source.stat for source in used]),
+        STALE: np.array([STALE in look.info for look in looks]),
+    }
     # A run that was stopped may find that a power cut has left a part of this: the disk is not waited for
     attributes[CHECKSUM] = checksum(table | found)
     blocks = [found | {"images": images}]
     path = output_dir / SHARDS / f"{name}.h5"
     write_features(path, img_size, grid_size, attributes, table, blocks, sync=False)
-    return looked
+    return skipped
 
 
-def extract(sources: list[Source], settings: dict, files: FinderFiles, show: bool, args: argparse.Namespace) -> Looked:
-    """Makes shards of these images, in worker processes, or here if one is enough."""
-    everything = Looked({}, [])
+def extract(
+    sources: list[Source], settings: dict, files: FinderFiles, show: bool, args: argparse.Namespace
+) -> dict[str, str]:
+    """Makes shards of these images, in worker processes, or here if one is enough. Returns what extract_shard does."""
+    skipped = {}
     if not sources:
-        return everything
+        return skipped
     load_finder(files)
     cv2.setNumThreads(1)
     memory = psutil.virtual_memory().available // 10 // args.workers  # for the pixels of a shard
@@ -139,17 +140,16 @@ def extract(sources: list[Source], settings: dict, files: FinderFiles, show: boo
     shards = [sources[i * len(sources) // count : (i + 1) * len(sources) // count] for i in range(count)]
     shards = [shard for shard in shards if shard]
 
-    def collect(results: Iterable[Looked]) -> None:
+    def collect(results: Iterable[dict[str, str]]) -> None:
         with tqdm(total=len(sources), desc="faces", unit="image", smoothing=0.05, disable=not show) as bar:
             for shard, result in zip(shards, results):
-                everything.skipped.update(result.skipped)
-                everything.stale.extend(result.stale)
+                skipped.update(result)
                 bar.update(len(shard))
 
     if args.workers == 1:
         collect(extract_shard(shard, settings, args.data_root, args.output_dir) for shard in shards)
-        return everything
+        return skipped
     with face_workers(files, args.workers) as pool:
         futures = [pool.submit(extract_shard, shard, settings, args.data_root, args.output_dir) for shard in shards]
         collect(future.result() for future in futures)
-    return everything
+    return skipped

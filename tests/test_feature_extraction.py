@@ -32,6 +32,7 @@ from conftest import (
     run_script,
 )
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import feature_extraction
 from dataset import FaceDataset
@@ -326,6 +327,33 @@ def test_a_run_that_is_stopped_keeps_what_it_has(datasets, features, tmp_path, s
     done = run_script("feature_extraction.py", "--data_root", datasets, "--output_dir", "features", cwd=tmp_path)
     assert "going on:" in done.stdout
     assert_same(features, tmp_path / "features")
+
+
+def test_aligned_images_that_were_changed_are_named_also_when_the_run_was_stopped(tmp_path, monkeypatch):
+    (tmp_path / "A").mkdir()
+    for i in range(5):
+        Image.fromarray(render(sample_face(np.random.default_rng(i)), 300)).save(tmp_path / f"A/{i}.png")
+    run_script("preprocess.py", *"--directory A --output_dir data/real/A --align 1".split(), cwd=tmp_path)
+    for i in range(2):
+        with Image.open(tmp_path / f"data/real/A/{i}.png") as image:
+            note = PngInfo()
+            for key, text in image.text.items():
+                note.add_text(key, text)
+            image.convert("RGB").point(lambda value: value // 2).save(tmp_path / f"data/real/A/{i}.png", pnginfo=note)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    command = ("feature_extraction.py", "--data_root", "data", "--workers", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("samples.splits.deal", interrupted)
+        assert "stopped" in run_script(*command, cwd=tmp_path, expect=1).stderr
+    said = run_script(*command, cwd=tmp_path).stdout
+    assert "going on: 5 of 5" in said
+    assert "2 images were changed since preprocess.py aligned them, real/A/0.png for one" in said
+    assert "were changed" not in run_script(*command, cwd=tmp_path).stdout, "nothing was searched"
+    again = run_script(*command, "--search_again", "--output_dir", "again", cwd=tmp_path).stdout
+    assert "were changed" not in again, "all were searched"
 
 
 @pytest.mark.slow
@@ -724,7 +752,7 @@ def test_a_worker_loads_the_predictor_once(datasets, tmp_path, monkeypatch, find
     monkeypatch.setattr(workers, "FaceFinder", None)  # loading it again would fail
     settings = {"img_size": 224, "patch_size": 16, "search_again": False}
     for start in range(0, 121, 40):
-        assert extract_shard(find_sources(datasets)[0][start : start + 40], settings, datasets, tmp_path) == ({}, [])
+        assert extract_shard(find_sources(datasets)[0][start : start + 40], settings, datasets, tmp_path) == {}
 
 
 @pytest.mark.slow

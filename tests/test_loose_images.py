@@ -327,6 +327,12 @@ def test_a_file_is_listed_once_and_a_missing_one_is_named(datasets, tmp_path):
     assert (
         len(listed) == 62 and listed[0] == (one, "") and [reason for _, reason in listed[-2:]] == ["no such file"] * 2
     )
+    long, below = tmp_path / ("n" * 300), one / "below.png"
+    assert list(list_pictures([str(long), str(below), str(one)])) == [
+        (long, "File name too long"),
+        (below, "Not a directory"),
+        (one, ""),
+    ]
 
 
 @pytest.mark.slow

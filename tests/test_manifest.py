@@ -13,6 +13,7 @@ from conftest import error_line, run_script
 from evaluation.groups import NOT_SAID, in_order, in_parts, rate
 from runtime.checkpoint import load_checkpoint
 from samples.feature_files import SPLITS, open_features
+from samples.manifest import read_manifest
 from samples.splits import SplitError, deal_splits
 
 
@@ -113,12 +114,17 @@ def test_rows_that_cannot_be_meant_are_named(datasets, rows, tmp_path):
         ({"path": " "}, "line 3: without a path"),
         ({"dataset": "a/b"}, "line 3: the data set 'a/b' cannot be the name of a folder"),
         ({"dataset": ""}, "line 3: the data set ''"),
+        ({"dataset": "two\nlines"}, "line 4: the data set 'two\\nlines' cannot be the name of a folder"),
+        ({"dataset": "n" * 256}, "line 3: the data set"),
+        ({"path": "n" * 300}, f"line 3: {datasets / ('n' * 300)}: no such file"),
+        ({"path": str(datasets / rows[0]["path"])}, "is there already, in line 2"),
+        ({"path": "real/../" + rows[0]["path"]}, "is there already, in line 2"),
         ({"split": "dev"}, "line 3: the split is 'dev', it has to be train, val, test or empty"),
     ):
         changed = [dict(row, split="") for row in good]
         changed[1] |= change
         line = error_line(extract(write(tmp_path / "faces.csv", changed), datasets, tmp_path / "out", expect=1))
-        assert f"faces.csv, {message}" in line, line
+        assert f"faces.csv, {message}" in line or ("is there" in message and message in line), line
     for text, message in (
         ("", "has no column path, label, dataset"),
         ("path,label\na.png,0\n", "has no column dataset; its first line has to name path, label, dataset"),
@@ -126,6 +132,7 @@ def test_rows_that_cannot_be_meant_are_named(datasets, rows, tmp_path):
         ("path,label,dataset,age,age\n", "has two columns age"),
         ("path,label,dataset\na.png,0\n", "line 2: has more or fewer columns"),
         ("path,label,dataset\na.png,0,A,B\n", "line 2: has more or fewer columns"),
+        ('path,label,dataset\n"a.png" x,0,A\n', "after line 1: not a table of comma-separated values"),
     ):
         (tmp_path / "faces.csv").write_text(text)
         assert message in error_line(extract(tmp_path / "faces.csv", datasets, tmp_path / "out", expect=1))
@@ -139,8 +146,28 @@ def test_rows_that_cannot_be_meant_are_named(datasets, rows, tmp_path):
     line = error_line(extract(tmp_path / "faces.csv", datasets, tmp_path / "out", *options, expect=1))
     assert "give the manifest a column group" in line
     line = error_line(extract(tmp_path / "no.csv", datasets, tmp_path / "out", expect=1))
-    assert "no.csv" in line and "No such file" in line
+    assert line == f"{tmp_path / 'no.csv'}: no such list"
+    row = good[0] | {"split": "train"}
+    options = ("--test_only", row["dataset"])
+    line = error_line(extract(write(tmp_path / "faces.csv", [row]), datasets, tmp_path / "out", *options, expect=1))
+    assert f"{row['path']} is for train, and --test_only names its data set" in line
     assert not list((tmp_path / "out").rglob("*.h5"))
+
+
+def test_paths_have_one_spelling_and_links_lead_where_they_lead(tmp_path):
+    for folder in ("root", "other/sub"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "../a.png").resolve().write_text(folder)
+    (tmp_path / "root/a.png").write_text("root")
+    (tmp_path / "root/link").symlink_to(tmp_path / "other/sub")
+    header = " path, label,dataset,skin\n"
+    paths = [str(tmp_path / "root/a.png"), "link/../a.png", "../a.png"]
+    rows = [f"{path},0,A,{skin}\n" for path, skin in zip(paths, (" dark\tbrown ", "", "light"))]
+    (tmp_path / "faces.csv").write_text(header + "".join(rows))
+    sources = read_manifest(tmp_path / "faces.csv", tmp_path / "root")
+    assert sorted(source.path for source in sources) == ["../a.png", "a.png", "link/../a.png"]
+    about = {source.path: json.loads(source.about)["skin"] for source in sources}
+    assert about == {"a.png": "dark brown", "link/../a.png": "", "../a.png": "light"}
 
 
 def test_given_splits_are_obeyed_and_copies_follow():
@@ -189,6 +216,8 @@ def test_many_numbers_are_cut_into_parts():
     assert sorted(set(parts), key=in_order) == ["1 to 10", "11 to 20", "21 to 30", "31 to 40", "41 to 50", NOT_SAID]
     few = np.array(["1", "2", "10"] * 5)
     assert (in_parts(few) == few).all() and sorted(set(few), key=in_order) == ["1", "2", "10"]
+    stamps = np.array([str(1_700_000_000_000_000_000 + 1000 * i) for i in range(50)])
+    assert len(set(in_parts(stamps))) == 5 and in_parts(stamps)[0] == f"{stamps[0]} to {stamps[9]}"
     names = np.array(["a", "7"])
     assert (in_parts(names) == names).all()
 

@@ -9,10 +9,12 @@ import itertools
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -756,6 +758,46 @@ def test_landmarks_travel_with_the_png(tmp_path):
     info = load_rgb(tmp_path / "O/a.png").info
     assert info[STALE] and LANDMARKS not in info, "they are of other pixels"
     assert load_noted(tmp_path / "O/a.png") is None
+
+
+def test_a_tag_that_turns_an_aligned_png_is_seen_wherever_it_stands(tmp_path):
+    (tmp_path / "D").mkdir()
+    drawn_in(600, 1, 10, (0, 0), 0).save(tmp_path / "D/a.png")
+    run_script("preprocess.py", *"--directory D --output_dir O --align".split(), cwd=tmp_path)
+    content, exif = (tmp_path / "O/a.png").read_bytes(), Image.Exif()
+    exif[0x0112] = 6
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta tiff:Orientation='6'/>".replace(b"'", b'"')
+    for kind, data in ((b"eXIf", exif.tobytes()[6:]), (b"iTXt", xmp)):
+        chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for place in (33, len(content) - 12):  # after the header, before the end
+            (tmp_path / "turned.png").write_bytes(content[:place] + chunk + content[place:])
+            assert load_noted(tmp_path / "turned.png") is None and load_rgb(tmp_path / "turned.png").info[STALE]
+
+
+def test_a_note_that_is_none_is_passed_over(tmp_path):
+    (tmp_path / "D").mkdir()
+    drawn_in(600, 1, 10, (0, 0), 0).save(tmp_path / "D/a.png")
+    run_script("preprocess.py", *"--directory D --output_dir O --align".split(), cwd=tmp_path)
+    with Image.open(tmp_path / "O/a.png") as image:
+        text, pixels = dict(image.text), image.convert("RGB")
+    start, points = text[LANDMARKS].rsplit(" ", 136)[0], text[LANDMARKS].split(" ")[3:]
+    for forged in (start + " " + "".join(points), text[LANDMARKS].replace(" 0.0000 ", " 1.9999 "), start):
+        note = PngInfo()
+        for key, value in {**text, LANDMARKS: forged}.items():
+            note.add_text(key, value)
+        pixels.save(tmp_path / "forged.png", pnginfo=note)
+        assert load_noted(tmp_path / "forged.png") is None
+        assert not {LANDMARKS, STALE} & load_rgb(tmp_path / "forged.png").info.keys()
+
+
+def test_a_name_that_would_get_too_long_is_named(tmp_path):
+    (tmp_path / "D").mkdir()
+    for suffix in ("bmp", "png", "jpg"):
+        picture(20, 20).save(tmp_path / "D" / f"{'b' * 251}.{suffix}")
+    for place in (("--output_dir", "O"), ()):
+        done = run_script("preprocess.py", "--directory", "D", *place, cwd=tmp_path)
+        assert "1 written, 0 unchanged, 2 rejected" in done.stdout
+        assert done.stdout.count("its PNG would have a name that is too long; rename it") == 2
 
 
 def test_the_cnn_finds_what_the_frontal_detector_does_not(tmp_path):

@@ -82,6 +82,38 @@ def test_far_frames_are_sought(tmp_path):
     assert [number_in(frame.image) for frame in sample_frames(path, 2)] == [225, 675]
 
 
+@pytest.mark.parametrize("slow_first", [False, True])
+def test_frames_of_a_video_whose_rate_changes_are_in_order_and_spread_over_its_time(tmp_path, slow_first):
+    """Seconds of a frame are those at which it is shown; far frames are not where the mean rate has them."""
+    milliseconds = [20] * 400 + [500] * 200
+    milliseconds = milliseconds[::-1] if slow_first else milliseconds
+    bits = [[255 * (i >> bit & 1) for bit in range(10)] for i in range(600)]
+    first, *others = [
+        Image.fromarray(np.array([row], np.uint8)).resize((80, 8), Image.Resampling.NEAREST) for row in bits
+    ]
+    first.save(tmp_path / "odd.gif", save_all=True, append_images=others, duration=milliseconds)
+    shown = np.cumsum([0, *milliseconds]) / 1000
+    for count in (2, 12):
+        frames = list(sample_frames(tmp_path / "odd.gif", count))
+        numbers = [
+            sum(int(np.asarray(frame.image)[4, 8 * bit + 4, 0] > 127) << bit for bit in range(10)) for frame in frames
+        ]
+        assert numbers == sorted(set(numbers)) and len(numbers) == count
+        np.testing.assert_allclose([frame.seconds for frame in frames], shown[numbers], atol=0.011)
+        if count == 2:  # sought, by time
+            np.testing.assert_allclose(
+                [frame.seconds for frame in frames], shown[-1] * np.array([0.25, 0.75]), atol=0.6
+            )
+        else:  # all are read, the middles of equal parts
+            assert numbers == [int((i + 0.5) * 600 / count) for i in range(count)]
+
+
+def test_frames_of_more_pixels_than_a_picture_may_have_are_not_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("faces.videos.MOST_PIXELS", SIZE[0] * SIZE[1] - 1)
+    with pytest.raises(Rejected, match="frames of 640x360 pixels, more than the"):
+        list(sample_frames(film(tmp_path / "large.avi", 2, faces=False), 2))
+
+
 def test_a_video_that_is_cut_off_is_used_as_far_as_it_goes(tmp_path):
     whole = film(tmp_path / "whole.avi", 60, faces=False)
     frames = list(sample_frames(cut_off(whole, tmp_path / "cut.avi", 0.5), 6))
@@ -118,8 +150,10 @@ def test_files_that_would_hang_or_crash_are_named(tmp_path, monkeypatch):
 
 def test_frames_of_a_video_in_capitals_share_a_group():
     paths = [f"real/A/IMG_1.MOV.frame{i:06}.png" for i in range(2)] + ["real/A/IMG_1.png"]
+    paths += [f"real/A/two\nlines.mp4.frame{i:06}.png" for i in range(2)]
     groups = groups_of([Source("real/A", path, (0, 0)) for path in paths], by_folder=False)
-    assert groups == [(None, None, "real/A/IMG_1.MOV")] * 2 + [(None, None, None)]
+    assert groups[:3] == [(None, None, "real/A/IMG_1.MOV")] * 2 + [(None, None, None)]
+    assert groups[3:] == [(None, None, "real/A/two\nlines.mp4")] * 2
     assert video_of(Path("out/IMG_1.MOV.frame000001.png")) == Path("out/IMG_1.MOV")
 
 
@@ -186,6 +220,9 @@ def test_frames_without_a_face_are_counted_and_names_of_frames_are_taken(tmp_pat
     Image.fromarray(frames[0]).save(tmp_path / "D/clip.gif.frame000000.png")
     refused = run_script("preprocess.py", *options, cwd=tmp_path, expect=1)
     assert "clip.gif.frame000000.png: has the name that a frame of clip.gif" in error_line(refused)
+    (tmp_path / "D/clip.gif.frame000000.png").rename(tmp_path / "D/clip.gif.frame000000.jpg")  # whose PNG has it
+    refused = run_script("preprocess.py", *options, cwd=tmp_path, expect=1)
+    assert "clip.gif.frame000000.jpg: has the name that a frame of clip.gif" in error_line(refused)
 
 
 @pytest.mark.slow
