@@ -59,7 +59,15 @@ from runtime.checkpoint import load_checkpoint, model_of
 from runtime.files import check_space
 from runtime.hub_folder import FILES, read_folder, weights_in, write_folder
 from runtime.pretrained import split_source
-from runtime.weights_file import SUFFIX, TRAINED, choose_checkpoint, is_shipped, read_weights, write_weights
+from runtime.weights_file import (
+    SUFFIX,
+    TRAINED,
+    choose_checkpoint,
+    is_shipped,
+    read_weights,
+    without_folder,
+    write_weights,
+)
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18  # the oldest that torch writes; onnxruntime reads it from 1.14 on, and is no faster with 20 or 23
@@ -216,7 +224,9 @@ def write_shipped(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
 def tell_trunk(checkpoint: dict, where: str) -> None:
     trunk = checkpoint.get("trunk")
     if trunk and (file := split_source(trunk["source"])[1]):
-        print(f"its trunk is not in it: whoever uses it needs {file.name} {where}")
+        name = split_source(without_folder(trunk["source"]))[1].name
+        renamed = f", as {name}" if name != file.name else ""
+        print(f"its trunk is not in it: whoever uses it needs {file.name} {where}{renamed}")
 
 
 def write_for_hub(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> None:

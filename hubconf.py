@@ -61,7 +61,7 @@ def lamm_vit(pretrained: bool = True, checkpoint: str | None = None, device: str
         named = pathlib.Path(checkpoint)
     with _ours("runtime.arguments").naming_arguments():
         named = weights.choose_checkpoint(named)
-    return _ours("runtime.checkpoint").load_model(named, device)[0]
+    return _ours("runtime.hub").from_file(named, device)
 
 
 def detector(checkpoint: str | None = None, **options):

@@ -44,6 +44,16 @@ def load_model(path: Path, device: torch.device | str = "cpu", needed: Set[str] 
     Args:
         needed: what the checkpoint has to have beside the model.
     """
+    checkpoint = read_model(path, device, needed)
+    return model_of(checkpoint, weights_in(Path(path))).to(device), checkpoint
+
+
+def read_model(path: Path, device: torch.device | str = "cpu", needed: Set[str] = frozenset()) -> dict:
+    """What load_model builds the model of. A trunk beside it is not looked at.
+
+    Raises:
+        CheckpointError: missing, damaged, or foreign.
+    """
     path = Path(path)
     is_old = path.is_file() and path.suffix != SUFFIX
     if not is_old and not path.exists():
@@ -62,7 +72,7 @@ def load_model(path: Path, device: torch.device | str = "cpu", needed: Set[str] 
         raise CheckpointError(
             f"{path}: checkpoint version {checkpoint['version']}, this program reads {CHECKPOINT_VERSION}; {way_out}"
         )
-    return model_of(checkpoint, weights_in(path)).to(device), checkpoint
+    return checkpoint
 
 
 def read_checkpoint(path: Path, device: torch.device | str) -> object:

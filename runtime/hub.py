@@ -37,7 +37,12 @@ def from_pretrained(name: str | Path, device: torch.device | str = "cpu", **opti
         CheckpointError: no such folder or repository, or one that cannot be used; or its trunk is missing.
     """
     folder = Path(name) if Path(name).is_dir() else fetch(str(name), **options)
-    model, checkpoint = load_model(folder, device)
+    return from_file(folder, device)
+
+
+def from_file(path: str | Path, device: torch.device | str = "cpu") -> LAMMViT:
+    """The model of a checkpoint; its `checkpoint` is what else that holds, for save_pretrained."""
+    model, checkpoint = load_model(path, device)
     model.checkpoint = {key: value for key, value in checkpoint.items() if key != "model"}
     return model
 

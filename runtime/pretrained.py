@@ -120,7 +120,10 @@ OPENAI = Naming(
 )
 HUGGING_FACE_CLIP = Naming(
     "Hugging Face's CLIP's",
-    ("vision_model.embeddings.class_embedding", "vision_model.embeddings.patch_embedding.weight"),
+    tuple(
+        f"vision_model.embeddings.{name}"
+        for name in ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
+    ),
     {
         "vision_model.embeddings.class_embedding": "cls_token",
         "vision_model.embeddings.position_embedding.weight": "pos_embed",
@@ -264,8 +267,11 @@ def translate(source: str, read: Read) -> Trunk:
         if ours is None:
             unused.append(theirs)
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{theirs} is no tensor of numbers but {type(tensor).__name__}")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{theirs} is no tensor of plain numbers but {kind}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{theirs} holds numbers that are not finite; take another copy")
         third = re.fullmatch(r"(.*attn\.qkv)\.(\d)\.(weight|bias)", ours)
         if third:
             parts.setdefault(f"{third[1]}.{third[3]}", {})[third[2]] = tensor.detach().float()
@@ -277,8 +283,8 @@ def translate(source: str, read: Read) -> Trunk:
         weights[name] = torch.cat([thirds[number] for number in "012"])
     width = weights["cls_token"].numel()
     weights["cls_token"] = weights["cls_token"].reshape(1, 1, -1)
-    if weights["pos_embed"].shape[-1] != width:
-        raise ValueError(f"its positions are {weights['pos_embed'].shape[-1]} wide, and its class token {width}")
+    if weights["pos_embed"].shape[-1:] != (width,):
+        raise ValueError(f"its positions are {tuple(weights['pos_embed'].shape)}, and its class token is {width} wide")
     weights["pos_embed"] = weights["pos_embed"].reshape(1, -1, width)
     if width % HEAD_WIDTH == 0 and width // HEAD_WIDTH != NUM_HEADS:
         raise ValueError(f"is {width} wide, hence has {width // HEAD_WIDTH} heads; LAMM-ViT has {NUM_HEADS}: a ViT-B")
@@ -316,7 +322,9 @@ def block_pattern(naming: Naming) -> str:
 
 def unwrap(state: object) -> dict:
     """The parameters by name, without what the authors of training scripts wrap them in."""
-    while isinstance(state, dict):
+    for _ in range(10):  # a dictionary may hold itself
+        if not isinstance(state, dict):
+            break
         inner = next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)
         if inner is None:
             break
@@ -333,8 +341,8 @@ def unwrap(state: object) -> dict:
 def load_trunk(model: LAMMViT, trunk: Trunk) -> list[str]:
     """Copies a trunk's weights to the model, whose config is the trunk's, its first blocks where it has more.
 
-    Position embeddings are interpolated where the grids differ. The classifier is copied where it has as many classes
-    and inputs. What belongs to the masks, LAMM and the head interaction has no counterpart and keeps its values.
+    Position embeddings are interpolated where the grids differ. The classifier, whose classes may be others, and what
+    belongs to the masks, LAMM and the head interaction keep their values.
 
     Returns:
         The names of the trunk's tensors, ours, that were not used.
@@ -344,7 +352,7 @@ def load_trunk(model: LAMMViT, trunk: Trunk) -> list[str]:
     """
     parameters, used = model.state_dict(), set()
     for name, tensor in trunk.first(model.config.depth).items():
-        if name.startswith("head.") and (name not in parameters or parameters[name].shape != tensor.shape):
+        if name.startswith("head."):
             continue
         if name == "pos_embed":
             try:
@@ -355,7 +363,7 @@ def load_trunk(model: LAMMViT, trunk: Trunk) -> list[str]:
             there = tuple(parameters[name].shape) if name in parameters else "not there"
             raise ValueError(
                 f"--init_from {trunk.source}: its {name} is {tuple(tensor.shape)}, but the model's is {there}; choose"
-                " its width and patch size"
+                " its width, --mlp_ratio and patch size"
             )
         parameters[name].copy_(tensor)
         used.add(name)
@@ -366,9 +374,9 @@ def load_trunk(model: LAMMViT, trunk: Trunk) -> list[str]:
             f"--init_from {trunk.source}: has no {missing[0]}, which LAMM-ViT needs; take another ViT-B/16"
         )
     if missing:
+        way_out = f"choose a --depth of no more than its layers, {trunk.depth}" if trunk.depth else "it has no blocks"
         raise ValueError(
-            f"--init_from {trunk.source}: has nothing for {missing[0]} and {len(missing) - 1} more; choose a --depth of"
-            f" no more than its layers, {trunk.depth}"
+            f"--init_from {trunk.source}: has nothing for {missing[0]} and {len(missing) - 1} more; {way_out}"
         )
     return [name for name in trunk.weights if name not in used]
 
@@ -383,7 +391,7 @@ def is_of_trunk(name: str) -> bool:
 def interpolate_positions(pos_embed: Tensor, grid_size: int) -> Tensor:
     """(1, 1 + g * g, D) -> (1, 1 + grid_size², D), bicubic; the class token's position, the first, stays."""
     old = math.isqrt(pos_embed.shape[1] - 1)
-    if old * old != pos_embed.shape[1] - 1:
+    if not old or old * old != pos_embed.shape[1] - 1:
         raise ValueError(f"its pos_embed has {pos_embed.shape[1]} positions, which are no square and a class token")
     if old == grid_size:
         return pos_embed

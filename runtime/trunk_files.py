@@ -28,6 +28,14 @@ TIMM_CLIP = "vit_base_patch16_clip_quickgelu_224.openai"  # the same CLIP, downl
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 
+# How files begin that often stand where weights should
+NOT_WEIGHTS = {
+    b"<": "is a page of a web site, not a file of weights; download it again",
+    b"version https://git-lfs": "is a pointer of Git LFS, not a file of weights; git lfs pull",
+    b"\x1f\x8b": "is packed by gzip; unpack it",
+}
+
+
 class Read(NamedTuple):
     state: object  # as it is in the file
     config: dict[str, object]  # fields of LAMMViTConfig that the source tells
@@ -48,7 +56,11 @@ def read_source(name: str, rank: int) -> Read:
         return Read(once_a_machine(lambda: read_imagenet(rank)), {}, name)
     if name.startswith("timm:"):
         return once_a_machine(lambda: read_timm(name.removeprefix("timm:")))
-    return Read(read_file(Path(name)), {}, str(Path(name).resolve()))
+    if not name:
+        raise ValueError("is empty; name clip, imagenet, timm:NAME or a file")
+    return Read(
+        read_file(Path(name)), {}, os.path.abspath(name)
+    )  # as it is named: what a link leads to may have no ending
 
 
 def once_a_machine(fetch: Callable) -> object:
@@ -69,7 +81,12 @@ def read_file(path: Path) -> object:
     """
     if not path.is_file():
         raise ValueError("no such file; also clip, imagenet and timm:NAME are known")
-    if path.suffix == ".safetensors":
+    with open(path, "rb") as file:
+        start = file.read(24)
+    for begins, what in NOT_WEIGHTS.items():
+        if start.lstrip().lower().startswith(begins):
+            raise ValueError(what)
+    if path.suffix == ".safetensors" or start[8:10] == b'{"':
         try:
             from safetensors import SafetensorError
             from safetensors.torch import load_file

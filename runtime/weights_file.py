@@ -150,9 +150,14 @@ def portable(arguments: dict) -> dict:
 
 
 def without_folder(source: str) -> str:
-    """A trunk as --init_from takes it, of a file the name alone: load_checkpoint looks beside the weights."""
+    """A trunk as --init_from takes it, of a file the name alone: load_checkpoint looks beside the weights.
+
+    There "model.safetensors", as Hugging Face calls every model's file, is often taken.
+    """
     prefix, file = split_source(source)
-    return prefix + file.name if file else source
+    if not file:
+        return source
+    return prefix + (f"trunk_{file.name}" if file.name == "model.safetensors" else file.name)
 
 
 # ---------------------------------------------------------------------------------------------- which file is meant

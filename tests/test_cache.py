@@ -79,6 +79,16 @@ def test_a_head_on_the_cache_is_the_head_without(features, tmp_path, vit, monkey
 
 
 @pytest.mark.slow
+def test_validation_is_in_single_precision_with_the_cache_too(features, tmp_path, vit):
+    for name, given in (("without", HEAD), ("cached", CACHED)):
+        fit(features, tmp_path / name, vit, *given, "--precision", "bf16")
+    for one, other in zip(*(log_of(tmp_path / name) for name in ("without", "cached")), strict=True):
+        assert one["val_loss"] == pytest.approx(other["val_loss"], abs=1e-6)
+    one, other = (torch.load(tmp_path / name / "best_model.pth", weights_only=True) for name in ("without", "cached"))
+    assert one["val_threshold"] == pytest.approx(other["val_threshold"], abs=1e-6)
+
+
+@pytest.mark.slow
 def test_it_goes_on_to_the_same_bits_with_the_file_and_without_it(features, tmp_path, vit, monkeypatch):
     fit(features, tmp_path / "straight", vit, *CACHED)
     real, calls = train.one_step, []

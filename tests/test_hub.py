@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from test_weights import Evil, face, made, rows_of  # noqa: F401, fixtures
 
 import export
+import hubconf
 import inference
 from model import LAMMViTConfig
 from runtime import hub, weights_file
-from runtime.checkpoint import CheckpointError, load_checkpoint, save
+from runtime.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save
 from runtime.hub import LAMMViT, push_folder
 from runtime.hub_folder import CONFIG, FILES, PREPROCESSOR, README, WEIGHTS, read_folder, write_folder
 from runtime.weights_file import CARD, SETTINGS, portable
@@ -222,6 +223,18 @@ def test_a_missing_trunk_is_named(folders, tmp_path):
         LAMMViT.from_pretrained(alone)
 
 
+def test_a_trunk_with_the_name_of_the_folders_own_file_gets_another(folders, tmp_path):
+    """Hugging Face calls each model's file model.safetensors."""
+    trunk, checkpoint = tmp_path / WEIGHTS, read_checkpoint(folders.of["beside"], "cpu")
+    save_file(torch.load(folders.of["beside"].parent.parent / "vit.pth", weights_only=True), trunk)
+    checkpoint["trunk"]["source"] = checkpoint["arguments"]["init_from"] = str(trunk)
+    save(checkpoint, tmp_path / "mine.pth")
+    said = run_script("export.py", "--checkpoint", "mine.pth", "--hub", "mine", cwd=tmp_path).stdout
+    assert f"whoever uses it needs {WEIGHTS} in that folder, as trunk_{WEIGHTS}\n" in said
+    trunk.rename(tmp_path / f"mine/trunk_{WEIGHTS}")
+    assert_same_bits(load_checkpoint(tmp_path / "mine")[1]["model"], checkpoint["model"])
+
+
 # ------------------------------------------------------------------------------------------------- the three methods
 
 
@@ -244,6 +257,9 @@ def test_what_was_read_goes_where_the_model_is_saved(folders, tmp_path):
     before = load_checkpoint(folders.of["beside"])[1]
     assert_same_bits(model.state_dict(), other.state_dict())
     assert after["thresholds"] == before["thresholds"] and after["trunk"] is None
+    hubconf.lamm_vit(checkpoint=str(folders.of["whole"])).save_pretrained(tmp_path / "by_torch_hub")
+    again = load_checkpoint(tmp_path / "by_torch_hub")[1]
+    assert again["thresholds"] and again["thresholds"] == load_checkpoint(folders.of["whole"])[1]["thresholds"]
     model, checkpoint = load_checkpoint(folders.of["whole"])
     model.save_pretrained(tmp_path / "given", checkpoint)
     assert_same_bits(load_checkpoint(tmp_path / "given")[1]["model"], checkpoint["model"])

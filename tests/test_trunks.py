@@ -1,5 +1,6 @@
 """Pre-trained trunks: the tokens of the source model's own forward, a start that keeps them, checkpoints of a part."""
 
+import gzip
 import json
 import pickle
 import re
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SMALL, run_script
+from conftest import SMALL, refusal, run_script
+from safetensors.torch import save_file
 from scipy.special import expit
 from torch import nn
 
@@ -30,6 +32,7 @@ from runtime.start import GATES, STARTS, start_method
 from runtime.trunk_files import PACKAGE_SHA256, dequantise, packaged_clip
 from runtime.tuning import choose_trained, held_state, in_half, merge_lora
 from samples.feature_files import find_feature_files
+from training.setup import print_trunk
 
 timm = pytest.importorskip("timm")
 NOTHING = dict.fromkeys(("region_guidance", "lamm", "head_interaction"), False)
@@ -223,6 +226,16 @@ def test_gates_of_a_start_are_where_it_says(start):
     torch.testing.assert_close(model.mask_processor(masks)[0, 0, 1:], masks[0, 0].flatten())
 
 
+def hugging_face_without_positions() -> dict:
+    return {f"vision_model.embeddings.{name}": torch.zeros(1) for name in ("class_embedding", "patch_embedding.weight")}
+
+
+def endless() -> dict:
+    state = {}
+    state["model"] = state
+    return state
+
+
 def test_what_cannot_serve_is_one_line(tmp_path, monkeypatch):
     state = of_timm().state_dict()
     executed = tmp_path / "executed"
@@ -237,12 +250,29 @@ def test_what_cannot_serve_is_one_line(tmp_path, monkeypatch):
         "rotary": (state | {"rope.freqs": torch.zeros(3)}, "has rotary positions"),
         "normed": (state | {"blocks.0.mlp.norm.weight": torch.zeros(48)}, "has blocks.0.mlp.norm.weight, which"),
         "biasless": ({n: v for n, v in state.items() if "qkv.bias" not in n}, "has no blocks.0.attn.qkv.bias"),
-        "narrow": (state | {"pos_embed": torch.zeros(1, 17, 24)}, "its positions are 24 wide"),
+        "narrow": (state | {"pos_embed": torch.zeros(1, 17, 24)}, "its positions are (1, 17, 24), and its"),
+        "numberless": (state | {"pos_embed": torch.zeros(())}, "its positions are (), and its class token is 48 wide"),
+        "classy": (state | {"pos_embed": torch.zeros(1, 1, 48)}, "1 positions, which are no square"),
+        "sparse": (
+            state | {"norm.weight": torch.ones(48).to_sparse()},
+            "is no tensor of plain numbers but torch.float32",
+        ),
+        "whole": (
+            state | {"norm.weight": torch.ones(48, dtype=torch.int8)},
+            "is no tensor of plain numbers but torch.int8",
+        ),
+        "broken": (
+            state | {"norm.weight": torch.full((48,), torch.nan)},
+            "norm.weight holds numbers that are not finite",
+        ),
+        "blockless": ({n: v for n, v in state.items() if "blocks." not in n}, "it has no blocks"),
+        "placeless": (hugging_face_without_positions(), "not a state dict of a Vision Transformer that is known"),
+        "endless": (endless(), "not a state dict of a Vision Transformer that is known"),
         "scaled": (state | {"blocks.0.ls1.gamma": torch.zeros(48)}, "has scaled layers (LayerScale)"),
         "gated": (state | {"blocks.0.mlp.w12.weight": torch.zeros(4, 48)}, "has a gated MLP"),
         "other": ({"fc.weight": torch.zeros(2, 2)}, "not a state dict of a Vision Transformer that is known"),
         "list": ([1, 2], "not a state dict but a list"),
-        "text": (state | {"cls_token": "no"}, "cls_token is no tensor of numbers but str"),
+        "text": (state | {"cls_token": "no"}, "cls_token is no tensor of plain numbers but str"),
         "small": (timm.models.VisionTransformer(embed_dim=384, num_heads=6, depth=1).state_dict(), "is 384 wide"),
         "positions": (state | {"pos_embed": torch.zeros(1, 20, 48)}, "20 positions, which are no square"),
         "shallow": ({n: v for n, v in state.items() if "blocks.2" not in n}, "has nothing for blocks.2"),
@@ -253,6 +283,19 @@ def test_what_cannot_serve_is_one_line(tmp_path, monkeypatch):
         with pytest.raises(ValueError) as error:
             ours(read_trunk(str(tmp_path / f"{name}.pth")))
         assert message in str(error.value) and "\n" not in str(error.value), name
+    for content, message in (
+        (b"\n<!DOCTYPE html>", "is a page of a web site"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "is a pointer of Git LFS, not a file of weights; git lfs pull",
+        ),
+        (gzip.compress(b"weights"), "is packed by gzip; unpack it"),
+    ):
+        (tmp_path / "foreign.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_trunk(str(tmp_path / "foreign.pth"))
+    with pytest.raises(ValueError, match="--init_from : is empty; name clip"):
+        read_trunk("")
     with open(tmp_path / "evil.pth", "wb") as file:
         pickle.dump(Evil(), file, protocol=2)
     torch.save({"a": Evil()}, tmp_path / "evil_zip.pth")
@@ -451,6 +494,37 @@ def test_a_head_on_the_authors_start_is_the_same_whoever_loads_it(features, tmp_
     images, masks = torch.randn(2, 3, 224, 224), torch.rand(2, 8, 4, 4)
     one, two = (load_checkpoint(tmp_path / "out/best_model.pth")[0](images, masks)["logits"] for _ in range(2))
     assert torch.equal(one, two)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_trunk_wherever_that_lies_and_with_no_other(features, tmp_path, vit):
+    """What counts is the SHA-256 of its weights; a copy beside the checkpoint does not stand in for it."""
+    arguments = ("--tune", "norms", "--save_minutes", 0)
+    (tmp_path / "blobs").mkdir()
+    blob, named = tmp_path / "blobs/5d9a", tmp_path / "model.safetensors"
+    save_file(torch.load(vit, weights_only=True), blob)
+    named.symlink_to(blob)  # as the Hub's library keeps files: what the link leads to has no ending
+    out = tmp_path / "out"
+    train.main(train.get_args_parser().parse_args(fit(features, out, named, *arguments, "--epochs", 1)))
+    load_checkpoint(out / "best_model.pth")
+    moved = named.rename(tmp_path / "moved.safetensors")
+    train.main(train.get_args_parser().parse_args(fit(features, out, moved, *arguments, "--epochs", 2, "--resume")))
+    assert [json.loads(line)["epoch"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2]
+
+    shutil.copy(blob, out / moved.name)
+    other = {name: values + 0.01 for name, values in torch.load(vit, weights_only=True).items()}
+    save_file(other, blob)
+    refused = refusal(train, *fit(features, out, moved, *arguments, "--epochs", 3, "--resume"))
+    assert "last.pth: trained with a trunk of SHA-256 " in refused and "resume with the same options" in refused
+
+
+def test_a_head_starts_anew_whatever_classifier_the_trunk_has(tmp_path, capsys):
+    state = shaken(timm.models.VisionTransformer(**SIZE | {"num_classes": 2})).state_dict()
+    torch.save(state, tmp_path / "two.pth")
+    trunk = read_trunk(str(tmp_path / "two.pth"))
+    assert not torch.equal(ours(trunk).head.weight, state["head.weight"])
+    print_trunk(trunk, trunk.depth)
+    assert "not used: head.weight, head.bias" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -152,6 +152,7 @@ def test_the_file_names_no_folder(made):
         ("/data/trunks/vit.pth", "vit.pth"),
         ("augreg:/data/trunks/vit.npz.pth", "augreg:vit.npz.pth"),
         ("laion:../clip", "laion:clip"),
+        ("/cache/snapshots/1/model.safetensors", "trunk_model.safetensors"),
     ],
 )
 def test_a_trunk_without_its_folder(source, alone):

@@ -91,7 +91,14 @@ def use_cache(run: Run) -> None:
 def fingerprint(run: Run, only_frozen: bool = True) -> str:
     """Of all that the rows depend on: the weights, frozen or all of them, the images, the precision."""
     model = run.model
-    told = (str(model.config), run.args.mask_style, run.train_set.fingerprint, str(run.dtype), run.device.type)
+    told = (
+        str(model.config),
+        run.args.mask_style,
+        run.train_set.fingerprint,
+        str(run.dtype),
+        run.device.type,
+        "float32",
+    )
     digest = hashlib.sha256(json.dumps(told).encode() + run.images.numpy().tobytes())
     for name, values in model.named_parameters():
         if not (only_frozen and values.requires_grad):
@@ -136,5 +143,7 @@ def rows_of(run: Run, behind: BehindCache, dataset: FaceDataset) -> Iterator[tup
     run.model.eval()
     for start, batch in zip(starts, tqdm(loader, "cache", len(starts), leave=False, disable=run.rank > 0)):
         images, masks = batch["image"].to(run.device), batch["region_masks"].to(run.device)
-        with torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32):
+        # Validation is in single precision, as without the cache
+        in_half = run.dtype != torch.float32 and dataset is run.train_set
+        with torch.autocast(run.device.type, dtype=run.dtype, enabled=in_half):
             yield start, behind.make_rows(run.model.normalize(images), masks).float().cpu().numpy()

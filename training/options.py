@@ -1,6 +1,7 @@
 """The options of train.py. The defaults are the paper's recipe, but for docs/differences.md."""
 
 import argparse
+import math
 from pathlib import Path
 
 from dataset import SAMPLINGS
@@ -243,9 +244,11 @@ def check_options(args: argparse.Namespace) -> None:
         args.diversity_weight = 0.0
     args.without = sorted(set(args.without))
     lora_rank(args.tune)
-    if args.gates and (args.start != "guided" or min(args.gates[0], args.gates[2]) <= 0):
-        raise ValueError("--gates goes with --start guided; LAMBDA and GAIN have to be above 0")
-    if not args.init_from and (args.tune != "all" or args.head == "probe"):
+    if args.gates and (
+        args.start != "guided" or min(args.gates[0], args.gates[2]) <= 0 or not all(map(math.isfinite, args.gates))
+    ):
+        raise ValueError("--gates goes with --start guided; LAMBDA and GAIN have to be above 0, and all three finite")
+    if args.init_from is None and (args.tune != "all" or args.head == "probe"):
         raise ValueError(f"--tune {args.tune} and --head {args.head}: need a trunk; name one with --init_from")
     if args.probe_views < 0 or (args.probe_views and (args.head != "probe" or args.augment == "none")):
         raise ValueError("--probe_views goes with --head probe and an --augment, and is 0 or more")

@@ -67,7 +67,7 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
     train_set, val_set, datasets = load_data(args)
     framing = measure_framing(train_set)
     check_views(args, framing)
-    trunk = read_trunk(args.init_from, rank) if args.init_from else None
+    trunk = None if args.init_from is None else read_trunk(args.init_from, rank)
     if trunk and rank == 0:
         print_trunk(trunk, args.depth)
     model = build_model(args, train_set.img_size, trunk).to(device)
@@ -108,11 +108,12 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
 
 def print_trunk(trunk: Trunk, depth: int) -> None:
     """What was taken of a trunk, and what not."""
-    used = trunk.first(depth)
+    used = [name for name in trunk.first(depth) if not name.startswith("head.")]
     config = ", ".join(f"{name} {value}" for name, value in sorted(trunk.config.items()))
     print(f"trunk  {len(used)} tensors of {trunk.source} by {trunk.naming} names, {depth} of {trunk.depth} blocks")
     print(f"       {config}")
     unused = [name for name in trunk.unused if not name.startswith(OTHER_PARTS)]
+    unused += [name for name in trunk.weights if name.startswith("head.")]
     print(
         f"       not used: {', '.join(unused[:8]) or 'none'}{f' and {len(unused) - 8} more' if len(unused) > 8 else ''}"
     )

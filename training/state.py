@@ -14,8 +14,8 @@ from scipy.special import expit
 
 from evaluation.metrics import choose_threshold, log_loss
 from evaluation.operating import fold_temperature, judge_left_out, operating_points
-from model import LAMMViT, LAMMViTConfig
-from runtime.checkpoint import CHECKPOINT_VERSION, CheckpointError, load_checkpoint, save
+from model import LAMMViTConfig
+from runtime.checkpoint import CHECKPOINT_VERSION, TO_JUDGE, CheckpointError, read_model, save
 from runtime.files import free_path, replacing
 from runtime.processes import gather
 from runtime.tuning import held_state
@@ -132,7 +132,7 @@ def load_state(run: Run, path: Path, is_restart: bool) -> None:
         CheckpointError: damaged, foreign, without its best model.
         OtherRun: of a run with other options or features.
     """
-    _, checkpoint = load_or_offer_the_one_before(path)
+    checkpoint = read_or_offer_the_one_before(path)
     if not STATE <= checkpoint.keys():
         raise CheckpointError(f"{path}: holds a model, not a run; {LAST} and {PREVIOUS} are what --resume goes on from")
     if is_restart and checkpoint["launch"] != os.environ["TORCHELASTIC_RUN_ID"]:
@@ -171,14 +171,14 @@ def load_state(run: Run, path: Path, is_restart: bool) -> None:
             )
 
 
-def load_or_offer_the_one_before(path: Path) -> tuple[LAMMViT, dict]:
-    """load_checkpoint, whose error names the older checkpoint where that is whole."""
+def read_or_offer_the_one_before(path: Path) -> dict:
+    """A checkpoint, its model not yet built; the error names the older checkpoint where that is whole."""
     try:
-        return load_checkpoint(path)
+        return read_model(path, needed=TO_JUDGE)
     except CheckpointError as error:
         older, found = path.with_name(PREVIOUS), None
         with contextlib.suppress(CheckpointError):
-            found = load_checkpoint(older)[1] if path != older else None
+            found = read_model(older, needed=TO_JUDGE) if path != older else None
         if found is None:
             raise
         hint = f"{older} is whole, from epoch {found['epoch']}: to go on from it, --resume {older}"
@@ -193,6 +193,10 @@ def changes_since(checkpoint: dict, run: Run) -> list[str]:
         may_change |= {"batch_size", "accum_steps"}
     if run.args.schedule == "cosine":
         may_change.remove("epochs")
+    if checkpoint.get("trunk") and now["trunk"]:
+        if checkpoint["trunk"]["sha256"] != now["trunk"]["sha256"]:
+            return [f"a trunk of SHA-256 {checkpoint['trunk']['sha256'][:16]}..."]
+        may_change.add("init_from")  # it is the same, wherever it lies
     fixed = [name for name in now["arguments"] if name not in may_change]
     # Of before an option was there, or a field of the model
     options = vars(get_args_parser().parse_args([])) | {"start": "paper"} | options
