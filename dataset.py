@@ -132,8 +132,8 @@ class FaceDataset:
         self.starts = self.ends - np.array(counts, np.int64)
         if not len(self.labels):
             raise FeatureFileError(
-                f"{', '.join(self.files) or 'no feature file'}: not one sample; add images, or name some for this"
-                " split in a list that says the splits, and run feature_extraction.py again"
+                f"{', '.join(self.files) or 'no feature file'}: not one sample; add images, or with --manifest give"
+                " this split some, and run feature_extraction.py again"
             )
         if len(set(shapes.values())) != 1:
             listed = "; ".join(f"{path}: {h}x{w}, {grid}x{grid} masks" for path, (h, w, grid) in shapes.items())

@@ -198,6 +198,10 @@ def write_shipped(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
     target = args.weights
     if target.suffix != SUFFIX:
         raise ValueError(f"--weights {target}: has to end in {SUFFIX}, by which inference.py knows the file")
+    if target.name == trunk_names(checkpoint)[1]:
+        raise ValueError(
+            f"--weights {target}: has the name of its trunk's file, which has to lie beside it; take another"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as folder:
         file = Path(folder, target.name)
@@ -221,12 +225,20 @@ def write_shipped(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) ->
     tell_trunk(checkpoint, "beside it")
 
 
-def tell_trunk(checkpoint: dict, where: str) -> None:
+def trunk_names(checkpoint: dict) -> tuple[str, str]:
+    """What a trunk's file is called, and what it has to be called beside the weights; "" twice where there is none."""
     trunk = checkpoint.get("trunk")
-    if trunk and (file := split_source(trunk["source"])[1]):
-        name = split_source(without_folder(trunk["source"]))[1].name
-        renamed = f", as {name}" if name != file.name else ""
-        print(f"its trunk is not in it: whoever uses it needs {file.name} {where}{renamed}")
+    if not trunk or not split_source(trunk["source"])[1]:
+        return "", ""
+    name, beside = (split_source(source)[1].name for source in (trunk["source"], without_folder(trunk["source"])))
+    return name, beside
+
+
+def tell_trunk(checkpoint: dict, where: str) -> None:
+    name, beside = trunk_names(checkpoint)
+    if name:
+        renamed = f", as {beside}" if beside != name else ""
+        print(f"its trunk is not in it: whoever uses it needs {name} {where}{renamed}")
 
 
 def write_for_hub(model: LAMMViT, checkpoint: dict, args: argparse.Namespace) -> None:

@@ -48,10 +48,10 @@ def in_parts(values: np.ndarray) -> np.ndarray:
         return values
     inner = np.unique(np.quantile(numbers, np.linspace(0, 1, PARTS + 1)[1:-1]))
     part = np.searchsorted(inner, numbers, side="right")
-    ends = {
-        k: (np.where(part == k, numbers, np.inf).argmin(), np.where(part == k, numbers, -np.inf).argmax()) for k in part
-    }
-    names = {k: " to ".join(values[said][list(of_part)]) for k, of_part in ends.items()}
+    order = np.argsort(numbers, kind="stable")
+    firsts = np.searchsorted(part[order], np.arange(part.max() + 1))
+    lasts = np.append(firsts[1:], len(order)) - 1
+    names = [f"{low} to {high}" for low, high in zip(values[said][order[firsts]], values[said][order[lasts]])]
     result = values.astype(object)
     result[said] = [names[k] for k in part]
     return result.astype(str)

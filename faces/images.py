@@ -71,7 +71,11 @@ FACE_NOTE_PATTERN = (
 )
 TREATMENT_PATTERN = r"(?=aligned|JPEG)(?:aligned ([\d.]+)( on grey)?, )?(?:JPEG (\d+)(?:-(\d+))?, )?(\d+)x(\d+)"
 
-TURNING = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where a PNG may have the EXIF tag, at its end, too
+TURNING = (
+    b"eXIf",
+    b"Raw profile type",
+    b"XML:com.adobe.xmp",
+)  # chunks that may hold an orientation, after the pixels too
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

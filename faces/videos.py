@@ -33,32 +33,32 @@ class Frame(NamedTuple):
 
 
 def sample_frames(path: Path, count: int) -> Iterator[Frame]:
-    """So many frames, the middles of equal parts of the video; all of a shorter one. One is held at a time.
+    """So many frames, at the middles of equal parts of the video's time; all of a shorter one. One is held at a time.
 
-    Of a file that is cut off, of what can be decoded. Numbers count frames; in a long video whose rate changes they
-    count at the mean rate.
+    Of a file that is cut off, of what can be decoded. Numbers count frames; where they are so far apart that those
+    between are not read, they count at the mean rate.
 
     Raises:
         Rejected: none can.
     """
     capture = open_video(path)
     total, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
-    steady = total > 0 and rate > 0 and is_near(seek(capture, total - 1), (total - 1) / rate, rate)
-    if not steady:  # cut off, or its rate changes, or it does not say how long it is
-        total = count_frames(path)
+    near_the_end = (total - 1 - min(total // 20, 300)) / rate if total > 0 and rate > 0 else -1
+    if near_the_end < 0 or not is_near(seek(capture, near_the_end), near_the_end, rate):
+        total, rate = count_frames(path, rate)  # cut off, or it does not say how long it is, or wrongly
     if not total:
         raise Rejected(NO_FRAME)
     numbers = sorted({int((i + 0.5) * total / count) for i in range(count)})
-    far = steady and total > STEP * count
+    found = seek_frames if total > STEP * count else read_all if len(numbers) == total else read_on
     given = False
-    for number, capture in seek_frames(path, numbers, rate) if far else read_on(path, numbers):
+    for number, capture in found(path, numbers, rate):
         decoded, pixels = capture.retrieve()
         if not decoded:
             continue
         image = Image.fromarray(np.ascontiguousarray(pixels[..., ::-1]))  # BGR -> RGB
         image.info = {ORIGINAL: f"{path.suffix[1:].upper()} {image.width}x{image.height}", TREATMENT: ""}
         given = True
-        yield Frame(number, round(seconds_of(capture) or (number / rate if rate > 0 else 0.0), 3), image)
+        yield Frame(number, round(seconds_of(capture) or number / rate, 3), image)
     if not given:
         raise Rejected(NO_FRAME)
 
@@ -92,9 +92,9 @@ def seconds_of(capture: cv2.VideoCapture) -> float:
     return capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
 
 
-def seek(capture: cv2.VideoCapture, number: int) -> float | None:
-    """Grabs a frame where the mean rate has it. Returns when it is shown, None where there is none."""
-    capture.set(cv2.CAP_PROP_POS_FRAMES, number)
+def seek(capture: cv2.VideoCapture, seconds: float) -> float | None:
+    """Grabs a frame of that time, at the mean rate. Returns when it is shown, None where there is none."""
+    capture.set(cv2.CAP_PROP_POS_MSEC, 1000 * seconds)
     return seconds_of(capture) if capture.grab() else None
 
 
@@ -102,44 +102,61 @@ def is_near(seconds: float | None, wanted: float, rate: float) -> bool:
     return seconds is not None and abs(seconds - wanted) <= max(0.5, 2 / rate)
 
 
-def read_on(path: Path, numbers: list[int]) -> Iterator[tuple[int, cv2.VideoCapture]]:
-    """Each of these frames, grabbed, by reading all before it."""
-    capture, position = open_video(path), 0
+def read_all(path: Path, numbers: list[int], rate: float) -> Iterator[tuple[int, cv2.VideoCapture]]:
+    """Each frame, grabbed: the numbers are all from 0 on."""
+    capture = open_video(path)
     for number in numbers:
-        while position <= number and capture.grab():
+        if not capture.grab():
+            return
+        yield number, capture
+
+
+def read_on(path: Path, numbers: list[int], rate: float, after: float = -1.0) -> Iterator[tuple[int, cv2.VideoCapture]]:
+    """The first frame at the time of each of these, grabbed, by reading all before it; no frame twice.
+
+    Args:
+        after: seconds; nothing up to there.
+    """
+    capture, position, last = open_video(path), -1, after
+    for number in numbers:
+        wanted = (number - 0.5) / rate
+        while last < wanted:
+            if not capture.grab():
+                return
             position += 1
-        if position > number:
-            yield number, capture
+            last = max(last, seconds_of(capture) or position / rate)
+            if last >= wanted:
+                yield position, capture
 
 
 def seek_frames(path: Path, numbers: list[int], rate: float) -> Iterator[tuple[int, cv2.VideoCapture]]:
-    """Frames where the mean rate has them, grabbed: those between are left out. Each is later than the one before.
+    """Frames at these times, grabbed; those between are not read. Each is later than the one before.
 
-    A frame that is found elsewhere shows that the rate changes, or that the file is broken there. Then all is read, as
-    far as that goes.
+    A frame of another time shows that the rate changes, or that the file is broken there. Then all is read, as far as
+    that goes.
     """
-    capture, reading, last = open_video(path), None, -1.0
-    for number in numbers:
-        wanted, seconds = number / rate, None
-        if reading is None:
-            seconds = seek(capture, number)
-            if seconds is not None and not is_near(seconds, wanted, rate):
-                reading, seconds = open_video(path), None
-        if reading is not None and last < wanted:
-            while (there := reading.grab()) and seconds_of(reading) < wanted:
-                pass
-            seconds = seconds_of(reading) if there else seek(capture, number)  # beyond what is broken
-        if seconds is not None and seconds > last:
+    capture, last, has_read = open_video(path), -1.0, False
+    for i, number in enumerate(numbers):
+        if number / rate <= last:  # has been read
+            continue
+        seconds = seek(capture, number / rate)
+        if not has_read and seconds is not None and not is_near(seconds, number / rate, rate):
+            has_read = True
+            for _, reading in read_on(path, numbers[i:], rate, after=last):
+                last = seconds_of(reading)
+                yield round(last * rate), reading
+        elif seconds is not None and seconds > last:
             last = seconds
-            yield number, reading if reading is not None and there else capture
+            yield number, capture
 
 
-def count_frames(path: Path) -> int:
-    """How many frames can be read, by reading them."""
-    capture, found = open_video(path), 0
+def count_frames(path: Path, rate: float) -> tuple[int, float]:
+    """How many frames can be read, by reading them, and how many a second they are."""
+    capture, found, last = open_video(path), 0, 0.0
     while found < MOST_FRAMES and capture.grab():
         found += 1
-    return found
+        last = seconds_of(capture)
+    return found, (found - 1) / last if last > 0 else max(rate, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- one face

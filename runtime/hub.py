@@ -22,6 +22,7 @@ from model import LAMMViT
 from runtime.checkpoint import CHECKPOINT_VERSION, CheckpointError, load_model, read_shipped
 from runtime.hub_folder import FILES, write_folder
 from runtime.pretrained import split_source
+from runtime.weights_file import SETTINGS
 
 __all__ = ["LAMMViT", "fetch", "from_pretrained", "push_folder", "push_to_hub", "save_pretrained"]
 
@@ -43,7 +44,7 @@ def from_pretrained(name: str | Path, device: torch.device | str = "cpu", **opti
 def from_file(path: str | Path, device: torch.device | str = "cpu") -> LAMMViT:
     """The model of a checkpoint; its `checkpoint` is what else that holds, for save_pretrained."""
     model, checkpoint = load_model(path, device)
-    model.checkpoint = {key: value for key, value in checkpoint.items() if key != "model"}
+    model.checkpoint = {key: checkpoint[key] for key in (*SETTINGS, "framing", "images") if key in checkpoint}
     return model
 
 

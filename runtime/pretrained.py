@@ -59,7 +59,6 @@ TORCHVISION = Naming(
         "encoder.pos_embedding": "pos_embed",
         "conv_proj.": "patch_embed.",
         "encoder.ln.": "norm.",
-        "heads.head.": "head.",
     },
     "encoder.layers.encoder_layer_{}.",
     {
@@ -84,7 +83,6 @@ TIMM = Naming(
         "norm_pre.": "norm_pre.",
         "norm.": "norm.",
         "fc_norm.": "norm.",
-        "head.": "head.",
     },
     "blocks.{}.",
     {
@@ -203,8 +201,7 @@ class Trunk:
         whichever file they come."""
         digest = hashlib.sha256()
         for name, values in sorted(self.first(depth).items()):
-            if not name.startswith("head."):
-                digest.update(name.encode() + values.contiguous().numpy().tobytes())
+            digest.update(name.encode() + values.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -270,7 +267,7 @@ def translate(source: str, read: Read) -> Trunk:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
             kind = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{theirs} is no tensor of plain numbers but {kind}")
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():
             raise ValueError(f"{theirs} holds numbers that are not finite; take another copy")
         third = re.fullmatch(r"(.*attn\.qkv)\.(\d)\.(weight|bias)", ours)
         if third:
@@ -352,8 +349,6 @@ def load_trunk(model: LAMMViT, trunk: Trunk) -> list[str]:
     """
     parameters, used = model.state_dict(), set()
     for name, tensor in trunk.first(model.config.depth).items():
-        if name.startswith("head."):
-            continue
         if name == "pos_embed":
             try:
                 tensor = interpolate_positions(tensor, model.config.grid_size)

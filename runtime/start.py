@@ -64,9 +64,8 @@ def start_method(model: LAMMViT, start: str, gate: Gate | None = None) -> None:
             for last in (model.lamm.lambda_generator[-1], model.lamm.theta_generator[-1]):
                 nn.init.zeros_(last.weight)
                 nn.init.zeros_(last.bias)
-            nn.init.constant_(
-                model.lamm.lambda_generator[-1].bias, gate.lam + math.log(-math.expm1(-gate.lam))
-            )  # softplus⁻¹
+            lam = gate.lam + math.log(-math.expm1(-gate.lam))  # softplus⁻¹
+            nn.init.constant_(model.lamm.lambda_generator[-1].bias, lam)
             nn.init.constant_(model.lamm.base_theta, gate.theta)
     if config.head_interaction:  # adds nothing yet; its queries, keys and values stay random, so that it can learn
         for block in model.blocks:

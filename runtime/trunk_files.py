@@ -58,9 +58,8 @@ def read_source(name: str, rank: int) -> Read:
         return once_a_machine(lambda: read_timm(name.removeprefix("timm:")))
     if not name:
         raise ValueError("is empty; name clip, imagenet, timm:NAME or a file")
-    return Read(
-        read_file(Path(name)), {}, os.path.abspath(name)
-    )  # as it is named: what a link leads to may have no ending
+    # A link as it is named: what it leads to may have another name tomorrow
+    return Read(read_file(Path(name)), {}, os.path.abspath(name))
 
 
 def once_a_machine(fetch: Callable) -> object:
@@ -83,10 +82,11 @@ def read_file(path: Path) -> object:
         raise ValueError("no such file; also clip, imagenet and timm:NAME are known")
     with open(path, "rb") as file:
         start = file.read(24)
+    is_safetensors = start[8:9] == b"{"  # after eight bytes that say how long its header is, which may be any
     for begins, what in NOT_WEIGHTS.items():
-        if start.lstrip().lower().startswith(begins):
+        if not is_safetensors and start.lstrip().lower().startswith(begins):
             raise ValueError(what)
-    if path.suffix == ".safetensors" or start[8:10] == b'{"':
+    if is_safetensors or path.suffix == ".safetensors":
         try:
             from safetensors import SafetensorError
             from safetensors.torch import load_file

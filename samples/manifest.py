@@ -8,8 +8,10 @@ split and group are optional, and may be empty in a row. Further columns are kep
 """
 
 import csv
+import functools
 import json
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -32,9 +34,8 @@ def read_manifest(manifest: Path, data_root: Path) -> list[Source]:
         FileNotFoundError: no such manifest, or no such image.
         ValueError: a column is missing or a row cannot be meant so; the message names the line.
     """
-    if not manifest.is_file():
-        raise FileNotFoundError(f"{manifest}: no such list")
     sources, lines = [], {}
+    real_folder = functools.cache(os.path.realpath)
     try:
         with open(manifest, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = csv.DictReader(file, strict=True)
@@ -49,10 +50,18 @@ def read_manifest(manifest: Path, data_root: Path) -> list[Source]:
             for row in rows:
                 place = f"{manifest}, line {rows.line_num}"
                 source = read_row(row, data_root, place)
-                if source.path in lines:
-                    raise ValueError(f"{place}: {row['path']} is there already, in line {lines[source.path]}")
-                lines[source.path] = rows.line_num
+                folder, name = os.path.split(data_root / source.path)
+                file = real_folder(folder), name  # one, whatever its spelling
+                if file in lines:
+                    raise ValueError(f"{place}: {row['path']} is there already, in line {lines[file]}")
+                lines[file] = rows.line_num
                 sources.append(source)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        if error.errno is None:  # of a row
+            raise
+        raise FileNotFoundError(
+            f"{manifest}: {'is a folder, not a list' if manifest.is_dir() else 'no such list'}"
+        ) from None
     except csv.Error as error:
         place = f"{manifest}, after line {rows.line_num}"
         raise ValueError(f"{place}: not a table of comma-separated values ({error})") from error
@@ -72,10 +81,10 @@ def read_row(row: dict, data_root: Path, place: str) -> Source:
     path, label, dataset = (row[name].strip() for name in NEEDED)
     if not path or "\0" in path:
         raise ValueError(f"{place}: {'the path holds a NUL' if path else 'without a path'}")
-    path = one_spelling(path, data_root)
+    path = shortened(path, data_root)
     if label not in LABELS:
         raise ValueError(f"{place}: the label is {label!r}, it has to be real or fake, 0 or 1")
-    odd = not dataset.isprintable() or len(dataset.encode()) > 255
+    odd = len(dataset.encode()) > 255 or any(unicodedata.category(sign) in ("Cc", "Zl", "Zp") for sign in dataset)
     if not dataset or odd or dataset[0] == "." or set("/\\") & set(dataset) or dataset.endswith(REJECTED_SUFFIX):
         raise ValueError(f"{place}: the data set {dataset!r} cannot be the name of a folder of features; give another")
     split = (row.get("split") or "").strip()
@@ -84,16 +93,19 @@ def read_row(row: dict, data_root: Path, place: str) -> Source:
     group = (row.get("group") or "").strip() or None
     further = {name: " ".join(value.split()) for name, value in row.items() if name not in (*NEEDED, *OPTIONAL)}
     stat = state(data_root / path)
-    if stat == (-1, -1) and not os.path.exists(data_root / path):
-        raise FileNotFoundError(f"{place}: {data_root / path}: no such file")
+    if stat == (-1, -1):
+        try:
+            os.stat(data_root / path)
+        except OSError as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+            raise FileNotFoundError(f"{place}: {data_root / path}: {reason}") from None
     return Source(f"{LABELS[label]}/{dataset}", path, stat, split, group, json.dumps(further) if further else "")
 
 
-def one_spelling(path: str, data_root: Path) -> str:
-    """The path below the data root, where it lies there; "a/../b" is "b", unless a is a link to elsewhere."""
-    root = os.path.abspath(data_root)
-    named = os.path.join(root, path)
-    short = os.path.normpath(named)
-    if os.path.realpath(named) != os.path.realpath(short):
-        return path
-    return os.path.relpath(short, root) if Path(short).is_relative_to(root) else os.path.normpath(path)
+def shortened(path: str, data_root: Path) -> str:
+    """The same file's path: "a/../b" is "b", unless a is a link to elsewhere."""
+    short = os.path.normpath(path)
+    if ".." in Path(path).parts:
+        one, other = (os.path.realpath(os.path.dirname(data_root / spelling)) for spelling in (path, short))
+        return short if one == other else path
+    return short

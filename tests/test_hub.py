@@ -231,6 +231,10 @@ def test_a_trunk_with_the_name_of_the_folders_own_file_gets_another(folders, tmp
     save(checkpoint, tmp_path / "mine.pth")
     said = run_script("export.py", "--checkpoint", "mine.pth", "--hub", "mine", cwd=tmp_path).stdout
     assert f"whoever uses it needs {WEIGHTS} in that folder, as trunk_{WEIGHTS}\n" in said
+    target = tmp_path / f"trunk_{WEIGHTS}"
+    assert "has the name of its trunk's file" in refusal(
+        export, "--checkpoint", tmp_path / "mine.pth", "--weights", target
+    )
     trunk.rename(tmp_path / f"mine/trunk_{WEIGHTS}")
     assert_same_bits(load_checkpoint(tmp_path / "mine")[1]["model"], checkpoint["model"])
 

@@ -116,7 +116,8 @@ def test_rows_that_cannot_be_meant_are_named(datasets, rows, tmp_path):
         ({"dataset": ""}, "line 3: the data set ''"),
         ({"dataset": "two\nlines"}, "line 4: the data set 'two\\nlines' cannot be the name of a folder"),
         ({"dataset": "n" * 256}, "line 3: the data set"),
-        ({"path": "n" * 300}, f"line 3: {datasets / ('n' * 300)}: no such file"),
+        ({"path": rows[0]["path"] + "/below.png"}, f"line 3: {datasets / rows[0]['path']}/below.png: Not a directory"),
+        ({"path": "n" * 300}, f"line 3: {datasets / ('n' * 300)}: File name too long"),
         ({"path": str(datasets / rows[0]["path"])}, "is there already, in line 2"),
         ({"path": "real/../" + rows[0]["path"]}, "is there already, in line 2"),
         ({"split": "dev"}, "line 3: the split is 'dev', it has to be train, val, test or empty"),
@@ -154,7 +155,7 @@ def test_rows_that_cannot_be_meant_are_named(datasets, rows, tmp_path):
     assert not list((tmp_path / "out").rglob("*.h5"))
 
 
-def test_paths_have_one_spelling_and_links_lead_where_they_lead(tmp_path):
+def test_a_file_is_listed_once_whatever_its_spelling_and_links_lead_where_they_lead(tmp_path):
     for folder in ("root", "other/sub"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "../a.png").resolve().write_text(folder)
@@ -165,9 +166,13 @@ def test_paths_have_one_spelling_and_links_lead_where_they_lead(tmp_path):
     rows = [f"{path},0,A,{skin}\n" for path, skin in zip(paths, (" dark\tbrown ", "", "light"))]
     (tmp_path / "faces.csv").write_text(header + "".join(rows))
     sources = read_manifest(tmp_path / "faces.csv", tmp_path / "root")
-    assert sorted(source.path for source in sources) == ["../a.png", "a.png", "link/../a.png"]
     about = {source.path: json.loads(source.about)["skin"] for source in sources}
-    assert about == {"a.png": "dark brown", "link/../a.png": "", "../a.png": "light"}
+    assert about == {paths[0]: "dark brown", "link/../a.png": "", "../a.png": "light"}
+    (tmp_path / "again").symlink_to(tmp_path / "root")
+    for twice in ("a.png", "link/../../root/a.png", str(tmp_path / "again/a.png")):
+        (tmp_path / "faces.csv").write_text(header + "".join(rows) + f"{twice},0,A,\n")
+        with pytest.raises(ValueError, match=f"line 5: {twice} is there already, in line 2"):
+            read_manifest(tmp_path / "faces.csv", tmp_path / "root")
 
 
 def test_given_splits_are_obeyed_and_copies_follow():

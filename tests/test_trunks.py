@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from conftest import SMALL, refusal, run_script
+from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
 from scipy.special import expit
 from torch import nn
@@ -26,7 +27,7 @@ from evaluation.operating import choose_thresholds, fit_temperature, threshold_f
 from evaluation.scoring import predict_scores
 from faces.regions import REGIONS
 from model import LAMMViT, LAMMViTConfig, QuickGELU
-from runtime.checkpoint import CheckpointError, load_checkpoint
+from runtime.checkpoint import CheckpointError, load_checkpoint, save
 from runtime.pretrained import interpolate_positions, load_trunk, read_trunk
 from runtime.start import GATES, STARTS, start_method
 from runtime.trunk_files import PACKAGE_SHA256, dequantise, packaged_clip
@@ -236,6 +237,7 @@ def endless() -> dict:
     return state
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_what_cannot_serve_is_one_line(tmp_path, monkeypatch):
     state = of_timm().state_dict()
     executed = tmp_path / "executed"
@@ -294,6 +296,11 @@ def test_what_cannot_serve_is_one_line(tmp_path, monkeypatch):
         (tmp_path / "foreign.pth").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_trunk(str(tmp_path / "foreign.pth"))
+    small = save_bytes({name: values.to(torch.float8_e4m3fn) for name, values in state.items()})
+    length, wanted = int.from_bytes(small[:8], "little"), 0x3C20  # how long the header is comes first: here b" <"
+    header = small[8 : 8 + length].rstrip().ljust(wanted)
+    (tmp_path / "odd.safetensors").write_bytes(wanted.to_bytes(8, "little") + header + small[8 + length :])
+    read_trunk(str(tmp_path / "odd.safetensors"))
     with pytest.raises(ValueError, match="--init_from : is empty; name clip"):
         read_trunk("")
     with open(tmp_path / "evil.pth", "wb") as file:
@@ -516,6 +523,26 @@ def test_a_run_goes_on_with_its_trunk_wherever_that_lies_and_with_no_other(featu
     save_file(other, blob)
     refused = refusal(train, *fit(features, out, moved, *arguments, "--epochs", 3, "--resume"))
     assert "last.pth: trained with a trunk of SHA-256 " in refused and "resume with the same options" in refused
+    refused = refusal(train, *fit(features, out, moved, *arguments, "--epochs", 3, "--depth", 1, "--resume"))
+    assert "last.pth: trained with --depth 2; resume with the same options" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", ["all", "norms"])
+def test_a_run_does_not_go_on_from_other_weights_than_its_own(features, tmp_path, vit, tune):
+    """As an earlier program left them, say: what is missing would stay as it was drawn."""
+    arguments = fit(features, tmp_path / "out", vit, "--tune", tune)
+    train.main(train.get_args_parser().parse_args([*arguments, "--epochs", "1"]))
+    last = tmp_path / "out/last.pth"
+    whole = torch.load(last, weights_only=True)
+    named = {name.replace("lamm.", "layers."): values for name, values in whole["model"].items()}
+    for model in (named, whole["model"] | {"head.weight": torch.zeros(2, 5)}):
+        save(whole | {"model": model}, last)
+        refused = refusal(train, *arguments, "--epochs", "2", "--resume")
+        assert "last.pth: its weights are of another architecture" in refused
+    save(whole | {"config": whole["config"] | {"unheard": 1}}, last)
+    refused = refusal(train, *arguments, "--epochs", "2", "--resume")
+    assert "last.pth: of another version of this program" in refused and "unheard" in refused
 
 
 def test_a_head_starts_anew_whatever_classifier_the_trunk_has(tmp_path, capsys):

@@ -91,14 +91,9 @@ def use_cache(run: Run) -> None:
 def fingerprint(run: Run, only_frozen: bool = True) -> str:
     """Of all that the rows depend on: the weights, frozen or all of them, the images, the precision."""
     model = run.model
-    told = (
-        str(model.config),
-        run.args.mask_style,
-        run.train_set.fingerprint,
-        str(run.dtype),
-        run.device.type,
-        "float32",
-    )
+    told = (str(model.config), run.args.mask_style, run.train_set.fingerprint, str(run.dtype), run.device.type)
+    if run.dtype != torch.float32:
+        told += ("validation in float32",)  # it was not, in caches of before
     digest = hashlib.sha256(json.dumps(told).encode() + run.images.numpy().tobytes())
     for name, values in model.named_parameters():
         if not (only_frozen and values.requires_grad):

@@ -108,12 +108,11 @@ def build_run(args: argparse.Namespace, rank: int, world: int, device: torch.dev
 
 def print_trunk(trunk: Trunk, depth: int) -> None:
     """What was taken of a trunk, and what not."""
-    used = [name for name in trunk.first(depth) if not name.startswith("head.")]
+    used = trunk.first(depth)
     config = ", ".join(f"{name} {value}" for name, value in sorted(trunk.config.items()))
     print(f"trunk  {len(used)} tensors of {trunk.source} by {trunk.naming} names, {depth} of {trunk.depth} blocks")
     print(f"       {config}")
     unused = [name for name in trunk.unused if not name.startswith(OTHER_PARTS)]
-    unused += [name for name in trunk.weights if name.startswith("head.")]
     print(
         f"       not used: {', '.join(unused[:8]) or 'none'}{f' and {len(unused) - 8} more' if len(unused) > 8 else ''}"
     )

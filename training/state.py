@@ -139,13 +139,24 @@ def load_state(run: Run, path: Path, is_restart: bool) -> None:
         raise OtherRun(f"{path}: of an earlier start of torchrun")
     if run.args.precision == "auto" and run.device.type == checkpoint.get("device") == "cpu":
         run.dtype = getattr(torch, checkpoint["dtype"])  # as it was found to be faster then
-    if changed := changes_since(checkpoint, run):
+    try:
+        changed = changes_since(checkpoint, run)
+    except (TypeError, ValueError) as error:  # its models have other settings than this program's
+        raise CheckpointError(f"{path}: of another version of this program ({error}); run train.py again") from error
+    if changed:
         raise OtherRun(f"{path}: trained with {', '.join(changed)}; resume with the same options and features")
     if checkpoint["log"] and not run.path(BEST).exists():
         raise CheckpointError(
             f"{run.path(BEST)}: is gone, and it is the best of this run; put it back, or start anew without --resume"
         )
-    run.model.load_state_dict(checkpoint["model"], strict=False)  # what is frozen is there
+    held = held_state(run.model, run.args.tune)  # what is frozen is there
+    if {name: values.shape for name, values in held.items()} != {
+        name: values.shape for name, values in checkpoint["model"].items()
+    }:
+        raise CheckpointError(
+            f"{path}: its weights are of another architecture than this program's; run train.py again"
+        )
+    run.model.load_state_dict(checkpoint["model"], strict=False)
     averages = checkpoint.get("ema")  # None before the first step
     run.ema = averages and {name: values.to(run.device) for name, values in averages.items()}
     run.left_out = checkpoint.get("left_out", {})
@@ -193,9 +204,8 @@ def changes_since(checkpoint: dict, run: Run) -> list[str]:
         may_change |= {"batch_size", "accum_steps"}
     if run.args.schedule == "cosine":
         may_change.remove("epochs")
-    if checkpoint.get("trunk") and now["trunk"]:
-        if checkpoint["trunk"]["sha256"] != now["trunk"]["sha256"]:
-            return [f"a trunk of SHA-256 {checkpoint['trunk']['sha256'][:16]}..."]
+    trunk, trunk_now = ((one.get("trunk") or {}).get("sha256") for one in (checkpoint, now))
+    if trunk and trunk == trunk_now:
         may_change.add("init_from")  # it is the same, wherever it lies
     fixed = [name for name in now["arguments"] if name not in may_change]
     # Of before an option was there, or a field of the model
@@ -206,6 +216,8 @@ def changes_since(checkpoint: dict, run: Run) -> list[str]:
     changed = [f"--{name} {options[name]}" for name in fixed if options[name] != now["arguments"][name]]
     if not changed:
         changed = [f"{what} {checkpoint[what]}" for what in COMPARED if checkpoint[what] != now[what]]
+    if not changed and trunk != trunk_now:
+        changed = [f"a trunk of SHA-256 {trunk[:16]}..."]
     return changed or (["other features"] if checkpoint["features"] != now["features"] else [])
 
 
