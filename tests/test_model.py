@@ -356,7 +356,8 @@ def test_without_all_parts_it_is_torchvisions_vit_b_16():
     )
     trunk = translate("vit", Read(vit.state_dict(), {}, "vit"))
     model = LAMMViT(LAMMViTConfig(**NOTHING, **trunk.config)).eval()
-    assert load_trunk(model, trunk) == trunk.unused == []
+    assert load_trunk(model, trunk) == [] and trunk.unused == ["heads.head.weight", "heads.head.bias"]
+    model.head.load_state_dict(vit.heads.head.state_dict())
     images, masks, _ = sample(model.config, size=2)
     with torch.no_grad():
         torch.testing.assert_close(model(images, masks)["logits"], vit(images), atol=1e-4, rtol=0)
@@ -377,7 +378,7 @@ def test_what_has_a_counterpart_is_mapped_and_the_rest_told():
         model = LAMMViT(replace(SMALL, depth=2, **trunk.config))
         lamm = {name: values.clone() for name, values in model.lamm.state_dict().items()}
         unused = load_trunk(model, trunk)
-        assert {name.split(".")[1] for name in unused if name.startswith("blocks")} == {"2"} and "head.weight" in unused
+        assert {name.split(".")[1] for name in unused} == {"2"} and "heads.head.weight" in trunk.unused
         mapped = model.state_dict()
         for ours, theirs in (
             ("patch_embed.weight", "conv_proj.weight"),

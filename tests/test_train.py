@@ -339,7 +339,7 @@ def test_refusals(features, trained, tmp_path, monkeypatch):
         ),
         (("--features", features, *SMALL, "--init_from", "nowhere.pth"), "--init_from nowhere.pth: "),
         (("--features", features, *SMALL, "--init_from", "linear.pth"), "not a state dict of a Vision Transformer"),
-        (("--features", features, *SMALL, "--init_from", "vit.pth"), "choose its width and patch size"),
+        (("--features", features, *SMALL, "--init_from", "vit.pth"), "choose its width, --mlp_ratio and patch size"),
         (("--features", features, *SMALL, "--init_from", "one_layer.pth"), "has nothing for blocks.1."),
         (
             ("--features", features, *SMALL, "--init_from", "whole.pth"),
@@ -820,7 +820,9 @@ def test_starts_from_a_vision_transformer(features, tmp_path, capsys):
         tmp_path / "vit.pth",
     )
     train.main(train_parser().parse_args(list(map(str, arguments))))
-    assert "32 tensors of " in (said := capsys.readouterr().out) and "by torchvision's names, 2 of 2 blocks" in said
+    said = capsys.readouterr().out
+    assert "30 tensors of " in said and "by torchvision's names, 2 of 2 blocks" in said
+    assert "not used: heads.head.weight, heads.head.bias\n" in said
     model, _ = load_checkpoint(tmp_path / "out/best_model.pth")
     torch.testing.assert_close(model.blocks[1].attn.qkv.weight, vit.encoder.layers[1].self_attention.in_proj_weight)
     assert model.norm.eps == vit.encoder.ln.eps
