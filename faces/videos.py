@@ -137,7 +137,7 @@ def seek_frames(path: Path, numbers: list[int], rate: float) -> Iterator[tuple[i
     """
     capture, last, has_read = open_video(path), -1.0, False
     for i, number in enumerate(numbers):
-        if number / rate <= last:  # has been read
+        if (number - 0.5) / rate <= last:  # has been read
             continue
         seconds = seek(capture, number / rate)
         if not has_read and seconds is not None and not is_near(seconds, number / rate, rate):

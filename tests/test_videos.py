@@ -104,6 +104,43 @@ def test_frames_of_a_video_whose_rate_changes_are_in_order_and_spread_over_its_t
         np.testing.assert_allclose([frame.seconds for frame in frames], wanted, atol=0.6)
 
 
+class Film:
+    """In the place of a capture: a seek lands later than it should, as OpenCV's does where a video has few frames."""
+
+    def __init__(self, times: list[float], late: float):
+        self.times, self.late, self.next = times, late, 0
+
+    def get(self, what: int) -> float:
+        of_film = {
+            cv2.CAP_PROP_FRAME_COUNT: len(self.times),
+            cv2.CAP_PROP_FPS: len(self.times) / self.times[-1],
+            cv2.CAP_PROP_POS_MSEC: 1000 * self.times[self.next - 1],
+        }
+        return of_film[what]
+
+    def set(self, what: int, milliseconds: float) -> None:
+        late = self.late if 100 < milliseconds / 1000 < self.times[-1] - 60 else 0.0
+        self.next = int(np.searchsorted(self.times, milliseconds / 1000 + late - 1e-6))
+
+    def grab(self) -> bool:
+        self.next += 1
+        return self.next <= len(self.times)
+
+    def retrieve(self) -> tuple[bool, np.ndarray]:
+        return True, np.zeros((2, 2, 3), np.uint8)
+
+
+@pytest.mark.parametrize("late", [0.0, 7.0, 20.0])
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 11])
+def test_frames_that_are_not_where_they_are_sought_are_found_by_reading(monkeypatch, count, late):
+    times = [*np.arange(2000) / 30, *(67 + np.arange(300.0)), *(367 + np.arange(2000) / 30)]
+    monkeypatch.setattr("faces.videos.open_video", lambda path: Film(times, late))
+    frames = list(sample_frames(Path("odd.mkv"), count))
+    seconds = [frame.seconds for frame in frames]
+    assert len(frames) == count and len({frame.number for frame in frames}) == count
+    np.testing.assert_allclose(seconds, times[-1] * (np.arange(count) + 0.5) / count, atol=1.1)
+
+
 def test_frames_of_more_pixels_than_a_picture_may_have_are_not_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr("faces.videos.MOST_PIXELS", SIZE[0] * SIZE[1] - 1)
     with pytest.raises(Rejected, match="frames of 640x360 pixels, more than the"):
