@@ -29,7 +29,7 @@ from faces.regions import REGIONS
 from model import LAMMViT, LAMMViTConfig, QuickGELU
 from runtime.checkpoint import CheckpointError, load_checkpoint, save
 from runtime.pretrained import interpolate_positions, load_trunk, read_trunk
-from runtime.start import GATES, STARTS, start_method
+from runtime.start import GATES, STARTS, Gate, start_method
 from runtime.trunk_files import PACKAGE_SHA256, dequantise, packaged_clip
 from runtime.tuning import choose_trained, held_state, in_half, merge_lora
 from samples.feature_files import find_feature_files
@@ -235,6 +235,16 @@ def endless() -> dict:
     state = {}
     state["model"] = state
     return state
+
+
+def test_gates_may_be_as_steep_as_one_likes_but_are_numbers(features):
+    model = LAMMViT(LAMMViTConfig(img_size=32, patch_size=8, embed_dim=24, depth=1)).eval()
+    start_method(model, "guided", Gate(800.0, 0.5, 4.0))
+    _, lam, _ = model.lamm(torch.randn(1, 17, 24), 0, torch.full((1, 12), 1 / 12))
+    torch.testing.assert_close(lam, torch.full((1, 12), 800.0))
+    for gates in (("nan", "0.5", "4"), ("6", "0", "inf")):
+        refused = refusal(train, "--features", features, *SMALL, "--gates", *gates)
+        assert "--gates goes with --start guided; LAMBDA and GAIN have to be above 0, and all three finite" in refused
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
