@@ -71,11 +71,8 @@ FACE_NOTE_PATTERN = (
 )
 TREATMENT_PATTERN = r"(?=aligned|JPEG)(?:aligned ([\d.]+)( on grey)?, )?(?:JPEG (\d+)(?:-(\d+))?, )?(\d+)x(\d+)"
 
-TURNING = (
-    b"eXIf",
-    b"Raw profile type",
-    b"XML:com.adobe.xmp",
-)  # chunks that may hold an orientation, after the pixels too
+# Chunks that may hold an orientation, after the pixels too
+TURNING = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 ORIENTATION = 0x0112  # EXIF tag; what to do to see the picture upright, by its value
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -39,6 +39,7 @@ from faces.rejection import NO_FACE, Rejected
 from faces.treatment import check_original, parse_treatment, recompress, treat
 from faces.videos import follow, sample_frames
 from faces.workers import this_finder
+from runtime.files import why_away
 
 # longer side of the copy in which the faces of a large picture are searched: those from a twentieth of it on
 SEARCH_SIDE = 1600
@@ -321,19 +322,8 @@ def list_pictures(given: list[str]) -> Iterator[tuple[Path, str]]:
                 others = [(other, "" if is_video(other) else NO_IMAGE_BY_NAME) for other in others]
                 files = sorted([(image, "") for image in images] + others)
             else:
-                files = [(path, why_away(path))]
+                files = [(path, why_away(path, follow_links=False))]
             for file, reason in files:
                 if (real := os.path.realpath(file)) not in seen:
                     seen.add(real)
                     yield file, reason
-
-
-def why_away(path: Path) -> str:
-    """Why there is no file, "" where there is one."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return "no such file"
-    except OSError as error:
-        return error.strerror
-    return ""

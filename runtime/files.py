@@ -42,6 +42,17 @@ def save_arrays(path: Path, /, **arrays: np.ndarray | list[bytes]) -> None:
         np.savez(file, **arrays)
 
 
+def why_away(path: Path, follow_links: bool = True) -> str:
+    """Why there is no file, "" where there is one."""
+    try:
+        os.stat(path, follow_symlinks=follow_links)
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return error.strerror
+    return ""
+
+
 def free_path(
     folder: Path,
     stem: str,

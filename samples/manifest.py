@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from faces.rejection import REJECTED_SUFFIX
+from runtime.files import why_away
 from samples.feature_files import CLASSES, SPLITS
 from samples.sources import Source, state
 
@@ -93,12 +94,8 @@ def read_row(row: dict, data_root: Path, place: str) -> Source:
     group = (row.get("group") or "").strip() or None
     further = {name: " ".join(value.split()) for name, value in row.items() if name not in (*NEEDED, *OPTIONAL)}
     stat = state(data_root / path)
-    if stat == (-1, -1):
-        try:
-            os.stat(data_root / path)
-        except OSError as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
-            raise FileNotFoundError(f"{place}: {data_root / path}: {reason}") from None
+    if stat == (-1, -1) and (reason := why_away(data_root / path)):
+        raise FileNotFoundError(f"{place}: {data_root / path}: {reason}")
     return Source(f"{LABELS[label]}/{dataset}", path, stat, split, group, json.dumps(further) if further else "")
 
 

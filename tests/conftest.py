@@ -15,7 +15,7 @@ import subprocess
 import sys
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +25,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 if not torch.cuda.is_available():  # before attention is imported: its kernels then run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
@@ -51,6 +52,14 @@ def launcher(processes: int, *torchrun: str) -> list[str]:
         if processes
         else command
     )
+
+
+def save_with_texts(image: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
+    """A PNG with these text chunks, as preprocess.py writes them, whatever they say."""
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    image.save(path, pnginfo=info)
 
 
 def run_script(

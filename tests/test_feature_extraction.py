@@ -30,9 +30,9 @@ from conftest import (
     one_after_another,
     refusal,
     run_script,
+    save_with_texts,
 )
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 import feature_extraction
 from dataset import FaceDataset
@@ -336,10 +336,8 @@ def test_aligned_images_that_were_changed_are_named_also_when_the_run_was_stoppe
     run_script("preprocess.py", *"--directory A --output_dir data/real/A --align 1".split(), cwd=tmp_path)
     for i in range(2):
         with Image.open(tmp_path / f"data/real/A/{i}.png") as image:
-            note = PngInfo()
-            for key, text in image.text.items():
-                note.add_text(key, text)
-            image.convert("RGB").point(lambda value: value // 2).save(tmp_path / f"data/real/A/{i}.png", pnginfo=note)
+            texts, darker = dict(image.text), image.convert("RGB").point(lambda value: value // 2)
+        save_with_texts(darker, tmp_path / f"data/real/A/{i}.png", texts)
 
     def interrupted(*arguments):
         raise KeyboardInterrupt

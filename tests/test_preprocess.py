@@ -30,6 +30,7 @@ from conftest import (
     one_after_another,
     picture,
     run_script,
+    save_with_texts,
 )
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
@@ -750,11 +751,9 @@ def test_landmarks_travel_with_the_png(tmp_path):
     _, searched, _ = find_face(Image.open(tmp_path / "O/a.png").convert("RGB"), finder(), 224)
     assert np.abs(info[LANDMARKS] - searched).mean() < 4
     with Image.open(tmp_path / "O/a.png") as image:
-        note, changed = PngInfo(), image.convert("RGB")
-        for key, text in image.text.items():
-            note.add_text(key, text)
+        texts, changed = dict(image.text), image.convert("RGB")
     changed.putpixel((5, 5), (1, 2, 3))
-    changed.save(tmp_path / "O/a.png", pnginfo=note)
+    save_with_texts(changed, tmp_path / "O/a.png", texts)
     info = load_rgb(tmp_path / "O/a.png").info
     assert info[STALE] and LANDMARKS not in info, "they are of other pixels"
     assert load_noted(tmp_path / "O/a.png") is None
@@ -782,10 +781,7 @@ def test_a_note_that_is_none_is_passed_over(tmp_path):
         text, pixels = dict(image.text), image.convert("RGB")
     start, points = text[LANDMARKS].rsplit(" ", 136)[0], text[LANDMARKS].split(" ")[3:]
     for forged in (start + " " + "".join(points), text[LANDMARKS].replace(" 0.0000 ", " 1.9999 "), start):
-        note = PngInfo()
-        for key, value in {**text, LANDMARKS: forged}.items():
-            note.add_text(key, value)
-        pixels.save(tmp_path / "forged.png", pnginfo=note)
+        save_with_texts(pixels, tmp_path / "forged.png", {**text, LANDMARKS: forged})
         assert load_noted(tmp_path / "forged.png") is None
         assert not {LANDMARKS, STALE} & load_rgb(tmp_path / "forged.png").info.keys()
 

@@ -149,10 +149,11 @@ def load_state(run: Run, path: Path, is_restart: bool) -> None:
         raise CheckpointError(
             f"{run.path(BEST)}: is gone, and it is the best of this run; put it back, or start anew without --resume"
         )
-    held = held_state(run.model, run.args.tune)  # what is frozen is there
-    if {name: values.shape for name, values in held.items()} != {
-        name: values.shape for name, values in checkpoint["model"].items()
-    }:
+    wanted, there = (
+        {name: values.shape for name, values in state.items()}
+        for state in (held_state(run.model, run.args.tune), checkpoint["model"])
+    )
+    if wanted != there:  # load_state_dict alone cannot tell: what is frozen is in no checkpoint
         raise CheckpointError(
             f"{path}: its weights are of another architecture than this program's; run train.py again"
         )
