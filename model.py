@@ -135,19 +135,19 @@ class MaskProcessor(nn.Module):
     def forward(self, region_masks: Tensor) -> Tensor:
         """region_masks (B, R, G, G) in [0, 1] -> M (B, H, N); the class token's entry, the first, is 0."""
         flat = region_masks.flatten(2)  # (B, R, G, G) -> (B, R, P)
-        # (B, R, P)
-        regions = torch.stack([project(flat[:, r]) for r, project in enumerate(self.mask_projection)], dim=1)
-        # (B, 4, P)
-        mixtures = torch.stack(
-            [
-                torch.einsum("brp,r->bp", regions[:, self.EYE_FOREHEAD], self.combine_weights_eye_forehead),
-                torch.einsum("brp,r->bp", regions[:, self.MOUTH_CHIN], self.combine_weights_mouth_chin),
-                torch.einsum("brp,r->bp", regions[:, self.NOSE_CONTOUR], self.combine_weights_nose_contour),
-                torch.einsum("brp,r->bp", regions, self.combine_weights_all.softmax(dim=0)),
-            ],
-            dim=1,
+        regions = [project(flat[:, r]) for r, project in enumerate(self.mask_projection)]  # R x (B, P)
+        groups = (
+            (self.EYE_FOREHEAD, self.combine_weights_eye_forehead),
+            (self.MOUTH_CHIN, self.combine_weights_mouth_chin),
+            (self.NOSE_CONTOUR, self.combine_weights_nose_contour),
+            (range(NUM_REGIONS), self.combine_weights_all.softmax(dim=0)),
         )
-        return F.pad(torch.cat([regions, mixtures], dim=1), (1, 0))  # (B, H, P) -> (B, H, N)
+        # Stacked, as an index of several numbers would be copied to the GPU, which then waits
+        mixtures = [
+            torch.einsum("brp,r->bp", torch.stack([regions[r] for r in group], dim=1), weights)  # 4 x (B, P)
+            for group, weights in groups
+        ]
+        return F.pad(torch.stack(regions + mixtures, dim=1), (1, 0))  # (B, H, P) -> (B, H, N)
 
 
 class LAMM(nn.Module):

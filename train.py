@@ -40,6 +40,7 @@ from model import NUM_HEADS
 from runtime.checkpoint import save
 from runtime.devices import backend_for, keep_freed_memory, memory_gb, pick_process_device
 from runtime.processes import agree, gather, join_processes, lock
+from training.compiled import compile_run
 from training.options import check_options, get_args_parser
 from training.record import draw_pictures, open_board, report_epoch, report_left_out, write_board
 from training.run import BEST, LAST, PREVIOUS, Run, Stopped
@@ -137,9 +138,10 @@ def validate(run: Run) -> tuple[dict[str, float], np.ndarray, torch.Tensor | Non
         sums[inputs[1]] += outputs[0].sum(dim=0)
 
     handle = run.model.lamm.register_forward_hook(watch) if run.model.lamm else None
-    predicted = predict(
-        run.fed, run.val_set, scores_and_log_odds, run.args.batch_size, run.args.num_workers, "validation"
-    )
+    with torch.compiler.set_stance("force_eager"):  # the numbers of inference.py
+        predicted = predict(
+            run.fed, run.val_set, scores_and_log_odds, run.args.batch_size, run.args.num_workers, "validation"
+        )
     scores = predicted[:, 0]
     if handle:
         handle.remove()
@@ -248,7 +250,7 @@ def main(args: argparse.Namespace) -> None:
             print_plan(run)
         begin(run, restarts)
         if args.compile:
-            run.trained = torch.compile(run.fed)
+            compile_run(run)
         if world > 1:
             run.trained = DistributedDataParallel(
                 run.trained, device_ids=[device.index] if device.type == "cuda" else None

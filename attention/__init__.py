@@ -30,7 +30,7 @@ from attention import blocked, kernels
 from attention.dropout import random_keys
 from attention.layout import empty_token_major
 from attention.textbook import textbook_attention
-from attention.trial import flex_serves, kernels_serve
+from attention.trial import FAILED, flex_serves, kernels_serve
 
 FLEX_HEAD_DIMS = (16, 32, 64, 128)  # that FlexAttention takes on every GPU
 
@@ -111,7 +111,7 @@ def _default_path(q: Tensor, dropout_p: float) -> str:
         return "blocked"
     # Nothing can be tried while a graph is made; try_kernels does so before
     if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return "triton"
+        return "textbook" if q.dtype in FAILED else "triton"
     if kernels_serve(q.device, q.dtype):
         return "triton"
     has_flex = dropout_p == 0 and q.dtype != torch.float16 and q.shape[-1] in FLEX_HEAD_DIMS

@@ -18,6 +18,7 @@ from attention.textbook import textbook_attention
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # B, H, N, Dh: more than one block of rows, and a part of one; below 128 tokens FlexAttention takes another kernel
 SHAPE = (2, 12, 130, 64)
+FAILED: set[torch.dtype] = set()  # in which the kernels do not serve: for who cannot try them
 NAMES = ("the output", "the gradient of q", "of k", "of v", "of the masks", "of λ", "of θ")
 
 
@@ -26,6 +27,7 @@ def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether they compile, run and agree with the formula, forward and backward. If not, says so, once."""
     problem = problem_of(by_kernels, device, dtype)
     if problem:
+        FAILED.add(dtype)
         warnings.warn(
             f"the attention kernels cannot be used on {device} in {str(dtype).removeprefix('torch.')}: {problem}; the"
             " formula takes their place, or FlexAttention where it can: the same numbers, slower and with more memory."

@@ -8,11 +8,11 @@ In each round every model runs once, each round in another order, so that whatev
 slows all down alike; the times are medians of the rounds, the ratios those of the medians. Forward is inference,
 without gradients; a training step is forward, loss, backward and AdamW. bf16 is autocast, as in train.py. Each model is
 as its users get it: vit_b_16 without dropout, LAMM-ViT with 0.1. Memory is the peak of a training step: on a CPU the
-resident memory of a process of its own for each model, on CUDA what PyTorch allocated for this model, or reserved for a
-compiled one.
+resident memory of a process of its own for each model, on CUDA what PyTorch allocated for this model.
 
-On CUDA two models race once more, apart: made by torch.compile, with CUDA graphs, where no launch of a kernel has to be
-waited for. A model that cannot run there has its reason in its row.
+On CUDA some race once more, apart, as CUDA graphs, where no launch of a kernel has to be waited for: both models, made
+by torch.compile as a whole, and LAMM-ViT as train.py --compile has it, which compiles no forward pass without
+gradients. A model that cannot run there has its reason in its row.
 
 With --init_from all is about a pre-trained trunk, cut off after --depth blocks: the bare trunk has its LayerNorms and a
 head trained, LAMM-ViT the method beside them (train.py --tune norms).
@@ -27,6 +27,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -44,6 +45,7 @@ from attention import force_path
 from model import NUM_REGIONS, LAMMLoss, LAMMViT, LAMMViTConfig
 from runtime.devices import keep_freed_memory
 from runtime.pretrained import read_trunk
+from training.compiled import capture, compile_parts
 from training.options import PARTS
 from training.options import get_args_parser as train_parser
 from training.setup import build_model
@@ -53,6 +55,7 @@ BARE = "bare trunk"  # in the place of PLAIN, with --init_from
 FLEX = "LAMM-ViT, FlexAttention"  # on CUDA: on a CPU it has no backward. Without dropout in attention and MLP
 PATHS = {TEXTBOOK: "textbook", FLEX: "flex"}
 COMPILED = ", compiled"  # on CUDA: the floor's and ours once more
+CAPTURED = "LAMM-ViT, train.py --compile"  # likewise
 
 
 class Contestant:
@@ -61,14 +64,16 @@ class Contestant:
     def __init__(self, name: str, args: argparse.Namespace, dtype: str):
         torch.manual_seed(0)
         self.name, self.device = name.removesuffix(COMPILED), args.device
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         self.autocast = torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bf16")
         self.model = build(self.name, args).to(args.device)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=args.device == "cuda" or None)
         self.criterion = LAMMLoss()
-        self.is_compiled = name.endswith(COMPILED)
-        if self.is_compiled:
+        self.is_graph = is_graph(name)
+        if name.endswith(COMPILED):
             self.model = torch.compile(self.model, mode="reduce-overhead")
+        if self.is_graph:
             for parameter in trained:  # what a CUDA graph returns is overwritten by its next run
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -79,7 +84,8 @@ class Contestant:
 
     def forward(self, images: Tensor, masks: Tensor, labels: Tensor) -> None:
         self.model.eval()
-        with torch.no_grad(), self.autocast:
+        uncompiled = torch.compiler.set_stance("force_eager") if self.name == CAPTURED else nullcontext()
+        with torch.no_grad(), self.autocast, uncompiled:
             self.model(images) if self.name == PLAIN else self.model(images, masks)
 
     def training_step(self, images: Tensor, masks: Tensor, labels: Tensor) -> None:
@@ -88,7 +94,16 @@ class Contestant:
             loss = self._loss(images, masks, labels)
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.is_compiled)
+        self.optimizer.zero_grad(set_to_none=not self.is_graph)
+
+    def capture(self, batch_size: int) -> None:
+        """As train.py --compile does. A warning says where it fails."""
+        compile_parts(self.model)
+        capture(self.model.train(), batch_size, self.dtype)
+
+
+def is_graph(name: str) -> bool:
+    return name.endswith(COMPILED) or name == CAPTURED
 
 
 def build(name: str, args: argparse.Namespace) -> torch.nn.Module:
@@ -158,20 +173,18 @@ def peak_memory_apart(name: str, args: argparse.Namespace, dtype: str, batch_siz
 
 
 def on_device(name: str, args: argparse.Namespace, dtype: str, batch: tuple[Tensor, ...]) -> tuple[Contestant, float]:
-    """A contestant, and the most GB that PyTorch held on the device for it, over three training steps. What a CUDA
-    graph works in counts as reserved, not as allocated.
-    """
+    """A contestant, and the most GB that PyTorch held on the device for it, over three training steps."""
     gc.collect()
     torch.cuda.empty_cache()
-    kind = "reserved" if name.endswith(COMPILED) else "allocated"
-    held, peak = getattr(torch.cuda, f"memory_{kind}"), getattr(torch.cuda, f"max_memory_{kind}")
-    before, contestant = held(), Contestant(name, args, dtype)
+    before, contestant = torch.cuda.memory_allocated(), Contestant(name, args, dtype)
+    if name == CAPTURED:
+        contestant.capture(len(batch[0]))
     torch.cuda.reset_peak_memory_stats()
     with force_path(PATHS.get(name)):
         contestant.forward(*batch)
         for _ in range(3):
             contestant.training_step(*batch)
-    return contestant, (peak() - before) / 1e9
+    return contestant, (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def rows_of(
@@ -201,7 +214,8 @@ def rows_of(
             cells.append(f"{1000 * seconds[name]:.{digits}f} ms ({seconds[name] / seconds[floor]:.2f})")
             cells.append(f"{batch_size / seconds[name]:.1f}")
         memory = gigabytes[name, dtype, batch_size]
-        yield [*cells, f"{memory:.2f} GB ({memory / of_floor:.2f})"]
+        # What CUDA graphs work in is shared among those of all models, and does not count as allocated
+        yield [*cells, "" if is_graph(name) else f"{memory:.2f} GB ({memory / of_floor:.2f})"]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -247,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
     print("|---|--:|---|--:|--:|--:|--:|--:|")
     fields = [(floor, OURS, TEXTBOOK)]
     if args.device == "cuda":
-        fields = [(floor, OURS, TEXTBOOK, FLEX), (floor + COMPILED, OURS + COMPILED)]
+        fields = [(floor, OURS, TEXTBOOK, FLEX), (floor + COMPILED, OURS + COMPILED, CAPTURED)]
     runs = list(product(args.dtypes, batch_sizes))
     # Before this process grows: on Linux the peak of a new process begins with what its parent holds when it starts it
     gigabytes = {}

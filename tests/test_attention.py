@@ -397,6 +397,7 @@ def test_flex_attention_agrees():
 def test_kernels_are_tried_before_they_are_used(monkeypatch):
     """On the first call for a device and dtype; where they fail or are wrong, one warning, and the formula."""
     monkeypatch.setattr(trial, "SHAPE", (1, 2, 18, 16))
+    monkeypatch.setattr(trial, "FAILED", set())  # not for the tests after this one
     trial.kernels_serve.cache_clear()
     assert trial.disagreement(trial.by_kernels, torch.device("cpu"), torch.float32) == ""
     q, k, v, *gates = arguments(1, 2, 9, 8)
@@ -442,6 +443,7 @@ def test_flex_attention_takes_the_place_of_kernels_that_fail_where_it_can(monkey
     import attention.flex as flex
 
     monkeypatch.setattr(trial, "SHAPE", (1, 2, 18, 16))
+    monkeypatch.setattr(trial, "FAILED", set())  # not for the tests after this one
     monkeypatch.setattr(kernels, "takes", lambda q: True)
     monkeypatch.setattr(kernels, "forward", None)
     calls = []

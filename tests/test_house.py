@@ -52,7 +52,7 @@ serving.page
 training.options  training.data  training.run
 training.schedule  training.record  training.cache
 training.setup  training.step  training.readings
-training.probe
+training.probe  training.compiled
 training.state
 benchmarks.comparison.near_duplicates  benchmarks.comparison.variants
 benchmarks.comparison.images

@@ -218,7 +218,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         help="(default: bf16 on a GPU that has it, else fp16; on a CPU fp32, or bf16 where a trial shows that it is"
         " faster)",
     )
-    option("--compile", action="store_true", help="torch.compile, for a GPU: minutes at the start, fewer kernels after")
+    option("--compile", action="store_true", help="for a GPU: larger kernels (torch.compile), started by CUDA graphs")
     option("--num_workers", type=int, default=2, help="threads that read features, per process (default: 2)")
 
 

@@ -35,13 +35,14 @@ class Run:
     val_set: FaceDataset
     model: LAMMViT
     fed: nn.Module  # what takes the samples: the model, or the part of it that is behind a cache
-    trained: nn.Module  # the same as training calls it: compiled, distributed
+    trained: nn.Module  # the same as training calls it: distributed
     trunk: dict | None  # of a frozen one: source, SHA-256, start; None: the checkpoints hold the whole model
     optimizer: torch.optim.Optimizer
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau
     scaler: torch.amp.GradScaler
     dtype: torch.dtype
     sampler: TrainSampler
+    is_captured: bool = False  # the model in CUDA graphs, of training.compiled
     # where it stands
     epoch: int = 1  # begun, not finished
     samples: int = 0  # seen so far, by all processes; the place in the sampler's order

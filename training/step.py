@@ -117,7 +117,7 @@ def one_step(run: Run, loader: Iterator[dict[str, torch.Tensor]], bar: tqdm, is_
     run.scaler.step(run.optimizer)
     run.scaler.update()
     average_weights(run)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=not run.is_captured)
     run.samples += run.window
     count = run.args.batch_size * run.args.accum_steps
     run.sums += torch.cat([values.sum(dim=0).cpu() * run.args.batch_size, torch.tensor([count])])

@@ -12,6 +12,7 @@ from dataset import FaceDataset
 from evaluation.masks import OWN, WRONG, scores_by_masks
 from evaluation.typeset import as_markdown
 from runtime.checkpoint import load_checkpoint
+from runtime.devices import pick_device
 from runtime.files import save_arrays
 from samples.feature_files import find_feature_files
 
@@ -61,7 +62,7 @@ def read_masks(folder: Path, files: list[Path]) -> dict[str, dict[str, float]]:
     """
     kept = folder / "masks.npz"
     if not kept.exists() or kept.stat().st_mtime < (folder / TABLE).stat().st_mtime:
-        model, checkpoint = load_checkpoint(folder / "best_model.pth")
+        model, checkpoint = load_checkpoint(folder / "best_model.pth", pick_device("auto"))
         dataset = FaceDataset(files, model.config.grid_size, checkpoint["mask_style"])
         paths = [path.encode("utf-8", "surrogateescape") for path in dataset.column("paths")]
         save_arrays(kept, paths=paths, **scores_by_masks(model, dataset))
