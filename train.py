@@ -52,6 +52,8 @@ from training.step import as_kept, kept_weights, listed, one_step, rehearse, sta
 # What gloo and nccl say of a process that has ended
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
+COMPILERS = ("torch._dynamo.", "torch._inductor.")  # where the errors of --compile are from
+
 
 @contextlib.contextmanager
 def stopping_on_signals(run: Run) -> Iterator[None]:
@@ -138,10 +140,9 @@ def validate(run: Run) -> tuple[dict[str, float], np.ndarray, torch.Tensor | Non
         sums[inputs[1]] += outputs[0].sum(dim=0)
 
     handle = run.model.lamm.register_forward_hook(watch) if run.model.lamm else None
-    with torch.compiler.set_stance("force_eager"):  # the numbers of inference.py
-        predicted = predict(
-            run.fed, run.val_set, scores_and_log_odds, run.args.batch_size, run.args.num_workers, "validation"
-        )
+    predicted = predict(
+        run.fed, run.val_set, scores_and_log_odds, run.args.batch_size, run.args.num_workers, "validation"
+    )
     scores = predicted[:, 0]
     if handle:
         handle.remove()
@@ -200,9 +201,8 @@ def keep_probe(run: Run) -> None:
 def train(run: Run) -> None:
     """Epoch after epoch, each with its validation, until the last one or until the AUC stands still."""
     args = run.args
-    is_finished = run.epoch > args.epochs or run.epochs_since_best >= args.stop_patience
-    board = open_board(run) if run.rank == 0 and not is_finished else None
-    while run.epoch <= args.epochs and run.epochs_since_best < args.stop_patience:
+    board = open_board(run) if run.rank == 0 and not run.is_finished else None
+    while not run.is_finished:
         losses, timing = train_one_epoch(run)
         save_state(run)  # validation may take longer than Slurm waits
         if agree(bool(run.stop))[0]:
@@ -249,7 +249,7 @@ def main(args: argparse.Namespace) -> None:
             check_disk(run, goes_on=args.resume is not None or restarts > 0)
             print_plan(run)
         begin(run, restarts)
-        if args.compile:
+        if args.compile and not run.is_finished:
             compile_run(run)
         if world > 1:
             run.trained = DistributedDataParallel(
@@ -277,6 +277,8 @@ def guarded_main() -> None:
     except torch.OutOfMemoryError as error:
         sys.exit(f"{str(error).splitlines()[0]}; lower --batch_size, and raise --accum_steps as much")
     except RuntimeError as error:
+        if type(error).__module__.startswith(COMPILERS):
+            sys.exit(f"--compile: {' '.join(str(error).split())[:300]}; without --compile it trains, more slowly")
         if not dist.is_initialized() or not any(words in str(error) for words in LOST):
             raise
         sys.exit(f"another process of this run has ended ({str(error).splitlines()[0]})")

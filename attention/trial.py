@@ -18,7 +18,7 @@ from attention.textbook import textbook_attention
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # B, H, N, Dh: more than one block of rows, and a part of one; below 128 tokens FlexAttention takes another kernel
 SHAPE = (2, 12, 130, 64)
-FAILED: set[torch.dtype] = set()  # in which the kernels do not serve: for who cannot try them
+FAILED: set[torch.dtype] = set()  # in which the kernels do not serve: for those who cannot try them
 NAMES = ("the output", "the gradient of q", "of k", "of v", "of the masks", "of λ", "of θ")
 
 

@@ -11,8 +11,8 @@ as its users get it: vit_b_16 without dropout, LAMM-ViT with 0.1. Memory is the 
 resident memory of a process of its own for each model, on CUDA what PyTorch allocated for this model.
 
 On CUDA some race once more, apart, as CUDA graphs, where no launch of a kernel has to be waited for: both models, made
-by torch.compile as a whole, and LAMM-ViT as train.py --compile has it, which compiles no forward pass without
-gradients. A model that cannot run there has its reason in its row.
+by torch.compile as a whole, and LAMM-ViT as train.py --compile has it, whose forward pass without gradients is as
+ever. A model that cannot run there has its reason in its row.
 
 With --init_from all is about a pre-trained trunk, cut off after --depth blocks: the bare trunk has its LayerNorms and a
 head trained, LAMM-ViT the method beside them (train.py --tune norms).
@@ -27,7 +27,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -84,8 +83,7 @@ class Contestant:
 
     def forward(self, images: Tensor, masks: Tensor, labels: Tensor) -> None:
         self.model.eval()
-        uncompiled = torch.compiler.set_stance("force_eager") if self.name == CAPTURED else nullcontext()
-        with torch.no_grad(), self.autocast, uncompiled:
+        with torch.no_grad(), self.autocast:
             self.model(images) if self.name == PLAIN else self.model(images, masks)
 
     def training_step(self, images: Tensor, masks: Tensor, labels: Tensor) -> None:
@@ -214,7 +212,7 @@ def rows_of(
             cells.append(f"{1000 * seconds[name]:.{digits}f} ms ({seconds[name] / seconds[floor]:.2f})")
             cells.append(f"{batch_size / seconds[name]:.1f}")
         memory = gigabytes[name, dtype, batch_size]
-        # What CUDA graphs work in is shared among those of all models, and does not count as allocated
+        # What CUDA graphs work in does not count as allocated
         yield [*cells, "" if is_graph(name) else f"{memory:.2f} GB ({memory / of_floor:.2f})"]
 
 

@@ -66,5 +66,9 @@ class Run:
         """Samples in an epoch: as many as there are training images, but a step at the least."""
         return max(len(self.train_set), self.window)
 
+    @property
+    def is_finished(self) -> bool:
+        return self.epoch > self.args.epochs or self.epochs_since_best >= self.args.stop_patience
+
     def path(self, name: str) -> Path:
         return self.args.output_dir / name

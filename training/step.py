@@ -55,7 +55,7 @@ def backward(run: Run, batch: dict[str, torch.Tensor], is_last: bool) -> tuple[t
         losses = LAMMLoss(run.args.diversity_weight, run.args.label_smoothing)(outputs, labels)
         run.scaler.scale(losses["total"] / run.args.accum_steps).backward()
     of_batch = torch.stack([losses[name].detach() for name in ("total", "ce", "diversity")])
-    return of_batch.double(), outputs["logits"].detach()
+    return of_batch.double(), outputs["logits"].detach().clone()  # the next batch's lie there, with CUDA graphs
 
 
 def rehearse(run: Run) -> None:
