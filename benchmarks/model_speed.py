@@ -72,7 +72,6 @@ class Contestant:
         self.is_graph = is_graph(name)
         if name.endswith(COMPILED):
             self.model = torch.compile(self.model, mode="reduce-overhead")
-        if self.is_graph:
             for parameter in trained:  # what a CUDA graph returns is overwritten by its next run
                 parameter.grad = torch.zeros_like(parameter)
 

@@ -8,7 +8,7 @@ pass, start all the rest at once.
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,9 @@ def capture(model: LAMMViT, batch_size: int, dtype: torch.dtype) -> bool:
     """Makes CUDA graphs of the model's forward and backward pass in training mode, for batches of this size.
 
     They are tried on two batches, against the passes without them. Where they fail or disagree, one warning says so,
-    and the model stays as it was. From here on gradients have to stay where they are, zeroed and not set to None:
-    autograd would take over the graph's own tensor as the gradient, which the next batch overwrites. So it does the
-    outputs.
+    and the model stays as it was. From here on the next batch overwrites the outputs of one. Gradients have to stay
+    where they are, zeroed and not set to None: else autograd takes the graph's own tensor as the gradient, and that is
+    overwritten, too.
 
     Args:
         model: in training mode, on a GPU, without hooks.
@@ -97,7 +97,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def as_it_was(device: torch.device):
+def as_it_was(device: torch.device) -> Iterator[None]:
     """A capture is on this device, and where it fails, its stream does not stay the current one."""
     if device.type != "cuda":
         yield
